@@ -1,0 +1,265 @@
+"""The flags that this project adds to Megatron's, the defaults it changes, and their validation."""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import sys
+from argparse import BooleanOptionalAction, Namespace
+
+from megatron_meap import device
+from megatron_meap.errors import UsageError
+from megatron_meap.masking import STRATEGIES, Masking, RatioSchedule
+from megatron_meap.tokenizer import MASK_TOKEN, MaskToken, resolve_mask_token
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add this project's flags to Megatron's parser, and set the defaults for this machine."""
+    group = parser.add_argument_group("MEAP", "mask-enhanced autoregressive prediction (arXiv 2502.07490)")
+    group.add_argument(
+        "--meap-mask-ratio",
+        type=float,
+        default=0.15,
+        metavar="P",
+        help="share of the input tokens replaced by the mask token, in [0, 1); 0 is next-token prediction, exactly "
+        "Megatron's own pipeline (default: %(default)s)",
+    )
+    group.add_argument(
+        "--meap-mask-strategy",
+        choices=list(STRATEGIES),
+        default="random",
+        help="random: int(P * sequence length) distinct positions, independent for every sample; official: the "
+        "official code's column set of the optimiser step, bit for bit; span: the same count in spans "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--meap-span-length",
+        type=int,
+        default=3,
+        metavar="TOKENS",
+        help="length of a span, strategy span only (default: %(default)s)",
+    )
+    group.add_argument(
+        "--meap-mask-token",
+        default=MASK_TOKEN,
+        metavar="TEXT",
+        help="mask token; where the tokenizer has none of this name it becomes the next id, before vocabulary padding "
+        "(default: %(default)s)",
+    )
+    group.add_argument("--meap-mask-seed", type=int, metavar="SEED", help="seed of the masks (default: --seed)")
+    group.add_argument(
+        "--meap-protect-special-tokens",
+        action=BooleanOptionalAction,
+        help="never mask EOD, BOS and padding (default: on, except with the strategy official)",
+    )
+    group.add_argument(
+        "--meap-mask-validation",
+        action="store_true",
+        help="mask the inputs of validation and test as well (default: they are clean)",
+    )
+    group.add_argument(
+        "--meap-mask-warmup-samples",
+        type=int,
+        default=0,
+        metavar="SAMPLES",
+        help="raise the ratio linearly from 0 over this many samples (default: %(default)s)",
+    )
+    group.add_argument(
+        "--meap-clean-final-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="mask nothing during this last share of the training samples (default: %(default)s)",
+    )
+    group.add_argument(
+        "--fp32",
+        action="store_true",
+        help="train in 32-bit floats (a GPU does so without --bf16 or --fp16; on a CPU with bf16 matrix units bf16 is "
+        "the default)",
+    )
+    parser.set_defaults(create_attention_mask_in_dataloader=False, **_local_defaults())
+    return parser
+
+
+def _local_defaults() -> dict[str, object]:
+    """Defaults that make Megatron run with what is installed here; the user's own flags still win."""
+    if device.is_cpu():
+        defaults: dict[str, object] = {"distributed_backend": "gloo", "use_cpu_initialization": True}
+    elif importlib.util.find_spec("transformer_engine"):
+        return {}
+    else:
+        defaults = {}
+    # The local layers (layers.py): PyTorch only, hence without the kernels of Apex and Transformer Engine.
+    return defaults | {
+        "transformer_impl": "local",
+        "gradient_accumulation_fusion": False,
+        "no_persist_layer_norm": True,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_swiglu_fusion": False,
+    }
+
+
+def parse_arguments() -> Namespace:
+    """Parse, validate and complete the command line, and set Megatron's global variables from it.
+
+    Raises:
+        UsageError: a flag, or a combination of flags, cannot be used; one line that says which and why.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
+    from megatron.training.global_vars import set_global_variables
+
+    args = parse_args(add_arguments)
+    _choose_precision(args)
+    if args.use_checkpoint_args:
+        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+        load_args_from_checkpoint(args)
+    _validate_meap(args)
+    _refuse_what_this_device_cannot(args)
+    args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
+    args.create_attention_mask_in_dataloader |= args.reset_attention_mask  # then it is more than the causal one
+    _explain(lambda: validate_args(args))
+    set_global_variables(args, build_tokenizer=False)
+    _set_tokenizer(args)
+    return args
+
+
+def _explain(validate) -> None:  # type: ignore[no-untyped-def]
+    """Run a check of Megatron's; say its failed assertion in one line, since those are about flags."""
+    try:
+        validate()
+    except (AssertionError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or _source_line(error)
+        raise UsageError(f"Megatron refuses these flags: {reason}") from error
+
+
+def _source_line(error: BaseException) -> str:
+    """The failed assertion itself, for those that Megatron leaves without a message."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].line or type(error).__name__
+
+
+def _choose_precision(args: Namespace) -> None:
+    """bf16 by default on a CPU that has the units for it; elsewhere what the flags say."""
+    if args.fp32 and (args.bf16 or args.fp16):
+        raise UsageError("--fp32: contradicts --bf16 and --fp16; give one of them")
+    if device.is_cpu() and not (args.fp32 or args.bf16 or args.fp16):
+        from megatron_meap.cpu import has_bf16_units
+
+        args.bf16 = has_bf16_units()
+
+
+def _validate_meap(args: Namespace) -> None:
+    """Check this project's flags, alone and against Megatron's."""
+    if not 0.0 <= args.meap_mask_ratio < 1.0:
+        raise UsageError(f"--meap-mask-ratio {args.meap_mask_ratio}: must be at least 0 and below 1")
+    if args.meap_span_length < 1:
+        raise UsageError(f"--meap-span-length {args.meap_span_length}: must be at least 1")
+    if args.meap_mask_warmup_samples < 0:
+        raise UsageError(f"--meap-mask-warmup-samples {args.meap_mask_warmup_samples}: must not be negative")
+    if not 0.0 <= args.meap_clean_final_share <= 1.0:
+        raise UsageError(f"--meap-clean-final-share {args.meap_clean_final_share}: must lie between 0 and 1")
+    if args.meap_mask_seed is None:
+        args.meap_mask_seed = args.seed
+    if not 0 <= args.meap_mask_seed < 2**64:
+        raise UsageError(f"--meap-mask-seed {args.meap_mask_seed}: must lie between 0 and 2**64 - 1")
+    if args.meap_protect_special_tokens is None:
+        args.meap_protect_special_tokens = args.meap_mask_strategy != "official"
+    if args.sft:
+        raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; run Megatron's pretrain_gpt.py")
+    if args.meap_mask_ratio == 0:
+        return
+    if args.dataloader_type not in (None, "single"):
+        raise UsageError(
+            f"--dataloader-type {args.dataloader_type}: repeats sample indices, so every epoch would get the same "
+            "masks; use --dataloader-type single, which shuffles and repeats the data itself"
+        )
+    if args.meap_mask_strategy == "official" and (
+        args.rampup_batch_size or args.step_batch_size_schedule or args.decrease_batch_size_if_needed
+    ):
+        raise UsageError(
+            "--meap-mask-strategy official: needs a constant global batch size, because its masks follow the optimiser "
+            "step; drop the batch-size schedule, or use --meap-mask-strategy random"
+        )
+
+
+def _refuse_what_this_device_cannot(args: Namespace) -> None:
+    """On a CPU some flags cannot work: say why, instead of failing deep inside Megatron."""
+    if not device.is_cpu():
+        return
+    from megatron_meap.cpu import unsupported
+
+    for flag, reason in unsupported(args):
+        raise UsageError(f"{flag}: cannot work on a CPU: {reason}; drop it, or train on a GPU")
+
+
+def _set_tokenizer(args: Namespace) -> None:
+    """Build the tokenizer, find or append the mask token, and pad the vocabulary that holds them both."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
+    from megatron.training import global_vars
+
+    padded_by_user = args.padded_vocab_size
+    pad_vocab_size, args.pad_vocab_size = args.pad_vocab_size, False  # padding comes after the mask token
+    try:
+        # sentencepiece and tokenizers write about a bad file to stdout and stderr before they raise
+        with contextlib.redirect_stdout(io.StringIO()):
+            tokenizer = build_tokenizer(args)
+    except Exception as error:
+        path = args.tokenizer_model or args.vocab_file or "(no --tokenizer-model given)"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"--tokenizer-model {path}: not a {args.tokenizer_type} tokenizer ({reason})") from error
+    args.pad_vocab_size = pad_vocab_size
+    mask = resolve_mask_token(tokenizer, args.meap_mask_token)
+    needed = max(tokenizer.vocab_size, mask.id + 1)
+    if padded_by_user is None:
+        args.padded_vocab_size = vocab_size_with_padding(needed, args) if pad_vocab_size else needed
+    elif padded_by_user < needed:
+        raise UsageError(
+            f"the vocabulary has {padded_by_user} rows, but the tokenizer and the mask token {mask.text!r} need "
+            f"{needed}; raise --padded-vocab-size, or use the tokenizer the checkpoint was trained with"
+        )
+    args.meap_mask_token_id = mask.id
+    args.meap_tokenizer_vocab_size = tokenizer.vocab_size
+    global_vars._GLOBAL_TOKENIZER = tokenizer
+
+
+def mask_token(args: Namespace) -> MaskToken:
+    """The mask token of a run, from its parsed arguments."""
+    added = args.meap_mask_token_id >= args.meap_tokenizer_vocab_size
+    return MaskToken(args.meap_mask_token, args.meap_mask_token_id, added)
+
+
+def masking_from(args: Namespace, split: str) -> Masking | None:
+    """The masking of a split, or None where its inputs stay clean.
+
+    The schedule follows the training samples; masked validation uses the final ratio throughout.
+    """
+    if args.meap_mask_ratio == 0 or (split != "train" and not args.meap_mask_validation):
+        return None
+    schedule = RatioSchedule(args.meap_mask_ratio)
+    if split == "train":
+        total = args.train_samples or args.train_iters * args.global_batch_size
+        share = args.meap_clean_final_share
+        schedule = RatioSchedule(
+            args.meap_mask_ratio, args.meap_mask_warmup_samples, round(total * (1 - share)) if share else None
+        )
+    return Masking(
+        schedule,
+        args.meap_mask_strategy,
+        args.meap_mask_seed,
+        split,
+        args.meap_span_length,
+        args.global_batch_size if split == "train" else args.eval_global_batch_size,
+    )
+
+
+def on_first_rank(message: str) -> None:
+    """Print a line once per job, on rank 0."""
+    import os
+
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stdout, flush=True)

@@ -1,0 +1,92 @@
+"""The [MASK] token: find it in a tokenizer, or append it, and make sure that no text can ever produce it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_meap.errors import UsageError
+
+MASK_TOKEN = "[MASK]"
+
+
+@dataclass(frozen=True)
+class MaskToken:
+    """The mask token of a run."""
+
+    text: str
+    """How it is written, for people: as text it is never parsed back to the id."""
+
+    id: int
+    """Its id in the embedding table."""
+
+    added: bool
+    """True where the tokenizer has no such token: the id is then the next one after its vocabulary."""
+
+
+def resolve_mask_token(tokenizer: Any, text: str = MASK_TOKEN) -> MaskToken:
+    """Find the mask token in a Megatron tokenizer, or append it as the next id.
+
+    Appending comes before vocabulary padding: Llama-2's 32,000 pieces give id 32,000, and 32,064 rows with
+    `--make-vocab-size-divisible-by 64`. The tokenizer itself is left as it is: training only needs the id.
+
+    Args:
+        tokenizer: as `megatron.core.tokenizers.utils.build_tokenizer.build_tokenizer` returns it.
+        text: how the token is written.
+
+    Raises:
+        UsageError: the tokenizer has that token as an ordinary one, which text can produce.
+    """
+    lookup = _LOOKUPS.get(getattr(tokenizer, "library", ""))
+    found, special = lookup(tokenizer._tokenizer.tokenizer, text) if lookup else (None, True)
+    if found is None:
+        return MaskToken(text, tokenizer.vocab_size, added=True)
+    if not special:
+        raise UsageError(
+            f"--meap-mask-token: {text!r} is an ordinary token of this tokenizer (id {found}), so text can produce it; "
+            "name a special (control) token, or one that the tokenizer does not have"
+        )
+    return MaskToken(text, found, added=False)
+
+
+def _in_sentencepiece(processor: Any, text: str) -> tuple[int | None, bool]:
+    """Id of a piece, and whether it is a control symbol (user-defined symbols are parsed from text)."""
+    piece = processor.piece_to_id(text)
+    if processor.id_to_piece(piece) != text:
+        return None, False
+    return piece, processor.is_control(piece)
+
+
+def _in_huggingface(tokenizer: Any, text: str) -> tuple[int | None, bool]:
+    """Id of a token, and whether it is special (corpora are encoded with special tokens as plain text)."""
+    found = tokenizer.get_vocab().get(text)
+    return found, found in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[found].special
+
+
+def _in_tiktoken(encoding: Any, text: str) -> tuple[int | None, bool]:
+    """Id of a special token; ordinary ones are looked up by their bytes."""
+    if text in encoding.special_tokens_set:
+        return encoding.encode_single_token(text), True
+    try:
+        return encoding.encode_single_token(text), False
+    except KeyError:
+        return None, False
+
+
+_LOOKUPS = {
+    "sentencepiece": _in_sentencepiece,
+    "huggingface": _in_huggingface,
+    "megatron": _in_huggingface,
+    "tiktoken": _in_tiktoken,
+}
+
+
+def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of EOD, BOS and padding, those that the tokenizer has, sorted."""
+    found = set()
+    for name in ("eod", "bos", "pad"):
+        try:
+            value = getattr(tokenizer, name)
+        except (AttributeError, NotImplementedError, NameError):
+            continue  # Megatron's tokenizers say in many ways that they have no such token
+        if isinstance(value, int) and value >= 0:
+            found.add(value)
+    return tuple(sorted(found))

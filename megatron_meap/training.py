@@ -1,0 +1,156 @@
+"""The seam to Megatron's trainer: the model's configuration, the forward step, the loss and its report."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
+from megatron.training import get_args, get_timers, pretrain
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+
+from megatron_meap import compat
+from megatron_meap.arguments import parse_arguments
+from megatron_meap.batches import datasets_provider, get_batch
+from megatron_meap.layers import local_block_spec
+
+MASKED_LOSS = "lm loss masked inputs"
+CLEAN_LOSS = "lm loss clean inputs"
+
+stimer = StragglerDetector()
+
+
+def run() -> None:
+    """Pretrain as the command line says."""
+    compat.apply()
+    args = parse_arguments()
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config(args)),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        get_embedding_ranks=embedding_ranks,
+    )
+
+
+def model_config(args: Namespace) -> Any:
+    """Configuration of the model that Megatron builds; the one place that knows its class."""
+    config = gpt_config_from_args(args)
+    if args.transformer_impl == "local" and config.transformer_layer_spec is None:
+        config.transformer_layer_spec = local_block_spec
+    return config
+
+
+def embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """Ranks of a pipeline that hold word embeddings: the first; where they are tied the last; those with MTP layers."""
+    args = get_args()
+    ranks = {pp_ranks[0], *get_mtp_ranks(pp_ranks, core_transformer_config_from_args(args))}
+    if not args.untie_embeddings_and_output_weights:
+        ranks.add(pp_ranks[-1])
+    return sorted(ranks)
+
+
+def forward_step(data_iterator: Iterator | None, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Callable]:
+    """Megatron's forward step: one micro batch through this rank's part of the model.
+
+    Returns:
+        The output (losses [b, s] on the last pipeline stage, activations [s, b, h] before it) and the loss function.
+    """
+    args = get_args()
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    with stimer(bdata=True):
+        masked = args.meap_mask_ratio > 0 and (model.training or args.meap_mask_validation)
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = get_batch(data_iterator, vp_stage, training=model.training, want_masked=masked)
+    packed = _packed_seq_params(batch, args)
+    timers("batch-generator").stop()
+
+    inputs = batch["tokens"], batch["position_ids"], batch["attention_mask"]
+    targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+    loss = partial(loss_func, batch["loss_mask"], batch["input_masked"])
+    with stimer:
+        if return_schedule_plan:
+            return model.build_schedule_plan(*inputs, **targets), loss
+        return model(*inputs, **targets, packed_seq_params=packed), loss
+
+
+def _packed_seq_params(batch: dict[str, Any], args: Namespace) -> PackedSeqParams | None:
+    """Borders of the documents packed into the micro batch, for attention that stays within them."""
+    if batch["cu_seqlens"] is None:
+        return None
+    borders = batch["cu_seqlens"].squeeze(0)
+    padded = None if batch["cu_seqlens_padded"] is None else batch["cu_seqlens_padded"].squeeze(0)
+    update_seqlen_stats_from_cu_seqlens(borders)
+    longest = int(batch["max_seqlen"].item())
+    local_cp_size = batch["local_cp_size"]
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders if padded is None else padded,
+        cu_seqlens_kv=borders if padded is None else padded,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        local_cp_size=None if local_cp_size is None else int(local_cp_size.item()),
+        cp_group=batch["hybrid_cp_group"],
+        tokens_per_sample=args.seq_length,
+    )
+
+
+def loss_func(
+    loss_mask: torch.Tensor, input_masked: torch.Tensor | None, output_tensor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Next-token loss over all positions, and its parts at masked and at clean inputs.
+
+    Args:
+        loss_mask: [b, s], 1 where the label counts.
+        input_masked: bool [b, s], True where the position's own input is the mask token; None for no such report.
+        output_tensor: losses [b, s].
+
+    Returns:
+        The summed loss, the number of tokens it is over, and the report: for each name [sum, count], which Megatron
+        sums over micro batches and data-parallel ranks before it divides. A name whose count is 0 is reported as NaN.
+    """
+    losses = output_tensor.view(-1).float()
+    weights = loss_mask.view(-1).float()
+    weighted = losses * weights
+    loss, count = weighted.sum(), weights.sum()
+    total = torch.stack([loss.detach(), count])
+    report = {"lm loss": total}
+    if input_masked is not None:
+        masked = input_masked.reshape(-1)
+        report[MASKED_LOSS] = torch.stack([weighted.detach()[masked].sum(), weights[masked].sum()])
+        report[CLEAN_LOSS] = total - report[MASKED_LOSS]
+    _refuse_bad_loss(loss)
+    return loss, count.detach().to(torch.int), report
+
+
+def _refuse_bad_loss(loss: torch.Tensor) -> None:
+    """Stop at a loss that is NaN or infinite, before it is reduced over ranks; report a spiky one, if asked."""
+    args = get_args()
+    machine = get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for name, rejected in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            machine.validate_result(
+                result=loss,
+                rejection_func=rejected,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,  # the forward pass is deterministic
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        machine.validate_result(
+            result=loss,
+            rejection_func=partial(machine.is_unexpectedly_large, threshold=10, context="loss"),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )

@@ -1,0 +1,21 @@
+"""Pretrain a GPT-style model with MEAP on Megatron's trainer, from one laptop to many nodes.
+
+    torchrun --nproc_per_node 2 pretrain_gpt_meap.py --meap-mask-ratio 0.15 <Megatron's own flags>
+
+Flags: `--help`; this project's own stand in the group MEAP. Without a GPU the CPU trains, with no further flag.
+"""
+
+from megatron_meap import device
+from megatron_meap.errors import run
+
+
+def main() -> None:
+    """Choose the device, then hand over to Megatron's trainer."""
+    device.prepare()  # before anything imports Megatron
+    from megatron_meap import training
+
+    training.run()
+
+
+if __name__ == "__main__":
+    run(main)
