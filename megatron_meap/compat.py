@@ -36,7 +36,8 @@ def _resume_distributed_optimizer_without_te() -> None:
 
     `DistributedOptimizer.state_dict` asserts that the optimiser has stepped, but is also called to load into a fresh
     one; and `load_state_dict` gives all parameters one shared step tensor, which AdamW then increments once per
-    parameter. (Transformer Engine's and Apex's optimisers keep the step in the parameter group.)
+    parameter. (Transformer Engine's and Apex's optimisers keep the step in the parameter group.) In fp32 it also
+    copies into views of parameters that require a gradient, which PyTorch refuses.
     """
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -56,6 +57,7 @@ def _resume_distributed_optimizer_without_te() -> None:
             if fresh:
                 self.optimizer.state.clear()
 
+    @torch.no_grad()
     def load_with_own_steps(self: Any, loaded: dict) -> None:
         load_state_dict(self, loaded)
         for state in self.optimizer.state.values():

@@ -1,0 +1,68 @@
+"""Shared fixtures: a small real corpus, a throw-away tokenizer and an indexed dataset; nothing is downloaded."""
+
+import os
+import pydoc_data.topics
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_meap import device
+
+device.prepare()  # once, before any test imports Megatron
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data beside the checkout (or in MEAP_SHARED); tests that need it skip where it is missing."""
+    folder = Path(os.environ.get("MEAP_SHARED", REPOSITORY.parent / "shared")) / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no shared data in {folder}")
+    return folder
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized corpus."""
+
+    tokenizer: str
+    """SentencePiece model with [MASK] as a control symbol, 512 pieces."""
+
+    prefix: str
+    """Path of the .bin and .idx files without their suffix."""
+
+    documents: list[str]
+
+    @property
+    def data_flags(self) -> list[str]:
+        """Megatron's flags that name the tokenizer and the data."""
+        return [
+            "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", self.tokenizer,
+            "--data-path", self.prefix, "--split", "90,10,0", "--num-workers", "0",
+        ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Python's documentation topics as a corpus of about 300,000 tokens."""
+    import sentencepiece
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    folder = tmp_path_factory.mktemp("corpus")
+    documents = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    text = folder / "text.txt"
+    text.write_text("\n".join(documents))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=512, model_type="bpe",
+        byte_fallback=True, control_symbols=["[MASK]"], num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    builder = IndexedDatasetBuilder(str(folder / "text_document.bin"), dtype=DType.optimal_dtype(512))
+    for document in documents:
+        ids = [*processor.encode(document), processor.eos_id()]
+        builder.add_document(torch.tensor(ids), [len(ids)])
+    builder.finalize(str(folder / "text_document.idx"))
+    return Corpus(str(folder / "tokenizer.model"), str(folder / "text_document"), documents)

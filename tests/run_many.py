@@ -1,0 +1,33 @@
+"""Run several trainings one after the other in the same ranks: `run_many.py RUNS.json`, launched by tests/launch.py."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from megatron_meap import device
+
+device.prepare()
+
+import torch  # noqa: E402
+from megatron.training.training import destroy_global_state  # noqa: E402
+
+from megatron_meap import training  # noqa: E402
+
+
+def main() -> None:
+    """Run them all; the first failure ends the launch with its traceback."""
+    for name, flags in json.loads(Path(sys.argv[1]).read_text()).items():
+        if os.environ["RANK"] == "0":
+            print(f"\n=== run {name}", flush=True)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the heading before any rank's output
+        sys.argv = ["pretrain_gpt_meap.py", *flags]
+        training.run()
+        sys.stdout.flush()
+        torch.distributed.barrier()
+        destroy_global_state()
+
+
+if __name__ == "__main__":
+    main()
