@@ -1,8 +1,8 @@
 """Real text from the machine itself: a training corpus without a network.
 
-Every Python installation carries some megabytes of English and of code. Three sources are gathered, in this order, until
-the size limit is reached: the documentation topics of `help()`, the docstrings of the standard library and of the
-installed packages, and their source code. The same installation always gives the same corpus, byte for byte.
+Every Python installation carries some megabytes of English and of code. Three sources are gathered, in this order,
+until the size limit is reached: the documentation topics of `help()`, the docstrings of the standard library and of
+the installed packages, and their source code. The same installation always gives the same corpus, byte for byte.
 """
 
 import hashlib
@@ -76,7 +76,7 @@ def build_corpus(
                 if sum(size.values()) > max_bytes - MIN_CHARACTERS:
                     break
         if not all(documents.values()):
-            raise UsageError(f"a corpus of {max_bytes} bytes leaves nothing to train on or to validate; raise the limit")
+            raise UsageError(f"{max_bytes} bytes leave nothing to train on or to validate; raise the limit")
         for side, path in paths.items():
             partial[side].replace(path)
     except OSError as error:

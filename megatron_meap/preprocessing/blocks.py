@@ -1,0 +1,169 @@
+"""What a worker does: a block of input in, the token ids of its documents out."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.documents import BadDocumentError, documents
+from megatron_meap.preprocessing.encoders import Encoder
+from megatron_meap.preprocessing.readers import InputOptions, Kind
+from megatron_meap.preprocessing.reference import Reference
+
+CACHE_BYTES = 640 << 20
+"""Memory that the caches of all workers together may take."""
+
+CHECKED_CHARACTERS = 2000
+"""Length of the text that is compared with the reference tokenizer in every block: about 1% of the work."""
+
+
+@dataclass
+class KeyTokens:
+    """The documents of one block, for one key."""
+
+    tokens: bytes = b""
+    """Ids of all documents, one after the other, in the dataset's dtype."""
+
+    lengths: bytes = b""
+    """Tokens of each document, int32."""
+
+    documents: int = 0
+    empty: int = 0
+    """Documents without a single token, which are left out."""
+
+    text_bytes: int = 0
+    largest: int = -1
+    """Largest id; -1 without documents."""
+
+
+@dataclass
+class EncodedBlock:
+    """A worker's answer."""
+
+    keys: list[KeyTokens]
+    positions: int = 0
+    """Lines, rows or pieces that the block had."""
+
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    """(position, reason) of what is not a document."""
+
+
+class BlockEncoder:
+    """Encodes blocks; one instance, forked into every worker."""
+
+    def __init__(
+        self,
+        reference: Reference,
+        encoder: Encoder,
+        options: InputOptions,
+        *,
+        prefix: Sequence[int],
+        suffix: Sequence[int],
+        dtype: type[np.number],
+        workers: int,
+    ) -> None:
+        """`prefix` and `suffix` are put around every document."""
+        self._reference = reference
+        self._encoder = encoder
+        self._options = options
+        self._prefix = np.array(prefix, dtype)
+        self._suffix = np.array(suffix, dtype)
+        self._dtype = dtype
+        self._cache_bytes = CACHE_BYTES // workers
+        self._baseline = 0
+
+    def __call__(self, task: tuple[Kind, bytes]) -> EncodedBlock:
+        """Encode one block (kind, bytes)."""
+        kind, block = task
+        ids: list[list[Sequence[int]]] = [[] for _ in self._options.keys]
+        answer = EncodedBlock([KeyTokens() for _ in self._options.keys])
+        checked = False
+        for position, texts in enumerate(documents(kind, block, self._options)):
+            answer.positions = position + 1
+            try:
+                if isinstance(texts, BadDocumentError):
+                    raise texts
+                encoded = [self._encode(text) for text in texts or ()]
+            except BadDocumentError as error:
+                answer.bad.append((position, str(error)))
+                continue
+            for key, text, found, tokens in zip(ids, texts or (), encoded, answer.keys, strict=False):
+                tokens.text_bytes += len(text) if text.isascii() else len(text.encode())
+                if len(found):
+                    key.append(found)
+                else:
+                    tokens.empty += 1
+            if texts and not checked:
+                self._check_exact(texts[0][:CHECKED_CHARACTERS])
+                checked = True
+        for tokens, key in zip(answer.keys, ids, strict=True):
+            self._join(key, tokens)
+        self._bound_memory()
+        return answer
+
+    def _encode(self, text: str) -> Sequence[int]:
+        try:
+            return self._encoder.encode(text)
+        except UnicodeEncodeError:
+            raise BadDocumentError("not Unicode text (a lone surrogate)") from None
+        except ValueError as error:
+            raise BadDocumentError(f"the tokenizer refuses it: {error}") from None
+
+    def _check_exact(self, text: str) -> None:
+        """Compare a piece of every block with the reference: the sample at the start is only a sample."""
+        if list(self._encoder.encode(text)) != list(self._reference.encode(text)):
+            raise UsageError(
+                f"{self._encoder.name} gives other ids than {self._reference.library} for the text {text[:60]!r}...; "
+                "run again with --encoder reference"
+            )
+
+    def _join(self, found: list[Sequence[int]], tokens: KeyTokens) -> None:
+        """Put all documents of a key into one array, BOS and EOD around each."""
+        if not found:
+            return
+        before, around = len(self._prefix), len(self._prefix) + len(self._suffix)
+        lengths = np.array([len(ids) + around for ids in found], np.int64)
+        joined = np.empty(int(lengths.sum()), np.int64)
+        start = 0
+        for ids, length in zip(found, lengths.tolist(), strict=True):
+            end = start + length
+            joined[start : start + before] = self._prefix
+            joined[start + before : end - len(self._suffix)] = ids
+            joined[end - len(self._suffix) : end] = self._suffix
+            start = end
+        self._check(joined)
+        tokens.tokens = joined.astype(self._dtype).tobytes()
+        tokens.lengths = lengths.astype(np.int32).tobytes()
+        tokens.documents = len(found)
+        tokens.largest = int(joined.max())
+
+    def _check(self, ids: np.ndarray) -> None:
+        """No id may lie outside the vocabulary, and none may be the mask token: text must never produce it."""
+        if ids.min() < 0 or ids.max() >= self._reference.vocab_size:
+            raise UsageError(
+                f"token id {ids.min() if ids.min() < 0 else ids.max()} is outside the tokenizer's vocabulary of "
+                f"{self._reference.vocab_size}; check --vocab-size and the tokenizer files"
+            )
+        mask = self._reference.mask
+        if mask and not mask.added and (ids == mask.id).any():
+            raise UsageError(f"the text produces the mask token {mask.text!r} (id {mask.id}); use another mask token")
+
+    def _bound_memory(self) -> None:
+        """Empty the encoder's caches when this process has grown by its share."""
+        size = _resident_bytes()
+        if not self._baseline:
+            self._baseline = size
+        elif size - self._baseline > self._cache_bytes:
+            self._encoder.shed()
+            self._baseline = _resident_bytes()
+
+
+def _resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

@@ -1,0 +1,119 @@
+"""Documents out of a block of input: parsed, checked, and each bad one with its line and reason."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import orjson
+
+from megatron_meap.preprocessing.readers import InputOptions, Kind
+
+Texts = tuple[str, ...]
+"""One document: a text for each key."""
+
+
+class BadDocumentError(Exception):
+    """A line, row or text that is not a document; the message says why."""
+
+
+def documents(kind: Kind, block: bytes, options: InputOptions) -> Iterator[Texts | BadDocumentError | None]:
+    """What stands at each position of a block, in order: a document, what is wrong with it, or nothing (a blank line).
+
+    Positions are lines of JSON, rows of Parquet, or pieces of text.
+    """
+    split, parse = _FORMATS[kind]
+    for item in split(block, options):
+        try:
+            yield parse(item, options)
+        except BadDocumentError as error:
+            yield error
+
+
+def _lines(block: bytes, options: InputOptions) -> list[bytes]:
+    lines = block.split(b"\n")
+    if not lines[-1]:
+        lines.pop()  # a block ends after its last line
+    return lines
+
+
+def _from_json(line: bytes, options: InputOptions) -> Texts | None:
+    if not line or line.isspace():
+        return None
+    try:
+        data = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        data = _lenient_json(line, error)
+    if not isinstance(data, dict):
+        raise BadDocumentError(f"not a JSON object but {_kind_of(data)}")
+    return tuple(_checked(data, key) for key in options.keys)
+
+
+def _lenient_json(line: bytes, error: orjson.JSONDecodeError) -> Any:
+    """Python's own parser, which reads the NaN and Infinity that Python's own writer puts into other fields."""
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError:
+        raise BadDocumentError("not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise BadDocumentError(f"not JSON: {str(error).split(': line')[0]}") from None
+
+
+def _checked(data: dict[str, Any], key: str) -> str:
+    if key not in data:
+        present = ", ".join(sorted(map(str, data))[:8]) or "no keys at all"
+        raise BadDocumentError(f"no key {key!r}, only {present}")
+    value = data[key]
+    if not isinstance(value, str):
+        raise BadDocumentError(f"the value of {key!r} is not a string but {_kind_of(value)}")
+    return value
+
+
+def _kind_of(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}.get(
+        type(value), "a number"
+    )
+
+
+def _pieces(block: bytes, options: InputOptions) -> list[bytes]:
+    if options.separator is None:
+        return [block]
+    pieces = block.split(options.separator.encode())
+    if not pieces[-1]:
+        pieces.pop()
+    return pieces
+
+
+def _from_text(piece: bytes, options: InputOptions) -> Texts:
+    return (_decoded(piece),)
+
+
+def _rows(block: bytes, options: InputOptions) -> Iterable[tuple[bytes | None, ...]]:
+    import pyarrow as pa
+
+    table = pa.ipc.open_stream(block).read_all()
+    # As bytes: Arrow does not promise that its strings are UTF-8.
+    columns = [table.column(key).cast(pa.large_binary()).to_pylist() for key in options.keys]
+    return zip(*columns, strict=True)
+
+
+def _from_row(row: tuple[bytes | None, ...], options: InputOptions) -> Texts:
+    for key, value in zip(options.keys, row, strict=True):
+        if value is None:
+            raise BadDocumentError(f"the value of {key!r} is null")
+    return tuple(_decoded(value) for value in row if value is not None)
+
+
+def _decoded(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise BadDocumentError(f"not UTF-8 (byte {error.start} of the document)") from None
+
+
+_FORMATS: dict[
+    Kind, tuple[Callable[[bytes, InputOptions], Iterable[Any]], Callable[[Any, InputOptions], Texts | None]]
+] = {
+    "jsonl": (_lines, _from_json),
+    "text": (_pieces, _from_text),
+    "parquet": (_rows, _from_row),
+}

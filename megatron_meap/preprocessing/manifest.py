@@ -1,0 +1,104 @@
+"""The manifest: what a dataset was made of and with, in `PREFIX.manifest.json` beside its `.bin` and `.idx`."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX
+
+FORMAT = 1
+
+_HF_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+
+
+def tokenizer_fingerprint(args: Any) -> str:
+    """sha256 of what determines the ids: the tokenizer's files, whatever their names and places.
+
+    Args:
+        args: Megatron-style arguments (`tokenizer_type`, `tokenizer_model`, `vocab_file`, `merge_file`, ...).
+
+    Raises:
+        UsageError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    if args.tokenizer_type == "NullTokenizer":
+        digest.update(f"null {args.vocab_size}".encode())
+    if args.tokenizer_type == "TikTokenizer":
+        cut = (args.tiktoken_pattern or "v2", args.tiktoken_num_special_tokens, args.vocab_size, args.special_tokens)
+        digest.update(repr(cut).encode())
+    for name in (args.tokenizer_model, args.vocab_file, args.merge_file):
+        for path in _vocabulary_files(Path(name)) if name else ():
+            try:
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+            except OSError as error:
+                raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+        if name and not Path(name).exists():
+            digest.update(str(name).encode())  # a name on a hub: nothing here to look into
+    return digest.hexdigest()
+
+
+def _vocabulary_files(path: Path) -> list[Path]:
+    """The files of a tokenizer that hold its vocabulary; the first of a folder's that is complete in itself."""
+    if not path.is_dir():
+        return [path] if path.exists() else []
+    present = [path / name for name in _HF_VOCABULARIES if (path / name).exists()]
+    return present[:1] if present and present[0].name in _HF_VOCABULARIES[:3] else present
+
+
+def read_manifest(prefix: str) -> dict[str, Any] | None:
+    """The manifest of the dataset `prefix`; None where it has none.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    path = Path(prefix + MANIFEST_SUFFIX)
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}; make the dataset again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UsageError(f"{path}: not a manifest of format {FORMAT}; make the dataset again")
+    return manifest
+
+
+def to_bytes(manifest: dict[str, Any]) -> bytes:
+    """The manifest as it is written."""
+    return (json.dumps({"format": FORMAT, **manifest}, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def check_manifest(prefix: str, *, tokenizer_sha256: str | None, vocab_size: int) -> None:
+    """Refuse a dataset that does not fit a training run; without a manifest nothing is known, and nothing refused.
+
+    Args:
+        prefix: as in `--data-path`, without `.bin` or `.idx`.
+        tokenizer_sha256: `tokenizer_fingerprint` of the run's arguments; None does not compare.
+        vocab_size: rows of the model's embedding that have a meaning (mask token included, padding not).
+
+    Raises:
+        UsageError: another tokenizer, ids outside the vocabulary, or a `.bin` that is not the manifest's.
+    """
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        return
+    made_with = manifest["tokenizer"]
+    if tokenizer_sha256 is not None and made_with["sha256"] != tokenizer_sha256:
+        raise UsageError(
+            f"{prefix}: made with another tokenizer ({made_with['type']} {made_with['name']}, "
+            f"sha256 {made_with['sha256'][:12]}) than this run's (sha256 {tokenizer_sha256[:12]}); "
+            "train with that tokenizer, or preprocess the corpus again with this one"
+        )
+    if manifest["max_token_id"] >= vocab_size:
+        raise UsageError(
+            f"{prefix}: holds the token id {manifest['max_token_id']}, but the model's vocabulary has {vocab_size} "
+            "tokens; train with the tokenizer that made the dataset"
+        )
+    for suffix, facts in manifest["files"].items():
+        path = Path(prefix + suffix)
+        if path.exists() and path.stat().st_size != facts["bytes"]:
+            raise UsageError(
+                f"{path}: {path.stat().st_size} bytes, but its manifest says {facts['bytes']}; make the dataset again"
+            )

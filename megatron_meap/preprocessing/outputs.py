@@ -1,0 +1,143 @@
+"""All that a job writes: a dataset for each key, and the report of skipped lines."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.blocks import EncodedBlock
+from megatron_meap.preprocessing.manifest import to_bytes
+from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX, DatasetWriter, Written
+
+REPORT_SUFFIX = ".bad_lines.jsonl"
+
+
+def dataset_prefix(prefix: str, key: str) -> str:
+    """The dataset of one key, named as Megatron-LM's tool names it."""
+    return f"{prefix}_{key}_document"
+
+
+def refuse_existing(prefix: str, keys: tuple[str, ...]) -> None:
+    """Raise a UsageError where a dataset of the job exists already."""
+    for key in keys:
+        for suffix in (".bin", ".idx", MANIFEST_SUFFIX):
+            path = Path(dataset_prefix(prefix, key) + suffix)
+            if path.exists():
+                raise UsageError(f"{path}: exists already; give --overwrite to replace it, or another --output-prefix")
+
+
+@dataclass
+class _Totals:
+    empty: int = 0
+    text_bytes: int = 0
+    largest: int = -1
+
+
+class Outputs:
+    """The files of a job under their temporary names, and its counts, until `publish`."""
+
+    def __init__(
+        self, prefix: str, keys: tuple[str, ...], dtype: type[np.number], state: dict[str, Any] | None = None
+    ) -> None:
+        """Begin, or continue at a `state()` of an earlier run.
+
+        Raises:
+            UsageError: the files cannot be made, or are not those of the earlier run.
+        """
+        starts = {key: Written(**state["written"][key]) if state else None for key in keys}
+        self._writers = {key: DatasetWriter(dataset_prefix(prefix, key), dtype, starts[key]) for key in keys}
+        self._totals = {key: _Totals(**state["totals"][key]) if state else _Totals() for key in keys}
+        self.skipped: int = state["skipped"] if state else 0
+        self.report_path = Path(prefix + REPORT_SUFFIX)
+        self._report = open(f"{self.report_path}.partial", "a+b")  # noqa: SIM115 - closed with the writers
+        self._report.truncate(state["report_bytes"] if state else 0)
+
+    @property
+    def documents(self) -> int:
+        """Documents written so far, of all keys."""
+        return sum(writer.documents for writer in self._writers.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far, of all keys."""
+        return sum(writer.tokens for writer in self._writers.values())
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of text (UTF-8) encoded so far, of all keys."""
+        return sum(total.text_bytes for total in self._totals.values())
+
+    def add(self, block: EncodedBlock) -> None:
+        """Append the documents of one block."""
+        for writer, total, found in zip(self._writers.values(), self._totals.values(), block.keys, strict=True):
+            writer.add(found.tokens, found.lengths)
+            total.empty += found.empty
+            total.text_bytes += found.text_bytes
+            total.largest = max(total.largest, found.largest)
+
+    def add_bad(self, file: str, position: int, reason: str) -> None:
+        """Note a skipped line (row, document), counted from 1."""
+        self.skipped += 1
+        self._report.write(json.dumps({"file": file, "position": position, "reason": reason}).encode() + b"\n")
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to continue from here."""
+        self._report.flush()
+        return {
+            "written": {key: asdict(writer.state()) for key, writer in self._writers.items()},
+            "totals": {key: asdict(total) for key, total in self._totals.items()},
+            "skipped": self.skipped,
+            "report_bytes": self._report.tell(),
+        }
+
+    def publish(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
+        """Complete all files, then give them their names.
+
+        Args:
+            facts: what the manifests say beside the counts, which are added here.
+
+        Returns:
+            The manifests, in the order of the keys.
+
+        Raises:
+            UsageError: a key without a single document.
+        """
+        for key, writer in self._writers.items():
+            if not writer.documents:
+                raise UsageError(
+                    f"no documents for {key!r}: the input held {self._totals[key].empty} empty documents and "
+                    f"{self.skipped} bad lines, and nothing else"
+                )
+        manifests = []
+        for key, writer in self._writers.items():
+            total = self._totals[key]
+            counts = {
+                "dataset": Path(writer.prefix).name,
+                "key": key,
+                "documents": writer.documents,
+                "tokens": writer.tokens,
+                "empty_documents": total.empty,
+                "skipped_lines": self.skipped,
+                "text_bytes": total.text_bytes,
+                "max_token_id": total.largest,
+            }
+            manifests.append({**counts, **facts, "files": writer.finish()})
+        for writer, manifest in zip(self._writers.values(), manifests, strict=True):
+            writer.publish(to_bytes(manifest))
+        self._report.close()
+        if self.skipped:
+            Path(self._report.name).replace(self.report_path)
+        else:
+            Path(self._report.name).unlink()
+        return manifests
+
+    def close(self, *, remove: bool) -> None:
+        """Close everything; `remove` the temporary files too."""
+        for writer in self._writers.values():
+            writer.discard() if remove else writer.close()
+        self._report.close()
+        if remove:
+            Path(self._report.name).unlink(missing_ok=True)

@@ -1,0 +1,250 @@
+"""The whole of preprocessing: input files in, a Megatron dataset for each key out, or nothing at all."""
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import megatron_meap
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.blocks import BlockEncoder
+from megatron_meap.preprocessing.documents import BadDocumentError, documents
+from megatron_meap.preprocessing.encoders import Choice, choose_encoder
+from megatron_meap.preprocessing.journal import Journal
+from megatron_meap.preprocessing.manifest import tokenizer_fingerprint
+from megatron_meap.preprocessing.outputs import Outputs, refuse_existing
+from megatron_meap.preprocessing.progress import Progress
+from megatron_meap.preprocessing.readers import STDIN, InputFile, InputOptions, Kind, find_inputs
+from megatron_meap.preprocessing.reference import Reference, load_reference
+from megatron_meap.preprocessing.workers import WorkerPool
+from megatron_meap.preprocessing.writer import token_dtype
+
+DEFAULT_WORKERS = 8
+"""Most workers that are started unasked: each costs memory, and eight encode faster than one thread can unpack."""
+
+_POSITIONS = {"jsonl": "line", "text": "document", "parquet": "row"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to preprocess, and how."""
+
+    inputs: list[str]
+    """Files, globs, folders, or `-`."""
+
+    output_prefix: str
+    """Each key's dataset is `PREFIX_KEY_document`."""
+
+    options: InputOptions = field(default_factory=InputOptions)
+    append_eod: bool = False
+    prepend_bos: bool = False
+
+    workers: int | None = None
+    """Processes; None takes the cores there are, at most `DEFAULT_WORKERS`."""
+
+    encoder: Choice = "auto"
+    skip_bad_lines: bool = False
+    overwrite: bool = False
+    resume: bool = False
+
+    log_interval: int | None = None
+    """Documents between progress lines; None prints one every few seconds."""
+
+
+def preprocess(job: Job, tokenizer_args: Any) -> list[dict[str, Any]]:
+    """Run a job.
+
+    Args:
+        job: what to preprocess.
+        tokenizer_args: Megatron-style arguments (see `reference.add_tokenizer_flags`).
+
+    Returns:
+        The manifest of each dataset, in the order of the keys.
+
+    Raises:
+        UsageError: anything in the input, the flags or the machine that has to be mended first.
+    """
+    begun = time.monotonic()
+    inputs = find_inputs(job.inputs)
+    _prepare_outputs(job, inputs)
+    reference = load_reference(tokenizer_args)
+    before, after = _around_documents(job, reference)
+    files = _Files(inputs, job.options)
+    encoder, note = choose_encoder(reference, files.sample(), job.encoder)
+    workers = job.workers or min(len(os.sched_getaffinity(0)), DEFAULT_WORKERS)
+    dtype = token_dtype(reference.vocab_size)
+    print(f"encoder: {note}", f"workers: {workers}", sep="\n", file=sys.stderr, flush=True)
+    work = BlockEncoder(reference, encoder, job.options, prefix=before, suffix=after, dtype=dtype, workers=workers)
+    facts = _facts(job, tokenizer_args, reference, encoder.name, before, after)
+    with WorkerPool(work, workers) as pool:
+        journal = Journal(job.output_prefix, {**facts, "inputs": files.identities()}, resume=job.resume)
+        outputs = None
+        try:
+            outputs = Outputs(job.output_prefix, job.options.keys, dtype, journal.last)
+            _encode_all(job, files, pool, outputs, journal)
+            facts = {**facts, "inputs": files.described(), "seconds": round(time.monotonic() - begun, 3)}
+            manifests = outputs.publish(facts)
+        except BaseException as error:
+            keep = journal.last is not None
+            if outputs:
+                outputs.close(remove=not keep)
+            journal.close(remove=not keep)
+            raise _explained(error, job, keep) from error
+        journal.close(remove=True)
+    return manifests
+
+
+def _prepare_outputs(job: Job, inputs: list[str]) -> None:
+    """Everything that can be refused before any work is done."""
+    if job.workers is not None and job.workers < 1:
+        raise UsageError(f"--workers {job.workers}: at least 1")
+    if job.resume and inputs == [STDIN]:
+        raise UsageError("--resume: standard input cannot be read again; give files")
+    if len(set(job.options.keys)) < len(job.options.keys):
+        raise UsageError(f"--json-keys {' '.join(job.options.keys)}: a key is named twice")
+    folder = os.path.dirname(os.path.abspath(job.output_prefix))
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output-prefix {job.output_prefix}: cannot make {folder}: {error.strerror}") from error
+    if not job.overwrite:
+        refuse_existing(job.output_prefix, job.options.keys)
+
+
+def _around_documents(job: Job, reference: Reference) -> tuple[list[int], list[int]]:
+    """Ids before and after every document: the tokenizer's own, BOS and EOD as asked."""
+    before, after = list(reference.prefix), list(reference.suffix)
+    if job.prepend_bos and before[:1] != [reference.bos]:
+        if reference.bos is None:
+            raise UsageError("--prepend-bos: this tokenizer has no BOS token")
+        before.insert(0, reference.bos)
+    if job.append_eod:
+        if reference.eod is None:
+            raise UsageError("--append-eod: this tokenizer has no end-of-document token")
+        after.append(reference.eod)
+    return before, after
+
+
+def _facts(
+    job: Job, args: Any, reference: Reference, encoder: str, before: list[int], after: list[int]
+) -> dict[str, Any]:
+    """What determines the ids of a job: the common part of its manifests and its journal."""
+    named = args.tokenizer_model or args.vocab_file or ""
+    return {
+        "made_by": f"megatron-meap {megatron_meap.__version__}",
+        "tokenizer": {
+            "type": args.tokenizer_type,
+            "name": os.path.basename(os.path.normpath(named)) if named else "",
+            "sha256": tokenizer_fingerprint(args),
+            "vocab_size": reference.vocab_size,
+            "bos": reference.bos,
+            "eod": reference.eod,
+            "unk": reference.unk,
+        },
+        "mask_token": asdict(reference.mask) if reference.mask else None,
+        "encoder": encoder,
+        "flags": {
+            "append_eod": job.append_eod,
+            "prepend_bos": job.prepend_bos,
+            "skip_bad_lines": job.skip_bad_lines,
+            **asdict(job.options),
+        },
+        "before_document": before,
+        "after_document": after,
+        "dtype": token_dtype(reference.vocab_size).__name__,
+    }
+
+
+def _encode_all(job: Job, files: "_Files", pool: Any, outputs: Outputs, journal: Journal) -> None:
+    """Read, encode and write, in order, from the first file that the journal does not call finished."""
+    first = journal.last["finished_files"] if journal.last else 0
+    if first:
+        print(f"resuming after {first} of {len(files.paths)} files", file=sys.stderr, flush=True)
+    progress = Progress(files.total_bytes, every_documents=job.log_interval)
+    current, seen = first, 0
+    try:
+        for (index, kind, consumed), block in pool.map(files.tasks(first)):
+            if index != current:
+                journal.record({"finished_files": index, **outputs.state()})
+                current, seen = index, 0
+            for position, reason in block.bad:
+                where = f"{files.paths[index]}:{seen + position + 1}"
+                if not job.skip_bad_lines:
+                    what = "" if kind == "jsonl" else f" ({_POSITIONS[kind]} {seen + position + 1})"
+                    raise UsageError(f"{where}{what}: {reason}; mend it, or leave such lines out with --skip-bad-lines")
+                outputs.add_bad(files.paths[index], seen + position + 1, reason)
+            seen += block.positions
+            outputs.add(block)
+            progress.update(consumed, outputs.text_bytes, outputs.documents, outputs.tokens)
+    finally:
+        progress.close()
+
+
+def _explained(error: BaseException, job: Job, keep: bool) -> BaseException:
+    """The error for the user: a full disk in words, and how to go on where files are finished."""
+    if isinstance(error, OSError):
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        error = UsageError(f"{error.filename or job.output_prefix}: cannot be written: {what}")
+    if keep and isinstance(error, UsageError):
+        return UsageError(f"{error} (finished input files are kept: go on with --resume)")
+    return error
+
+
+class _Files:
+    """The inputs of a job, opened one after the other."""
+
+    _SAMPLED_FILES, _SAMPLED_DOCUMENTS, _SAMPLED_CHARACTERS = 8, 64, 16_000
+
+    def __init__(self, paths: list[str], options: InputOptions) -> None:
+        self.paths = paths
+        self._options = options
+        self._stdin = InputFile(STDIN, options) if paths == [STDIN] else None
+        self._stats = [] if self._stdin else [os.stat(path) for path in paths]
+        self.total_bytes = sum(stat.st_size for stat in self._stats)
+        self._kinds: dict[int, dict[str, str | None]] = {}
+
+    def identities(self) -> list[list[Any]]:
+        """What tells whether a file is still the one that was read: path, bytes, time of change (ns)."""
+        return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(self.paths, self._stats, strict=False)]
+
+    def described(self) -> list[dict[str, Any]]:
+        """The inputs as a manifest names them."""
+        sizes: list[int | None] = [stat.st_size for stat in self._stats] or [None]
+        return [
+            {"path": path, "bytes": size, **self._kinds.get(index, {})}
+            for index, (path, size) in enumerate(zip(self.paths, sizes, strict=True))
+        ]
+
+    def sample(self) -> list[str]:
+        """Texts from the beginnings of some of the files, spread over all of them."""
+        texts: list[str] = []
+        step = -(-len(self.paths) // self._SAMPLED_FILES)
+        share = max(1, self._SAMPLED_DOCUMENTS // len(self.paths[::step]))
+        for path in self.paths[::step]:
+            file = self._stdin or InputFile(path, self._options)
+            found = [
+                text[: self._SAMPLED_CHARACTERS]
+                for document in documents(file.kind, file.first_block(), self._options)
+                if document and not isinstance(document, BadDocumentError)
+                for text in document
+            ]
+            texts += found[:: -(-len(found) // share)] if found else []
+            if not self._stdin:
+                file.close()
+        return texts
+
+    def tasks(self, first: int) -> Iterator[tuple[tuple[int, Kind, int], tuple[Kind, bytes]]]:
+        """((file, kind, input bytes up to here), (kind, block)) for every block, from file number `first` on."""
+        before = sum(stat.st_size for stat in self._stats[:first])
+        for index in range(first, len(self.paths)):
+            file = self._stdin or InputFile(self.paths[index], self._options)
+            try:
+                self._kinds[index] = {"kind": file.kind, "compression": file.compression}
+                for block in file.blocks():
+                    yield (index, file.kind, before + file.position), (file.kind, block)
+            finally:
+                file.close()
+            before += file.size

@@ -1,0 +1,107 @@
+"""Train a SentencePiece tokenizer in the manner of Llama's, with [MASK] where no text can reach it."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.documents import BadDocumentError, documents
+from megatron_meap.preprocessing.readers import InputFile, InputOptions, find_inputs
+from megatron_meap.tokenizer import MASK_TOKEN
+
+_BYTES_AND_CONTROLS = 256 + 4  # UNK, BOS, EOS and the mask token
+
+
+def train_tokenizer(
+    inputs: list[str],
+    output: str | Path,
+    *,
+    vocab_size: int,
+    key: str = "text",
+    max_bytes: int = 50_000_000,
+    mask_token: str = MASK_TOKEN,
+    pad_token: str | None = None,
+) -> None:
+    """Train a byte-fallback BPE model and write it to `output` (a `.model` file).
+
+    Ids: 0 UNK, 1 BOS, 2 EOS, then padding if asked for, then the mask token, then the bytes and the pieces. No text is
+    normalised: what is encoded comes back as it was (but U+2581, which SentencePiece uses for the space). The mask
+    token is a control symbol, which no text can produce. The same corpus always gives the same file.
+
+    Args:
+        inputs: as for preprocessing: files, globs or folders.
+        output: path of the model.
+        vocab_size: number of ids, all of the above included.
+        key: JSON key or Parquet column of the text.
+        max_bytes: text to train on: documents beyond it are not read.
+        mask_token: how the mask token is written.
+        pad_token: how a padding token is written; None makes none.
+
+    Raises:
+        UsageError: a corpus without text, or too little of it for that many pieces.
+    """
+    import sentencepiece
+
+    least = _BYTES_AND_CONTROLS + (pad_token is not None) + 1
+    if vocab_size < least:
+        raise UsageError(f"--vocab-size {vocab_size}: at least {least}, for the bytes and the special tokens alone")
+    # A list, not an iterator: sentencepiece would hide our errors in its own.
+    lines = list(_lines(find_inputs(inputs), key, max_bytes))
+    if not lines:
+        raise UsageError(f"--input {' '.join(inputs)}: no text in it; give a corpus")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            control_symbols=[mask_token],
+            pad_id=-1 if pad_token is None else 3,
+            pad_piece=pad_token or "<pad>",
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=True,
+            max_sentence_length=1 << 20,
+            num_threads=1,  # written into the model: another number gives another file
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).split("] ")[-1]
+        raise UsageError(f"--vocab-size {vocab_size}: {reason}; give more text, or a smaller vocabulary") from error
+    _write(Path(output), model.getvalue())
+
+
+def _lines(paths: list[str], key: str, max_bytes: int) -> Iterator[str]:
+    """Lines of the documents, without the newlines: these stay single bytes, as in Llama's tokenizer."""
+    options, size = InputOptions((key,)), 0
+    for path in paths:
+        file = InputFile(path, options)
+        seen = 0
+        for block in file.blocks():
+            for document in documents(file.kind, block, options):
+                seen += 1
+                if isinstance(document, BadDocumentError):
+                    raise UsageError(f"{path}:{seen}: {document}")
+                for line in document[0].splitlines() if document else ():
+                    if line:
+                        yield line
+                        size += len(line.encode())
+                if size >= max_bytes:
+                    file.close()
+                    return
+        file.close()
+
+
+def _write(output: Path, model: bytes) -> None:
+    partial = output.with_name(output.name + ".partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(model)
+        partial.replace(output)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"{output}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,173 @@
+"""Megatron's indexed dataset format, written as it grows and under temporary names until it is complete.
+
+The `.bin` file holds the ids of all documents, one after the other. The `.idx` file holds a header, the length (int32)
+and byte offset (int64) of every document, and the document boundaries (int64): here one sequence is one document.
+`tests/unit/test_preprocessing_writer.py` compares both with what Megatron's own builder writes.
+"""
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_meap.errors import UsageError
+
+DTYPE_CODES: dict[int, type[np.number]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+"""The integer types of the format, by the number that stands for them in the index."""
+
+HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, dtype code, number of sequences, number of document boundaries."""
+
+MANIFEST_SUFFIX = ".manifest.json"
+
+MAGIC = b"MMIDIDX\x00\x00"
+_CHUNK = 1 << 20
+
+
+def token_dtype(vocab_size: int) -> type[np.number]:
+    """The type that Megatron takes for a vocabulary: uint16 below 65,500, else int32."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+@dataclass(frozen=True)
+class Written:
+    """How far a dataset has come: enough to continue it."""
+
+    documents: int = 0
+    tokens: int = 0
+    bin_sha256: str = ""
+
+
+class DatasetWriter:
+    """Writes one dataset to `PREFIX.bin` and `PREFIX.idx`.
+
+    Until `publish`, everything stands under `PREFIX.bin.partial` and two names like it. Memory does not grow with the
+    dataset: lengths go to a file too, and the index is made from it piece by piece.
+    """
+
+    def __init__(self, prefix: str, dtype: type[np.number], start: Written | None = None) -> None:
+        """Begin, or continue after `start` what an earlier run left.
+
+        Raises:
+            UsageError: the files cannot be made, or are not those of `start`.
+        """
+        self.prefix = prefix
+        self._dtype = np.dtype(dtype)
+        self._code = next(code for code, known in DTYPE_CODES.items() if known is dtype)
+        self.documents, self.tokens = (start.documents, start.tokens) if start else (0, 0)
+        self._bin_path, self._lengths_path, self._idx_path = (
+            Path(f"{prefix}.{kind}.partial") for kind in ("bin", "lengths", "idx")
+        )
+        try:
+            self._bin = open(self._bin_path, "r+b" if start else "wb")  # noqa: SIM115 - closed by close()
+            self._lengths = open(self._lengths_path, "r+b" if start else "w+b")  # noqa: SIM115
+        except OSError as error:
+            raise UsageError(f"{error.filename}: cannot be written: {error.strerror}") from error
+        self._hash = hashlib.sha256()
+        if start:
+            self._continue_after(start)
+
+    def _continue_after(self, start: Written) -> None:
+        for file, size in ((self._bin, start.tokens * self._dtype.itemsize), (self._lengths, start.documents * 4)):
+            file.seek(0, os.SEEK_END)
+            if file.tell() < size:
+                raise UsageError(f"{file.name}: shorter than the earlier run left it; start without --resume")
+            file.truncate(size)
+            file.seek(0)
+        while chunk := self._bin.read(_CHUNK):
+            self._hash.update(chunk)
+        if self._hash.hexdigest() != start.bin_sha256:
+            raise UsageError(f"{self._bin.name}: not what the earlier run wrote; start without --resume")
+        self._lengths.seek(0, os.SEEK_END)
+
+    def add(self, tokens: bytes, lengths: bytes) -> None:
+        """Append documents: their ids, one after the other, and their lengths (int32)."""
+        self._bin.write(tokens)
+        self._hash.update(tokens)
+        self._lengths.write(lengths)
+        self.documents += len(lengths) // 4
+        self.tokens += len(tokens) // self._dtype.itemsize
+
+    def state(self) -> Written:
+        """How far it has come; what was added is with the operating system afterwards."""
+        self._bin.flush()
+        self._lengths.flush()
+        return Written(self.documents, self.tokens, self._hash.copy().hexdigest())
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """Write the index and force both files to disk, still under their temporary names.
+
+        Returns:
+            For `.bin` and `.idx`: bytes and sha256.
+        """
+        self._bin.flush()
+        os.fsync(self._bin.fileno())
+        idx_hash, idx_bytes = hashlib.sha256(), 0
+        with open(self._idx_path, "wb") as file:
+            for piece in self._index():
+                file.write(piece)
+                idx_hash.update(piece)
+                idx_bytes += len(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        return {
+            ".bin": {"bytes": self.tokens * self._dtype.itemsize, "sha256": self._hash.hexdigest()},
+            ".idx": {"bytes": idx_bytes, "sha256": idx_hash.hexdigest()},
+        }
+
+    def _index(self):  # type: ignore[no-untyped-def]
+        """The bytes of the index, in pieces."""
+        yield HEADER.pack(MAGIC, 1, self._code, self.documents, self.documents + 1)
+        self._lengths.seek(0)
+        while chunk := self._lengths.read(_CHUNK):
+            yield chunk
+        self._lengths.seek(0)
+        offset = 0
+        while chunk := self._lengths.read(_CHUNK):
+            ends = offset + np.cumsum(np.frombuffer(chunk, np.int32), dtype=np.int64) * self._dtype.itemsize
+            yield np.concatenate(([offset], ends[:-1])).astype(np.int64).tobytes()
+            offset = int(ends[-1])
+        for first in range(0, self.documents + 1, _CHUNK):
+            yield np.arange(first, min(first + _CHUNK, self.documents + 1), dtype=np.int64).tobytes()
+
+    def publish(self, manifest: bytes) -> None:
+        """Give the finished files their names, the manifest beside them.
+
+        The index comes last, and no old index ever stands beside a new `.bin`.
+        """
+        partial = Path(self.prefix + ".manifest.partial")
+        with open(partial, "wb") as file:
+            file.write(manifest)
+            file.flush()
+            os.fsync(file.fileno())
+        for suffix in (".idx", MANIFEST_SUFFIX):
+            Path(self.prefix + suffix).unlink(missing_ok=True)
+        self._bin_path.replace(self.prefix + ".bin")
+        partial.replace(self.prefix + MANIFEST_SUFFIX)
+        self._idx_path.replace(self.prefix + ".idx")
+        sync_folder(self.prefix)
+        self.discard()
+
+    def close(self) -> None:
+        """Close the temporary files and leave them."""
+        self._bin.close()
+        self._lengths.close()
+
+    def discard(self) -> None:
+        """Remove what is left of the temporary files."""
+        self.close()
+        for path in (self._bin_path, self._lengths_path, self._idx_path, Path(self.prefix + ".manifest.partial")):
+            path.unlink(missing_ok=True)
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in a file's folder survive a power cut."""
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
