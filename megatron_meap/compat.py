@@ -32,12 +32,14 @@ def _use_shipped_dataset_helpers() -> None:
 
 
 def _resume_distributed_optimizer_without_te() -> None:
-    """Resuming with `--use-distributed-optimizer` and PyTorch's AdamW fails, and would count its steps wrongly.
+    """Resuming with `--use-distributed-optimizer` and PyTorch's AdamW fails, and once mended counts wrong steps.
 
-    `DistributedOptimizer.state_dict` asserts that the optimiser has stepped, but is also called to load into a fresh
-    one; and `load_state_dict` gives all parameters one shared step tensor, which AdamW then increments once per
-    parameter. (Transformer Engine's and Apex's optimisers keep the step in the parameter group.) In fp32 it also
-    copies into views of parameters that require a gradient, which PyTorch refuses.
+    - `state_dict` asserts that the optimiser has stepped, but is also called to load into a fresh one.
+    - `load_state_dict` gives all parameters one shared step tensor, which AdamW increments once per parameter, and
+      then overwrites it with the step of the fresh optimiser, 0: the bias correction starts anew.
+    - In fp32 it copies into views of parameters that require a gradient, which PyTorch refuses.
+
+    (Transformer Engine's and Apex's optimisers keep the step in the parameter group.)
     """
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -61,8 +63,7 @@ def _resume_distributed_optimizer_without_te() -> None:
     def load_with_own_steps(self: Any, loaded: dict) -> None:
         load_state_dict(self, loaded)
         for state in self.optimizer.state.values():
-            if torch.is_tensor(state.get("step")):
-                state["step"] = state["step"].clone()
+            state["step"] = torch.tensor(float(loaded["optimizer"]["param_groups"][0]["step"]))
 
     DistributedOptimizer.state_dict = state_dict_of_fresh_optimizer
     DistributedOptimizer.load_state_dict = load_with_own_steps
