@@ -20,11 +20,11 @@ def dataset_prefix(prefix: str, key: str) -> str:
     return f"{prefix}_{key}_document"
 
 
-def refuse_existing(prefix: str, keys: tuple[str, ...]) -> None:
-    """Raise a UsageError where a dataset of the job exists already."""
-    for key in keys:
+def refuse_existing(prefixes: list[str]) -> None:
+    """Raise a UsageError where one of the datasets exists already."""
+    for prefix in prefixes:
         for suffix in (".bin", ".idx", MANIFEST_SUFFIX):
-            path = Path(dataset_prefix(prefix, key) + suffix)
+            path = Path(prefix + suffix)
             if path.exists():
                 raise UsageError(f"{path}: exists already; give --overwrite to replace it, or another --output-prefix")
 

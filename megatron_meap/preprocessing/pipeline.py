@@ -13,14 +13,14 @@ from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.blocks import BlockEncoder
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
 from megatron_meap.preprocessing.encoders import Choice, choose_encoder
+from megatron_meap.preprocessing.index import token_dtype
 from megatron_meap.preprocessing.journal import Journal
 from megatron_meap.preprocessing.manifest import tokenizer_fingerprint
-from megatron_meap.preprocessing.outputs import Outputs, refuse_existing
+from megatron_meap.preprocessing.outputs import Outputs, dataset_prefix, refuse_existing
 from megatron_meap.preprocessing.progress import Progress
 from megatron_meap.preprocessing.readers import STDIN, InputFile, InputOptions, Kind, find_inputs
 from megatron_meap.preprocessing.reference import Reference, load_reference
 from megatron_meap.preprocessing.workers import WorkerPool
-from megatron_meap.preprocessing.writer import token_dtype
 
 DEFAULT_WORKERS = 8
 """Most workers that are started unasked: each costs memory, and eight encode faster than one thread can unpack."""
@@ -111,7 +111,7 @@ def _prepare_outputs(job: Job, inputs: list[str]) -> None:
     except OSError as error:
         raise UsageError(f"--output-prefix {job.output_prefix}: cannot make {folder}: {error.strerror}") from error
     if not job.overwrite:
-        refuse_existing(job.output_prefix, job.options.keys)
+        refuse_existing([dataset_prefix(job.output_prefix, key) for key in job.options.keys])
 
 
 def _around_documents(job: Job, reference: Reference) -> tuple[list[int], list[int]]:

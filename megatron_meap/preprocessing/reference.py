@@ -57,10 +57,10 @@ class Reference:
     """The mask token; None for a NullTokenizer."""
 
 
-def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
+def add_tokenizer_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add Megatron-LM's tokenizer flags, with its names and defaults (declared here: importing its parser is slow)."""
     group = parser.add_argument_group("tokenizer, as for training")
-    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=True)
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=required)
     group.add_argument("--tokenizer-model", help="SentencePiece .model, Hugging Face folder, or tiktoken JSON file")
     group.add_argument("--vocab-file", help="vocabulary of a BPE tokenizer")
     group.add_argument("--merge-file", help="merges of a BPE tokenizer")

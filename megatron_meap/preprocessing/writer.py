@@ -1,13 +1,12 @@
-"""Megatron's indexed dataset format, written as it grows and under temporary names until it is complete.
+"""A dataset's files, written as they grow and under temporary names until they are complete.
 
-The `.bin` file holds the ids of all documents, one after the other. The `.idx` file holds a header, the length (int32)
-and byte offset (int64) of every document, and the document boundaries (int64): here one sequence is one document.
-`tests/unit/test_preprocessing_writer.py` compares both with what Megatron's own builder writes.
+The `.bin` file holds the ids of all documents, one after the other; `index` says what the `.idx` file holds.
+`tests/unit/test_preprocessing_dataset.py` compares both with what Megatron's own builder writes.
 """
 
 import hashlib
 import os
-import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,9 @@ from typing import Any
 import numpy as np
 
 from megatron_meap.errors import UsageError
-
-DTYPE_CODES: dict[int, type[np.number]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-"""The integer types of the format, by the number that stands for them in the index."""
-
-HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, dtype code, number of sequences, number of document boundaries."""
+from megatron_meap.preprocessing.index import CHUNK, index_bytes
 
 MANIFEST_SUFFIX = ".manifest.json"
-
-MAGIC = b"MMIDIDX\x00\x00"
-_CHUNK = 1 << 20
-
-
-def token_dtype(vocab_size: int) -> type[np.number]:
-    """The type that Megatron takes for a vocabulary: uint16 below 65,500, else int32."""
-    return np.uint16 if vocab_size < 65500 else np.int32
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,6 @@ class DatasetWriter:
         """
         self.prefix = prefix
         self._dtype = np.dtype(dtype)
-        self._code = next(code for code, known in DTYPE_CODES.items() if known is dtype)
         self.documents, self.tokens = (start.documents, start.tokens) if start else (0, 0)
         self._bin_path, self._lengths_path, self._idx_path = (
             Path(f"{prefix}.{kind}.partial") for kind in ("bin", "lengths", "idx")
@@ -78,7 +63,7 @@ class DatasetWriter:
                 raise UsageError(f"{file.name}: shorter than the earlier run left it; start without --resume")
             file.truncate(size)
             file.seek(0)
-        while chunk := self._bin.read(_CHUNK):
+        while chunk := self._bin.read(1 << 20):
             self._hash.update(chunk)
         if self._hash.hexdigest() != start.bin_sha256:
             raise UsageError(f"{self._bin.name}: not what the earlier run wrote; start without --resume")
@@ -98,8 +83,12 @@ class DatasetWriter:
         self._lengths.flush()
         return Written(self.documents, self.tokens, self._hash.copy().hexdigest())
 
-    def finish(self) -> dict[str, dict[str, Any]]:
+    def finish(self, boundaries: Iterator[np.ndarray] | None = None, documents: int | None = None) -> dict[str, Any]:
         """Write the index and force both files to disk, still under their temporary names.
+
+        Args:
+            boundaries: as for `index_bytes`, where a document may be several of the sequences that were added.
+            documents: their number, with `boundaries`.
 
         Returns:
             For `.bin` and `.idx`: bytes and sha256.
@@ -108,7 +97,7 @@ class DatasetWriter:
         os.fsync(self._bin.fileno())
         idx_hash, idx_bytes = hashlib.sha256(), 0
         with open(self._idx_path, "wb") as file:
-            for piece in self._index():
+            for piece in index_bytes(self._dtype, self.documents, self._stored_lengths, boundaries, documents):
                 file.write(piece)
                 idx_hash.update(piece)
                 idx_bytes += len(piece)
@@ -119,35 +108,27 @@ class DatasetWriter:
             ".idx": {"bytes": idx_bytes, "sha256": idx_hash.hexdigest()},
         }
 
-    def _index(self):  # type: ignore[no-untyped-def]
-        """The bytes of the index, in pieces."""
-        yield HEADER.pack(MAGIC, 1, self._code, self.documents, self.documents + 1)
+    def _stored_lengths(self) -> Iterator[np.ndarray]:
         self._lengths.seek(0)
-        while chunk := self._lengths.read(_CHUNK):
-            yield chunk
-        self._lengths.seek(0)
-        offset = 0
-        while chunk := self._lengths.read(_CHUNK):
-            ends = offset + np.cumsum(np.frombuffer(chunk, np.int32), dtype=np.int64) * self._dtype.itemsize
-            yield np.concatenate(([offset], ends[:-1])).astype(np.int64).tobytes()
-            offset = int(ends[-1])
-        for first in range(0, self.documents + 1, _CHUNK):
-            yield np.arange(first, min(first + _CHUNK, self.documents + 1), dtype=np.int64).tobytes()
+        while chunk := self._lengths.read(4 * CHUNK):
+            yield np.frombuffer(chunk, np.int32)
 
-    def publish(self, manifest: bytes) -> None:
-        """Give the finished files their names, the manifest beside them.
+    def publish(self, manifest: bytes | None) -> None:
+        """Give the finished files their names, the manifest (where there is one) beside them.
 
         The index comes last, and no old index ever stands beside a new `.bin`.
         """
         partial = Path(self.prefix + ".manifest.partial")
-        with open(partial, "wb") as file:
-            file.write(manifest)
-            file.flush()
-            os.fsync(file.fileno())
+        if manifest is not None:
+            with open(partial, "wb") as file:
+                file.write(manifest)
+                file.flush()
+                os.fsync(file.fileno())
         for suffix in (".idx", MANIFEST_SUFFIX):
             Path(self.prefix + suffix).unlink(missing_ok=True)
         self._bin_path.replace(self.prefix + ".bin")
-        partial.replace(self.prefix + MANIFEST_SUFFIX)
+        if manifest is not None:
+            partial.replace(self.prefix + MANIFEST_SUFFIX)
         self._idx_path.replace(self.prefix + ".idx")
         sync_folder(self.prefix)
         self.discard()

@@ -1,0 +1,127 @@
+"""Several datasets made one, their documents one after the other."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import megatron_meap
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.index import CHUNK, Index, read_index
+from megatron_meap.preprocessing.manifest import read_manifest, to_bytes
+from megatron_meap.preprocessing.outputs import refuse_existing
+from megatron_meap.preprocessing.writer import DatasetWriter
+
+_SUMMED = ("documents", "tokens", "empty_documents", "skipped_lines", "text_bytes")
+_COMMON = ("tokenizer", "mask_token", "before_document", "after_document", "dtype")
+
+
+def find_datasets(inputs: list[str]) -> list[str]:
+    """Prefixes of datasets: as they are given, and of all datasets in a folder that is given, by name.
+
+    Raises:
+        UsageError: a folder without datasets, or one named twice.
+    """
+    found: list[str] = []
+    for name in inputs:
+        if Path(name).is_dir():
+            inside = sorted(str(path.with_suffix("")) for path in Path(name).glob("*.idx"))
+            if not inside:
+                raise UsageError(f"--input {name}: no dataset (.idx) in this folder")
+            found += inside
+        else:
+            found.append(name)
+    for name in found:
+        if found.count(name) > 1:
+            raise UsageError(f"--input {name}: named twice, so its documents would be in the dataset twice")
+    return found
+
+
+def merge_datasets(prefixes: list[str], output_prefix: str, *, overwrite: bool = False) -> dict[str, Any] | None:
+    """Write the documents of all datasets, in that order, to one; all or nothing.
+
+    Returns:
+        The manifest of the merged dataset; None where one of the inputs has none, and so neither has the result.
+
+    Raises:
+        UsageError: datasets that are damaged, or made with different tokenizers or flags.
+    """
+    begun = time.monotonic()
+    if not overwrite:
+        refuse_existing([output_prefix])
+    if output_prefix in prefixes:
+        raise UsageError(f"--output-prefix {output_prefix}: is one of the inputs; name another")
+    indexes = [read_index(prefix) for prefix in prefixes]
+    for prefix, index in zip(prefixes, indexes, strict=True):
+        if index.dtype != indexes[0].dtype:
+            raise UsageError(
+                f"{prefix}: holds {index.dtype}, but {prefixes[0]} {indexes[0].dtype}: different tokenizers"
+            )
+    manifests = _compatible_manifests(prefixes)
+    try:
+        Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
+        writer = DatasetWriter(output_prefix, indexes[0].dtype.type)
+        try:
+            for prefix, index in zip(prefixes, indexes, strict=True):
+                _append(writer, prefix, index)
+            files = writer.finish(_boundaries(indexes), sum(index.documents for index in indexes))
+            manifest = (
+                _merged(manifests, prefixes, output_prefix, files, time.monotonic() - begun) if manifests else None
+            )
+            writer.publish(to_bytes(manifest) if manifest else None)
+        finally:
+            writer.discard()
+    except OSError as error:
+        raise UsageError(f"{error.filename or output_prefix}: cannot be written: {error.strerror}") from error
+    return manifest
+
+
+def _compatible_manifests(prefixes: list[str]) -> list[dict[str, Any]] | None:
+    """The manifests of all; None where one is missing."""
+    manifests = {prefix: manifest for prefix in prefixes if (manifest := read_manifest(prefix))}
+    for prefix, manifest in manifests.items():
+        first, other = next(iter(manifests.items()))
+        if manifest["tokenizer"]["sha256"] != other["tokenizer"]["sha256"]:
+            raise UsageError(f"{prefix}: made with another tokenizer than {first}; preprocess one of them again")
+        for name in _COMMON:
+            if name != "tokenizer" and manifest[name] != other[name]:
+                raise UsageError(f"{prefix}: {name} {manifest[name]}, but {other[name]} in {first}; cannot be merged")
+    return list(manifests.values()) if len(manifests) == len(prefixes) else None
+
+
+def _append(writer: DatasetWriter, prefix: str, index: Index) -> None:
+    with open(prefix + ".bin", "rb") as file:
+        while chunk := file.read(CHUNK * index.dtype.itemsize):
+            writer.add(chunk, b"")
+    for first in range(0, len(index.lengths), CHUNK):
+        writer.add(b"", index.lengths[first : first + CHUNK].tobytes())
+
+
+def _boundaries(indexes: list[Index]) -> Iterator[np.ndarray]:
+    """Document boundaries of all datasets together."""
+    yield np.zeros(1, np.int64)
+    sequences = 0
+    for index in indexes:
+        for first in range(1, len(index.boundaries), CHUNK):
+            yield sequences + index.boundaries[first : first + CHUNK]
+        sequences += len(index.lengths)
+
+
+def _merged(
+    manifests: list[dict[str, Any]], prefixes: list[str], output_prefix: str, files: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    return {
+        "dataset": Path(output_prefix).name,
+        **{name: sum(manifest[name] for manifest in manifests) for name in _SUMMED},
+        "max_token_id": max(manifest["max_token_id"] for manifest in manifests),
+        "made_by": f"megatron-meap {megatron_meap.__version__}",
+        **{name: manifests[0][name] for name in _COMMON},
+        "inputs": [
+            {"path": prefix, "documents": manifest["documents"], "files": manifest["files"]}
+            for prefix, manifest in zip(prefixes, manifests, strict=True)
+        ],
+        "seconds": round(seconds, 3),
+        "files": files,
+    }
