@@ -4,8 +4,9 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import sys
+import traceback
 from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Callable
 
 from megatron_meap import device
 from megatron_meap.errors import UsageError
@@ -72,12 +73,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="mask nothing during this last share of the training samples (default: %(default)s)",
     )
     group.add_argument(
+        "--meap-allow-changed-settings",
+        action="store_true",
+        help="resume from a checkpoint that was trained with other masks (default: refused)",
+    )
+    group.add_argument(
+        "--meap-refuse-damaged-checkpoint",
+        action="store_true",
+        help="refuse to start where the newest checkpoint is damaged (default: warn and take the newest good one)",
+    )
+    group.add_argument(
+        "--meap-keep-last",
+        type=int,
+        metavar="N",
+        help="keep only the last N checkpoints, and those at multiples of --meap-keep-every (default: keep all)",
+    )
+    group.add_argument(
+        "--meap-keep-every",
+        type=int,
+        metavar="ITERATIONS",
+        help="with --meap-keep-last: keep the checkpoints at multiples of this for good",
+    )
+    group.add_argument(
         "--fp32",
         action="store_true",
         help="train in 32-bit floats (a GPU does so without --bf16 or --fp16; on a CPU with bf16 matrix units bf16 is "
         "the default)",
     )
-    parser.set_defaults(create_attention_mask_in_dataloader=False, **_local_defaults())
+    parser.set_defaults(
+        create_attention_mask_in_dataloader=False,  # attention is causal without it
+        verify_integrity=True,  # torn and corrupted checkpoints are detected
+        exit_signal_handler=True,
+        async_strategy="nvrx" if importlib.util.find_spec("nvidia_resiliency_ext") else "mcore",
+        **_local_defaults(),
+    )
     return parser
 
 
@@ -121,12 +150,12 @@ def parse_arguments() -> Namespace:
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
     args.create_attention_mask_in_dataloader |= args.reset_attention_mask  # then it is more than the causal one
     _explain(lambda: validate_args(args))
-    set_global_variables(args, build_tokenizer=False)
+    _explain(lambda: set_global_variables(args, build_tokenizer=False))
     _set_tokenizer(args)
     return args
 
 
-def _explain(validate) -> None:  # type: ignore[no-untyped-def]
+def _explain(validate: Callable[[], None]) -> None:
     """Run a check of Megatron's; say its failed assertion in one line, since those are about flags."""
     try:
         validate()
@@ -137,8 +166,6 @@ def _explain(validate) -> None:  # type: ignore[no-untyped-def]
 
 def _source_line(error: BaseException) -> str:
     """The failed assertion itself, for those that Megatron leaves without a message."""
-    import traceback
-
     frames = traceback.extract_tb(error.__traceback__)
     return frames[-1].line or type(error).__name__
 
@@ -171,6 +198,12 @@ def _validate_meap(args: Namespace) -> None:
         args.meap_protect_special_tokens = args.meap_mask_strategy != "official"
     if args.sft:
         raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; run Megatron's pretrain_gpt.py")
+    if args.meap_keep_last is not None and args.meap_keep_last < 1:
+        raise UsageError(f"--meap-keep-last {args.meap_keep_last}: must be at least 1")
+    if args.meap_keep_every is not None and args.meap_keep_last is None:
+        raise UsageError("--meap-keep-every: needs --meap-keep-last, without which all checkpoints are kept")
+    if args.meap_keep_last is not None and args.save_retain_interval is not None:
+        raise UsageError("--meap-keep-last: contradicts --save-retain-interval; use --meap-keep-every instead")
     if args.meap_mask_ratio == 0:
         return
     if args.dataloader_type not in (None, "single"):
@@ -255,11 +288,3 @@ def masking_from(args: Namespace, split: str) -> Masking | None:
         args.meap_span_length,
         args.global_batch_size if split == "train" else args.eval_global_batch_size,
     )
-
-
-def on_first_rank(message: str) -> None:
-    """Print a line once per job, on rank 0."""
-    import os
-
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stdout, flush=True)

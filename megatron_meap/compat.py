@@ -3,17 +3,34 @@
 A mend that a later release no longer needs is deleted here and nowhere else.
 """
 
+import functools
+import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
+_KNOWN_WARNINGS = (
+    ".*Apex (is|are) not installed.*",  # our local layers take their place
+    ".*Only transformer-engine.*supports MoE experts.*",
+    ".*torch.distributed is disabled, unavailable or uninitialized.*",  # one process reads a checkpoint
+    ".*Could not determine rank.*",
+)
+
+
+def silence_known_warnings() -> None:
+    """Pass over what Megatron warns of while it is imported and what its users can do nothing about."""
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(lambda record: "DEPRECATED" not in record.msg)
+
+
 def apply() -> None:
     """Apply all mends; doing it twice is doing it once. Megatron must be importable (`device.prepare`)."""
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
-    warnings.filterwarnings("ignore", message=".*Only transformer-engine.*supports MoE experts.*")
     _use_shipped_dataset_helpers()
+    _verify_checkpoints_once()
     _resume_distributed_optimizer_without_te()
 
 
@@ -68,3 +85,29 @@ def _resume_distributed_optimizer_without_te() -> None:
     DistributedOptimizer.state_dict = state_dict_of_fresh_optimizer
     DistributedOptimizer.load_state_dict = load_with_own_steps
     DistributedOptimizer.meap_mended = True
+
+
+def _verify_checkpoints_once() -> None:
+    """`--verify-integrity` hashes a checkpoint while loading it, and fails for one that was saved without hashes.
+
+    Our preflight has verified the checkpoint by then, and chosen another one where it was damaged.
+    """
+    from megatron.core.dist_checkpointing import serialization
+
+    serialization.verify_integrity_manifest = lambda _: None
+
+
+def after_each_save(follow_up: Callable[[], None]) -> None:
+    """Call `follow_up` on rank 0 whenever the trainer has saved a checkpoint: Megatron has no hook there."""
+    from megatron.training import training
+
+    save = getattr(training.save_checkpoint, "meap_original", training.save_checkpoint)
+
+    @functools.wraps(save)
+    def save_and_follow_up(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        if torch.distributed.get_rank() == 0:
+            follow_up()
+
+    save_and_follow_up.meap_original = save  # type: ignore[attr-defined]
+    training.save_checkpoint = save_and_follow_up

@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from megatron_meap import compat
 from megatron_meap.errors import UsageError
 
 
@@ -16,6 +17,7 @@ def prepare() -> bool:
     Returns:
         True where the CPU trains.
     """
+    compat.silence_known_warnings()
     choice = os.environ.get("MEAP_DEVICE", "auto")
     if choice not in ("auto", "cpu", "cuda"):
         raise UsageError(f"MEAP_DEVICE={choice}: expected auto, cpu or cuda")

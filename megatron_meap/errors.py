@@ -1,8 +1,14 @@
 """What is wrong with the user's input, said in one line: a traceback is for our own bugs only."""
 
+import errno
 import os
 import sys
+import time
 from collections.abc import Callable
+
+# Mostly all ranks meet the same error: rank 0 says it and leaves, whereupon torchrun ends the others before they
+# repeat it. An error of another rank alone is said by that rank, a little later.
+_RANK_ZERO_SPEAKS_FIRST_S = 3.0
 
 
 class UsageError(Exception):
@@ -10,6 +16,15 @@ class UsageError(Exception):
 
     The message is one line that names the file or flag, says what is wrong with it and what to do.
     """
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an exception comes from a disk without space, however many others have been wrapped around it."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def run(main: Callable[[], None]) -> None:
@@ -20,7 +35,11 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_RANK_ZERO_SPEAKS_FIRST_S)
+        # A data loader's worker process sends its traceback along; the last line is the message.
+        message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UsageError: ")
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -1,9 +1,13 @@
 """The seam to Megatron's trainer: the model's configuration, the forward step, the loss and its report."""
 
+import os
+import signal
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from megatron.core.enums import ModelType
@@ -11,15 +15,18 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
-from megatron.training import get_args, get_timers, pretrain
+from megatron.training import get_args, get_timers, global_vars, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
-from megatron_meap import compat
+from megatron_meap import compat, device, preflight
 from megatron_meap.arguments import parse_arguments
 from megatron_meap.batches import datasets_provider, get_batch
+from megatron_meap.checkpoint import latest
+from megatron_meap.errors import UsageError, is_disk_full
 from megatron_meap.layers import local_block_spec
+from megatron_meap.signals import EXIT_STOPPED, StopRequest
 
 MASKED_LOSS = "lm loss masked inputs"
 CLEAN_LOSS = "lm loss clean inputs"
@@ -28,16 +35,67 @@ stimer = StragglerDetector()
 
 
 def run() -> None:
-    """Pretrain as the command line says."""
+    """Pretrain as the command line says; end with status 75 where a signal stopped the job."""
+    args, store = prepare()
+    stop = StopRequest().install()
+    global_vars._GLOBAL_SIGNAL_HANDLER = stop
+    if args.meap_keep_last is not None:
+        compat.after_each_save(partial(latest.prune, Path(args.save), args.meap_keep_last, args.meap_keep_every))
+    if args.rank == 0 and device.is_cpu():
+        from megatron_meap.cpu import describe
+
+        print(describe(), flush=True)
+    try:
+        _pretrain(args, store)
+    except SystemExit:  # Megatron's own way out of the training loop
+        if stop.stopping:
+            _leave_stopped(args, stop)
+        raise
+
+
+def prepare() -> tuple[Namespace, torch.distributed.Store | None]:
+    """Parse and check the command line: the arguments, and the store over which the ranks met to do so."""
+    _run_alone_without_launcher()
     compat.apply()
     args = parse_arguments()
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config(args)),
-        datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        get_embedding_ranks=embedding_ranks,
-    )
+    return args, preflight.check(args)
+
+
+def _pretrain(args: Namespace, store: torch.distributed.Store | None) -> None:
+    """Hand over to Megatron's trainer."""
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config(args)),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            get_embedding_ranks=embedding_ranks,
+            store=store,
+        )
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        complete = latest.pointer(Path(args.save)) or "none"
+        raise UsageError(
+            f"--save {args.save}: the disk is full; the last complete checkpoint is that of iteration {complete}: free "
+            "some space and run the same command to go on from it"
+        ) from error
+
+
+def _run_alone_without_launcher() -> None:
+    """Let `python pretrain_gpt_meap.py` be a job of one process, as torchrun would start it."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+
+
+def _leave_stopped(args: Namespace, stop: StopRequest) -> NoReturn:
+    """Say what a signal has led to, and leave with the status that means so."""
+    if args.rank == 0:
+        name = signal.Signals(stop.received or 0).name
+        saved = f"checkpoint in {args.save}; the same command goes on" if args.save else "nothing saved: no --save"
+        print(f"stopped by {name} after iteration {args.curr_iteration}: {saved}", flush=True)
+    sys.exit(EXIT_STOPPED)
 
 
 def model_config(args: Namespace) -> Any:

@@ -66,3 +66,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         builder.add_document(torch.tensor(ids), [len(ids)])
     builder.finalize(str(folder / "text_document.idx"))
     return Corpus(str(folder / "tokenizer.model"), str(folder / "text_document"), documents)
+
+
+@pytest.fixture(scope="session")
+def huggingface_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer as Hugging Face keeps it, with <eos> and the tokens of fill-in-the-middle."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<eos>", "<prefix>", "<middle>", "<suffix>", "<pad>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
+    model.train_from_iterator(pydoc_data.topics.topics.values(), trainer)
+    folder = tmp_path_factory.mktemp("huggingface")
+    PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>").save_pretrained(folder)
+    return folder

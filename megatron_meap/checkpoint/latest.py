@@ -1,0 +1,146 @@
+"""Which checkpoint of a directory a run starts from: the newest that is complete and undamaged.
+
+Megatron writes `latest_checkpointed_iteration.txt` after a save has finished, and with `--verify-integrity` (our
+default) a SHA-256 of every file beside it. Here both are read *before* Megatron loads: a torn or corrupted checkpoint
+is named, and the newest good one is taken instead, or the start is refused.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_meap.errors import UsageError
+
+POINTER = "latest_checkpointed_iteration.txt"
+_DIRECTORY = re.compile(r"iter_(\d{7,})")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint to start from."""
+
+    iteration: int
+    """Its iteration; 0 for a `release` checkpoint."""
+
+    path: Path
+
+    warning: str | None = None
+    """Why it is not the newest one, in one line."""
+
+
+def iterations(folder: Path) -> list[int]:
+    """Iterations that have a directory in a checkpoint folder, ascending; complete or not."""
+    found = (_DIRECTORY.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def directory(folder: Path, iteration: int) -> Path:
+    """Directory of one iteration, as Megatron names it."""
+    return folder / f"iter_{iteration:07d}"
+
+
+def pointer(folder: Path) -> str | None:
+    """What the pointer file says: an iteration or `release`; None where there is none or it is torn."""
+    try:
+        text = (folder / POINTER).read_text().strip()
+    except FileNotFoundError:
+        return None
+    return text if text == "release" or text.isdigit() else None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint directory, in a few words that name the file; None where nothing is known to be.
+
+    A checkpoint without recorded hashes (made by Megatron without `--verify-integrity`) is checked for its parts only.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME, verify_integrity_manifest
+
+    if not path.is_dir():
+        return "the directory is missing"
+    if (path / INTEGRITY_FNAME).exists():
+        try:
+            verify_integrity_manifest(str(path))
+        except CheckpointingException as error:
+            return "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        except (json.JSONDecodeError, KeyError):
+            return f"{INTEGRITY_FNAME} is torn"
+        return None
+    if any(path.glob("mp_rank_*")):  # the legacy format, which records nothing
+        return None
+    missing = [name for name in ("metadata.json", ".metadata") if not (path / name).exists()]
+    return f"{missing[0]} is missing" if missing else None
+
+
+def choose(folder: Path, step: int | None, refuse_damaged: bool) -> Choice | None:
+    """The checkpoint to load from a folder, or None where the folder holds none.
+
+    Args:
+        folder: what `--load` names.
+        step: the iteration asked for by `--ckpt-step`; it is taken or refused, never replaced.
+        refuse_damaged: refuse to start where the newest checkpoint is damaged, instead of taking an older one.
+
+    Raises:
+        UsageError: no checkpoint of the folder can be used.
+    """
+    if not folder.is_dir():
+        return None
+    newest = pointer(folder)
+    if newest == "release":
+        return Choice(0, folder / "release")
+    if step is not None:
+        if wrong := damage(directory(folder, step)):
+            raise UsageError(f"--ckpt-step {step}: {directory(folder, step)} cannot be used: {wrong}")
+        return Choice(step, directory(folder, step))
+    saved = iterations(folder)
+    torn_pointer = newest is None and (folder / POINTER).exists()
+    if newest is None and not torn_pointer:
+        return None
+    if newest is not None:
+        saved = [iteration for iteration in saved if iteration <= int(newest)]
+        if int(newest) not in saved:
+            saved.append(int(newest))
+    problems = [f"{folder / POINTER} is torn"] if torn_pointer else []
+    for iteration in reversed(saved):
+        path = directory(folder, iteration)
+        wrong = damage(path)
+        if wrong is None:
+            warning = f"{'; '.join(problems)}; starting from iteration {iteration} instead" if problems else None
+            return Choice(iteration, path, warning)
+        problems.append(f"checkpoint {path} is damaged: {wrong}")
+        if refuse_damaged:
+            raise UsageError(
+                f"--load: {problems[-1]}; drop --meap-refuse-damaged-checkpoint to start from an older one"
+            )
+    raise UsageError(f"--load {folder}: no usable checkpoint: {'; '.join(problems)}; start anew in another --save")
+
+
+def set_pointer(folder: Path, iteration: int) -> None:
+    """Let the pointer name this iteration: whole or not at all, whatever happens meanwhile."""
+    temporary = folder / f"{POINTER}.tmp"
+    with open(temporary, "w") as file:
+        file.write(str(iteration))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / POINTER)
+
+
+def prune(folder: Path, keep_last: int, keep_every: int | None) -> list[int]:
+    """Delete old checkpoints: all but the last `keep_last` complete ones and those at multiples of `keep_every`.
+
+    What lies beyond the pointer (a save in progress, or a torn one) is left alone.
+
+    Returns:
+        The iterations deleted.
+    """
+    newest = pointer(folder)
+    if newest is None or newest == "release":
+        return []
+    complete = [iteration for iteration in iterations(folder) if iteration <= int(newest)]
+    old = [each for each in complete[:-keep_last] if not (keep_every and each % keep_every == 0)]
+    for iteration in old:
+        shutil.rmtree(directory(folder, iteration), ignore_errors=True)
+    return old

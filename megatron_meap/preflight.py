@@ -1,0 +1,225 @@
+"""What can be known to fail is refused before Megatron starts: looked at once, by rank 0, for the whole job."""
+
+import fcntl
+import json
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.indexed_dataset import _IndexReader
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_meap.checkpoint import latest
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.manifest import check_manifest, tokenizer_fingerprint
+
+MODEL_SHAPE = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization swiglu "
+    "add_bias_linear add_qkv_bias qk_layernorm position_embedding_type rotary_base "
+    "untie_embeddings_and_output_weights num_experts multi_latent_attention"
+).split()
+"""Arguments that a checkpoint's weights depend on."""
+
+MEAP_SETTINGS = {
+    "meap_mask_ratio": "--meap-mask-ratio",
+    "meap_mask_strategy": "--meap-mask-strategy",
+    "meap_mask_seed": "--meap-mask-seed",
+    "meap_mask_token_id": "--meap-mask-token (its id)",
+    "meap_span_length": "--meap-span-length",
+    "meap_protect_special_tokens": "--meap-protect-special-tokens",
+    "meap_mask_warmup_samples": "--meap-mask-warmup-samples",
+}
+"""Settings that decide the masks, and their flags."""
+
+_lock: Any = None  # the open file that holds the lock on --save, for as long as the process lives
+
+
+def check(args: Namespace) -> torch.distributed.Store | None:
+    """Check the data and the checkpoint that a run starts from, and settle in `args` which checkpoint that is.
+
+    Returns:
+        The store over which the ranks met, for `init_process_group`; None where they need none or have one.
+
+    Raises:
+        UsageError: on every rank alike, with what rank 0 found.
+    """
+    args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
+
+    def look() -> dict[str, Any]:
+        _check_data(args)
+        _lock_save_directory(args)
+        return _check_checkpoint(args)
+
+    found, store = _on_rank_zero(args, look)
+    args.ckpt_step = found["iteration"]
+    return store
+
+
+def _on_rank_zero(
+    args: Namespace, look: Callable[[], dict[str, Any]]
+) -> tuple[dict[str, Any], torch.distributed.Store | None]:
+    """Result of `look` on rank 0, on all ranks; a UsageError there is a UsageError everywhere."""
+    store = None
+
+    def looked() -> str:
+        try:
+            return json.dumps(look())
+        except UsageError as error:
+            return json.dumps({"error": str(error)})
+
+    if args.world_size == 1:
+        answer = looked()
+    elif torch.distributed.is_initialized():
+        answers = [looked() if args.rank == 0 else ""]
+        torch.distributed.broadcast_object_list(answers, src=0)
+        answer = answers[0]
+    else:
+        timeout = timedelta(minutes=args.distributed_timeout_minutes)
+        store, _, _ = next(torch.distributed.rendezvous("env://", args.rank, args.world_size, timeout=timeout))
+        if args.rank == 0:
+            store.set("meap_preflight", looked())
+        answer = store.get("meap_preflight").decode()
+    result = json.loads(answer)
+    if "error" in result:
+        raise UsageError(result["error"])
+    return result, store
+
+
+def _check_data(args: Namespace) -> None:
+    """Every dataset must be there, whole, long enough, and made with this tokenizer; the cache must be writable."""
+    if args.mock_data:
+        return
+    blend, per_split = get_blend_and_blend_per_split(args)
+    prefixes = [prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]]
+    if not prefixes:
+        raise UsageError("--data-path: no data is named; give the prefix of a dataset (or --mock-data)")
+    for prefix in dict.fromkeys(prefixes):
+        if not prefix.startswith(("s3://", "msc://")):
+            _check_dataset(prefix, args)
+    cache = Path(args.data_cache_path) if args.data_cache_path else Path(prefixes[0]).parent / "cache"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--data-cache-path {cache}: cannot be written ({error.strerror}); name a writable directory"
+        ) from error
+
+
+def _check_dataset(prefix: str, args: Namespace) -> None:
+    """Check one .bin/.idx pair."""
+    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path, other in ((index, data), (data, index)):
+        if not path.exists():
+            hint = f"only {other} is there: preprocess again" if other.exists() else "check the prefix, without suffix"
+            raise UsageError(f"--data-path {prefix}: {path} is missing; {hint}")
+    try:
+        reader = _IndexReader(str(index), multimodal=False)
+    except (AssertionError, ValueError, KeyError, OSError) as error:
+        raise UsageError(f"--data-path {prefix}: {index} is not an index of Megatron's; preprocess again") from error
+    tokens = int(reader.sequence_lengths.sum(dtype="int64"))
+    size = tokens * reader.dtype_size
+    if size != data.stat().st_size:
+        raise UsageError(
+            f"--data-path {prefix}: {data} has {data.stat().st_size} bytes, but its .idx speaks of {size}: they do not "
+            "belong together; preprocess again"
+        )
+    if tokens <= args.seq_length:
+        raise UsageError(
+            f"--data-path {prefix}: holds {tokens} tokens, less than one sample of {args.seq_length} + 1; "
+            "use more data or a shorter --seq-length"
+        )
+    check_manifest(prefix, tokenizer_sha256=args.meap_tokenizer_sha256, vocab_size=args.meap_tokenizer_vocab_size)
+
+
+def _lock_save_directory(args: Namespace) -> None:
+    """Refuse a second job that saves to the same directory: the lock lives as long as this process."""
+    global _lock
+    if args.save is None:
+        return
+    path = Path(args.save) / ".lock"
+    if _lock is not None and _lock.name == str(path):
+        return  # a second run in this process
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = open(path, "a+")  # noqa: SIM115  # stays open
+    except OSError as error:
+        raise UsageError(f"--save {args.save}: cannot be written ({error.strerror})") from error
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        opened.seek(0)
+        raise UsageError(
+            f"--save {args.save}: another job saves there ({opened.read().strip() or 'unknown'}); wait for it, stop it, "
+            "or name another directory"
+        ) from error
+    opened.truncate(0)
+    opened.write(f"process {os.getpid()} on {os.uname().nodename}")
+    opened.flush()
+    _lock = opened
+
+
+def _check_checkpoint(args: Namespace) -> dict[str, Any]:
+    """Choose the checkpoint to load, and compare it with this run's model, tokenizer and masks."""
+    for flag, folder in (("--pretrained-checkpoint", args.pretrained_checkpoint), ("--load", args.load)):
+        if folder is None:
+            continue
+        choice = latest.choose(Path(folder), args.ckpt_step, args.meap_refuse_damaged_checkpoint)
+        if choice is None:
+            if flag == "--load" and args.save is not None and Path(folder).resolve() == Path(args.save).resolve():
+                continue  # the first start of a job that resumes from its own directory
+            raise UsageError(f"{flag} {folder}: holds no checkpoint; check the path, or drop the flag to start anew")
+        _compare(flag, choice.path, args)
+        if flag == "--load":
+            return _settle(choice, args)
+    return {"iteration": args.ckpt_step}
+
+
+def _settle(choice: latest.Choice, args: Namespace) -> dict[str, Any]:
+    """Say and record that an older checkpoint is taken; the pointer follows where this job owns the directory."""
+    if choice.warning is None:
+        return {"iteration": args.ckpt_step}
+    print(f"warning: {choice.warning}", flush=True)
+    if args.save is not None and Path(args.load).resolve() == Path(args.save).resolve():
+        latest.set_pointer(Path(args.load), choice.iteration)
+    return {"iteration": choice.iteration}
+
+
+def _compare(flag: str, path: Path, args: Namespace) -> None:
+    """Refuse a checkpoint of another model or tokenizer; and, when resuming, of other masks."""
+    from megatron.core import dist_checkpointing
+
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        return  # a legacy checkpoint: Megatron's own checks must do
+    saved = dist_checkpointing.load_common_state_dict(str(path)).get("args")
+    if saved is None:
+        return
+
+    def differing(names: Any) -> list[str]:
+        pairs = [(name, getattr(saved, name, None), getattr(args, name, None)) for name in names]
+        return [f"{name} {old} there, {new} here" for name, old, new in pairs if hasattr(saved, name) and old != new]
+
+    shape = [name for name in MODEL_SHAPE if name != "num_query_groups" or args.group_query_attention]
+    if different := differing(shape):
+        raise UsageError(f"{flag}: {path} holds another model: {'; '.join(different)}")
+    if getattr(saved, "meap_tokenizer_sha256", None) and args.meap_tokenizer_sha256:
+        if saved.meap_tokenizer_sha256 != args.meap_tokenizer_sha256:
+            raise UsageError(
+                f"{flag}: {path} was trained with another tokenizer ({saved.tokenizer_model} there, "
+                f"{args.tokenizer_model} here); use the same one"
+            )
+    if args.finetune or flag != "--load" or args.meap_allow_changed_settings:
+        return
+    settings = list(MEAP_SETTINGS) + (["global_batch_size"] if args.meap_mask_strategy == "official" else [])
+    if different := differing(settings):
+        flags = "; ".join(MEAP_SETTINGS.get(text.split()[0], text.split()[0]) + text[text.index(" ") :] for text in different)
+        raise UsageError(
+            f"--load: {path} was trained with other masks: {flags}; repeat its settings, or add "
+            "--meap-allow-changed-settings if the change is meant"
+        )

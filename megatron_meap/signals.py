@@ -1,0 +1,58 @@
+"""Stopping a job from outside: a signal to any rank, or to the launcher, makes all ranks save and leave together."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+import torch
+from megatron.training.dist_signal_handler import all_gather_item
+
+EXIT_STOPPED = 75
+"""Exit status of a rank stopped by a signal, after its checkpoint is saved (EX_TEMPFAIL: run it again later)."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SAME_REQUEST_S = 1.0  # a Ctrl-C reaches the ranks from the terminal and once more from torchrun
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """Takes the place of Megatron's signal handler, which knows one signal; its trainer asks it after every step.
+
+    The first SIGTERM, SIGUSR1 or SIGINT asks for a checkpoint and an orderly end; a second one, later than a second
+    after it, ends the process at once with status 128 + signal.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        """The signal that came to this rank."""
+
+        self.stopping = False
+        """Whether the job stops because some rank received one."""
+
+        self._received_at = 0.0
+
+    def install(self) -> "StopRequest":
+        """Start listening; also when the launcher dies, by whatever signal, which would leave the ranks behind."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        return self
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = number, now
+        elif now - self._received_at > _SAME_REQUEST_S:
+            os._exit(128 + number)
+
+    def signals_received(self) -> list[int]:
+        """One entry a rank, non-zero where a signal came; all ranks call this together."""
+        everywhere = all_gather_item(self.received or 0, dtype=torch.int32)
+        self.stopping = any(everywhere)
+        if self.stopping and self.received is None:
+            self.received = max(everywhere)
+        return everywhere

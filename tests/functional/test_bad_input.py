@@ -1,0 +1,205 @@
+"""What cannot work is refused before training starts: one clear line that names the file or flag, status 2."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.training.global_vars import unset_global_variables
+from megatron.training.training import destroy_global_state
+
+from megatron_meap import training
+from megatron_meap.errors import UsageError
+from tests.conftest import Corpus
+from tests.launch import ENTRY, MODEL, TRAINING, environment, launch_many
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch):
+    """Runs everything up to the start of training in this process and returns the refusal."""
+
+    def run(*flags: str, world_size: int = 1) -> str:
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt_meap.py", *flags])
+        for name, value in {"RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}.items():
+            monkeypatch.setenv(name, value)
+        try:
+            with pytest.raises(UsageError) as refusal:
+                training.prepare()
+        finally:
+            unset_global_variables()
+            destroy_global_state()
+        message = str(refusal.value)
+        assert "\n" not in message
+        return message
+
+    return run
+
+
+@pytest.fixture
+def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
+    return [*MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(tmp_path / "cache")]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--meap-mask-ratio 1.5", "--meap-mask-ratio 1.5: must be"),
+        ("--meap-mask-ratio -0.1", "--meap-mask-ratio -0.1: must be"),
+        ("--meap-span-length 0", "--meap-span-length 0"),
+        ("--meap-clean-final-share 2", "--meap-clean-final-share 2.0"),
+        ("--meap-mask-warmup-samples -1", "--meap-mask-warmup-samples -1"),
+        ("--meap-mask-seed -1", "--meap-mask-seed -1"),
+        ("--meap-keep-last 0", "--meap-keep-last 0"),
+        ("--meap-keep-every 5", "--meap-keep-every: needs --meap-keep-last"),
+        ("--dataloader-type cyclic", "--dataloader-type cyclic: repeats sample indices"),
+        ("--meap-mask-strategy official --decrease-batch-size-if-needed", "needs a constant global batch size"),
+        ("--fp32 --bf16", "--fp32: contradicts"),
+        ("--context-parallel-size 2", "--context-parallel-size: cannot work on a CPU"),
+        ("--fp8-format hybrid", "--fp8-format: cannot work on a CPU"),
+        ("--transformer-impl transformer_engine", "--transformer-impl: cannot work on a CPU"),
+        ("--tensor-model-parallel-size 2", "world size (1) is not divisible"),
+        ("--num-attention-heads 5", "Megatron refuses these flags"),
+        ("--load nowhere", "--load nowhere: holds no checkpoint"),
+        ("--pretrained-checkpoint nowhere", "--pretrained-checkpoint nowhere: holds no checkpoint"),
+        ("--data-path nowhere", "nowhere.idx is missing"),
+        ("--tokenizer-model nowhere", "--tokenizer-model nowhere: not a SentencePieceTokenizer tokenizer"),
+        ("--data-cache-path /dev/null/cache", "--data-cache-path /dev/null/cache: cannot be written"),
+        ("--save /dev/null/save --save-interval 5", "--save /dev/null/save: cannot be written"),
+        ("--sft", "--sft: Megatron's own fine-tuning data"),
+    ],
+)
+def test_flags(refused, flags: list[str], extra: str, message: str) -> None:
+    assert message in refused(*flags, *extra.split())
+
+
+def test_more_ranks_than_the_layout_needs(refused, flags: list[str]) -> None:
+    assert "world size (3) is not divisible" in refused(*flags, "--tensor-model-parallel-size", "2", world_size=3)
+
+
+def test_a_file_that_is_no_tokenizer(refused, flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "poem.model").write_text("not a model")
+    assert "poem.model: not a SentencePieceTokenizer" in refused(*flags, "--tokenizer-model", str(tmp_path / "poem.model"))
+
+
+@pytest.fixture
+def dataset(corpus: Corpus, tmp_path: Path) -> str:
+    """A copy of the dataset to damage."""
+    for suffix in (".bin", ".idx"):
+        shutil.copy(corpus.prefix + suffix, tmp_path / f"copy{suffix}")
+    return str(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_half_a_dataset(refused, flags: list[str], dataset: str, suffix: str) -> None:
+    Path(dataset + suffix).unlink()
+    message = refused(*flags, "--data-path", dataset)
+    assert f"copy{suffix} is missing; only" in message
+
+
+def test_bin_and_idx_that_do_not_belong_together(refused, flags: list[str], dataset: str) -> None:
+    with open(dataset + ".bin", "ab") as file:
+        file.write(np.zeros(10, np.uint16).tobytes())
+    assert "do not belong together" in refused(*flags, "--data-path", dataset)
+
+
+def test_an_index_that_is_none(refused, flags: list[str], dataset: str) -> None:
+    Path(dataset + ".idx").write_text("something else altogether, and long enough to be read")
+    assert "is not an index of Megatron's" in refused(*flags, "--data-path", dataset)
+
+
+def test_a_dataset_shorter_than_one_sequence(refused, flags: list[str]) -> None:
+    length = ["--seq-length", "10000000", "--max-position-embeddings", "10000000"]
+    assert "less than one sample of 10000000 + 1" in refused(*flags, *length)
+
+
+def test_a_dataset_of_another_tokenizer(refused, flags: list[str], dataset: str) -> None:
+    manifest = {
+        "format": 1, "tokenizer": {"type": "SentencePieceTokenizer", "name": "other.model", "sha256": "0" * 64},
+        "max_token_id": 511, "files": {},
+    }  # fmt: skip
+    Path(dataset + ".manifest.json").write_text(json.dumps(manifest))
+    assert "another tokenizer" in refused(*flags, "--data-path", dataset)
+
+
+class TestCheckpoints:
+    """Refusals that need a checkpoint."""
+
+    @pytest.fixture(scope="class")
+    def saved(self, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("saved")
+        flags = [*MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(folder / "cache")]
+        flags += ["--train-iters", "3", "--save", str(folder / "run"), "--save-interval", "1"]
+        launch_many(1, {"run": flags}, folder)
+        return folder / "run"
+
+    @pytest.fixture
+    def copy(self, saved: Path, tmp_path: Path) -> Path:
+        shutil.copytree(saved, tmp_path / "run")
+        return tmp_path / "run"
+
+    @pytest.mark.parametrize(
+        ("extra", "message"),
+        [
+            ("--hidden-size 32", "holds another model: hidden_size 64 there, 32 here"),
+            ("--num-layers 1", "holds another model: num_layers 2 there, 1 here"),
+            ("--meap-mask-ratio 0.2", "--meap-mask-ratio 0.15 there, 0.2 here"),
+            ("--meap-mask-strategy span", "--meap-mask-strategy random there, span here"),
+            ("--meap-mask-seed 5", "--meap-mask-seed 1234 there, 5 here"),
+            ("--meap-mask-token [BLANK]", "--meap-mask-token (its id) 3 there, 512 here"),
+        ],
+    )
+    def test_another_model_or_other_masks(self, refused, flags, saved: Path, extra: str, message: str) -> None:
+        assert message in refused(*flags, "--load", str(saved), *extra.split())
+
+    def test_another_tokenizer(self, refused, flags, saved: Path, corpus: Corpus, tmp_path: Path) -> None:
+        other = tmp_path / "other.model"
+        other.write_bytes(Path(corpus.tokenizer).read_bytes() + b"\x1a\x00")  # the same pieces in another file
+        message = refused(*flags, "--load", str(saved), "--tokenizer-model", str(other))
+        assert "trained with another tokenizer" in message
+
+    @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+    def test_a_damaged_checkpoint(self, refused, flags, copy: Path, damage: str) -> None:
+        shard = copy / "iter_0000003" / "__0_0.distcp"
+        if damage == "remove":
+            shard.unlink()
+        else:
+            data = bytearray(shard.read_bytes())
+            data[len(data) // 2] ^= 255
+            shard.write_bytes(data[: len(data) // 3] if damage == "truncate" else data)
+        message = refused(*flags, "--load", str(copy), "--meap-refuse-damaged-checkpoint")
+        assert "iter_0000003 is damaged: __0_0.distcp" in message
+        assert "__0_0.distcp" in refused(*flags, "--load", str(copy), "--ckpt-step", "3")
+
+    def test_nothing_good_left(self, refused, flags, copy: Path) -> None:
+        for folder in copy.glob("iter_*"):
+            (folder / "metadata.json").write_text("{}")
+        assert "no usable checkpoint" in refused(*flags, "--load", str(copy))
+
+    def test_two_jobs_that_save_to_the_same_directory(self, flags, tmp_path: Path) -> None:
+        save = tmp_path / "shared"
+        save.mkdir()
+        holder = subprocess.Popen(
+            [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
+             "f.write('process 1 on host'); f.flush(); print('locked', flush=True); sys.stdin.read()", str(save / ".lock")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        command = [sys.executable, str(ENTRY), *flags, "--save", str(save), "--save-interval", "5"]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        holder.communicate()
+        assert done.returncode == 2
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: --save") and "another job saves there (process 1 on host)" in last
+        assert not list(save.glob("iter_*"))
+
+
+def test_the_command_prints_one_line(flags: list[str]) -> None:
+    """No traceback, and no output of a refused run but the line."""
+    command = [sys.executable, str(ENTRY), *flags, "--meap-mask-ratio", "1.5"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: --meap-mask-ratio 1.5: must be at least 0 and below 1"
