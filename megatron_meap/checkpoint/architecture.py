@@ -1,0 +1,250 @@
+"""The one architecture that is converted, described once: from Megatron's arguments or a Hugging Face config, and back.
+
+Llama-style: RMSNorm, SwiGLU, RoPE (plain, scaled as in Llama 3.1, or linearly interpolated), grouped-query attention,
+tied or untied embeddings, biases or none. Everything else is refused by name, because a model that differs in one of
+these converts without an error and computes something else.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_meap.errors import UsageError
+
+SUPPORTED = "supported are dense Llama-style models: RMSNorm, SwiGLU, RoPE, grouped-query attention"
+MODEL_TYPES = ("llama", "qwen2", "mistral")
+# Megatron's --use-rope-scaling has these built in; only the factor can be chosen.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that decides which tensors there are, and what is computed with them."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    """Width of the feed-forward layer, before the gate doubles it."""
+    heads: int
+    groups: int
+    """Key/value heads."""
+    head_dim: int
+    vocabulary: int
+    """Rows of the embedding, padding included."""
+    max_positions: int
+    tied: bool
+    norm_epsilon: float
+    rope_base: int
+    rope_scaling: float | None = None
+    """Factor of Llama 3.1's scaling."""
+    rope_interpolation: int | None = None
+    """Factor by which positions are divided."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """Bias of the attention's output projection."""
+    mlp_bias: bool = False
+
+    @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Rows of the query, key and value projections."""
+        return self.heads * self.head_dim, self.groups * self.head_dim, self.groups * self.head_dim
+
+
+def from_megatron(args: Namespace) -> Architecture:
+    """Describe the model of a checkpoint by the arguments that it was trained with.
+
+    Raises:
+        UsageError: it is not Llama-style; the message names the first flag in the way.
+    """
+    _refuse_megatron(args)
+    scaled = getattr(args, "use_rope_scaling", False)
+    linear_bias = args.add_bias_linear
+    return Architecture(
+        layers=args.num_layers,
+        hidden=args.hidden_size,
+        ffn=args.ffn_hidden_size,
+        heads=args.num_attention_heads,
+        groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        head_dim=args.kv_channels,
+        vocabulary=args.padded_vocab_size,
+        max_positions=args.max_position_embeddings,
+        tied=not args.untie_embeddings_and_output_weights,
+        norm_epsilon=args.layernorm_epsilon,
+        rope_base=args.rotary_base,
+        rope_scaling=args.rope_scaling_factor if scaled else None,
+        rope_interpolation=getattr(args, "rotary_seq_len_interpolation_factor", None),
+        qkv_bias=linear_bias or args.add_qkv_bias,
+        output_bias=linear_bias,
+        mlp_bias=linear_bias,
+    )
+
+
+def _refuse_megatron(args: Namespace) -> None:
+    """Name what makes the model something other than Llama-style."""
+
+    def get(name: str) -> Any:
+        return getattr(args, name, None)
+
+    obstacles = [
+        (get("num_experts"), "mixture of experts (--num-experts)"),
+        (get("hybrid_layer_pattern"), "hybrid models (--hybrid-layer-pattern)"),
+        (get("multi_latent_attention"), "multi-latent attention (--multi-latent-attention)"),
+        (get("experimental_attention_variant"), "--experimental-attention-variant"),
+        (get("heterogeneous_layers_config_path"), "heterogeneous layers (--heterogeneous-layers-config-path)"),
+        (get("mtp_num_layers"), "multi-token prediction (--mtp-num-layers)"),
+        (get("spec"), "other layer specs (--spec)"),
+        (get("normalization") != "RMSNorm", f"--normalization {get('normalization')}"),
+        (not get("swiglu"), "an activation other than --swiglu"),
+        (get("position_embedding_type") != "rope", f"--position-embedding-type {get('position_embedding_type')}"),
+        (get("rotary_percent") not in (None, 1.0), f"--rotary-percent {get('rotary_percent')}"),
+        (get("rotary_interleaved"), "--rotary-interleaved"),
+        (get("no_rope_freq"), "--no-rope-freq"),
+        (get("layernorm_zero_centered_gamma"), "--apply-layernorm-1p"),
+        (get("apply_residual_connection_post_layernorm"), "--apply-residual-connection-post-layernorm"),
+        (get("qk_layernorm") or get("qk_l2_norm"), "normalised queries and keys (--qk-layernorm, --qk-l2-norm)"),
+        (get("qk_clip"), "--qk-clip"),
+        (get("attention_output_gate"), "--attention-output-gate"),
+        (get("window_size"), "sliding-window attention (--window-size)"),
+        (get("softmax_type") not in (None, "vanilla"), f"--softmax-type {get('softmax_type')}"),
+        (get("glu_linear_offset"), "--glu-linear-offset"),
+        (get("activation_func_clamp_value"), "--activation-func-clamp-value"),
+        (get("use_mup"), "--use-mup"),
+    ]
+    for present, what in obstacles:
+        if present:
+            raise UsageError(f"conversion of {what} is not supported; {SUPPORTED}")
+
+
+def from_huggingface(config: Any) -> Architecture:
+    """Describe a model by its Hugging Face config, as `AutoConfig.from_pretrained` returns it.
+
+    Raises:
+        UsageError: it is not one of `MODEL_TYPES`, or uses what Megatron's model cannot compute.
+    """
+    if config.model_type not in MODEL_TYPES:
+        raise UsageError(
+            f"config.json: model_type {config.model_type!r} is not supported; supported are {', '.join(MODEL_TYPES)}"
+        )
+    rope = dict(config.rope_parameters)
+    _refuse_huggingface(config, rope)
+    kind = rope.get("rope_type", "default")
+    qwen = config.model_type == "qwen2"
+    return Architecture(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        ffn=config.intermediate_size,
+        heads=config.num_attention_heads,
+        groups=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        tied=config.tie_word_embeddings,
+        norm_epsilon=config.rms_norm_eps,
+        rope_base=int(rope["rope_theta"]),
+        rope_scaling=float(rope["factor"]) if kind == "llama3" else None,
+        rope_interpolation=int(rope["factor"]) if kind == "linear" else None,
+        qkv_bias=qwen or getattr(config, "attention_bias", False),
+        output_bias=getattr(config, "attention_bias", False),
+        mlp_bias=getattr(config, "mlp_bias", False),
+    )
+
+
+def _refuse_huggingface(config: Any, rope: dict[str, Any]) -> None:
+    """Name what Megatron's model would not compute as the config says."""
+    kind = rope.get("rope_type", "default")
+    window = getattr(config, "sliding_window", None)
+    obstacles = [
+        (config.hidden_act != "silu", f"hidden_act {config.hidden_act!r}"),
+        (getattr(config, "quantization_config", None), "quantized weights"),
+        (
+            window is not None and window < config.max_position_embeddings,
+            f"sliding_window {window}, shorter than max_position_embeddings {config.max_position_embeddings} (set it "
+            "to null if no sequence will be longer than the window: up to there it changes nothing)",
+        ),
+        (kind not in ("default", "linear", "llama3"), f"rope_type {kind!r}"),
+        (rope.get("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor"),
+        (rope["rope_theta"] != int(rope["rope_theta"]), f"rope_theta {rope['rope_theta']}, not a whole number"),
+        (kind == "linear" and rope["factor"] != int(rope["factor"]), "a linear RoPE factor that is not a whole number"),
+        (
+            kind == "llama3" and any(rope.get(name) != value for name, value in LLAMA3_ROPE.items()),
+            f"llama3 RoPE scaling other than Megatron's {LLAMA3_ROPE}",
+        ),
+    ]
+    for present, what in obstacles:
+        if present:
+            raise UsageError(f"config.json: {what} is not supported; {SUPPORTED}")
+
+
+def megatron_flags(model: Architecture) -> list[str]:
+    """Flags with which Megatron builds this model; sizes of the training run are not among them."""
+    pairs: dict[str, Any] = {
+        "--num-layers": model.layers,
+        "--hidden-size": model.hidden,
+        "--ffn-hidden-size": model.ffn,
+        "--num-attention-heads": model.heads,
+        "--num-query-groups": model.groups,
+        "--kv-channels": model.head_dim,
+        "--max-position-embeddings": model.max_positions,
+        "--position-embedding-type": "rope",
+        "--rotary-base": model.rope_base,
+        "--normalization": "RMSNorm",
+        "--norm-epsilon": model.norm_epsilon,
+    }
+    if model.rope_scaling is not None:
+        pairs["--rope-scaling-factor"] = model.rope_scaling
+    if model.rope_interpolation is not None:
+        pairs["--rotary-seq-len-interpolation-factor"] = model.rope_interpolation
+    switches = {
+        "--group-query-attention": True,
+        "--swiglu": True,
+        "--use-rope-scaling": model.rope_scaling is not None,
+        "--untie-embeddings-and-output-weights": not model.tied,
+        "--disable-bias-linear": not (model.output_bias or model.mlp_bias),
+        "--add-qkv-bias": model.qkv_bias and not (model.output_bias or model.mlp_bias),
+    }
+    flags = [text for flag, value in pairs.items() for text in (flag, str(value))]
+    return flags + [flag for flag, wanted in switches.items() if wanted]
+
+
+def huggingface_config(model: Architecture, dtype: str, token_ids: dict[str, int | None]) -> dict[str, Any]:
+    """Contents of config.json: `LlamaForCausalLM`, or `Qwen2ForCausalLM` where only Q, K and V have biases.
+
+    RoPE is written in the old form (`rope_theta`, `rope_scaling`), which vLLM and transformers 4 read, and in the new
+    one (`rope_parameters`).
+
+    Args:
+        model: its `vocabulary` is the number of rows exported.
+        dtype: of the weights, as in `float32`, `bfloat16`.
+        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+    """
+    qwen = model.qkv_bias and not model.output_bias
+    scaling = None
+    if model.rope_scaling is not None:
+        scaling = {"rope_type": "llama3", "factor": model.rope_scaling, **LLAMA3_ROPE}
+    elif model.rope_interpolation is not None:
+        scaling = {"rope_type": "linear", "factor": float(model.rope_interpolation)}
+    biases = {} if qwen else {"attention_bias": model.output_bias, "mlp_bias": model.mlp_bias}
+    return {
+        "architectures": ["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"],
+        "model_type": "qwen2" if qwen else "llama",
+        "hidden_size": model.hidden,
+        "intermediate_size": model.ffn,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.groups,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_positions,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": float(model.rope_base),
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": float(model.rope_base), **(scaling or {"rope_type": "default"})},
+        "tie_word_embeddings": model.tied,
+        "vocab_size": model.vocabulary,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        **biases,
+        **token_ids,
+    }

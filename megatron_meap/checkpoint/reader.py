@@ -1,0 +1,187 @@
+"""Reads a torch_dist checkpoint tensor by tensor, in one process, without Megatron and whatever layout wrote it.
+
+Only what is asked for is read, a layer at a time: optimizer states are never touched. (The index of a torch_dist
+checkpoint is a pickle, as PyTorch writes it: open only checkpoints whose origin you trust.)
+"""
+
+import io
+import math
+import pickle
+import types
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from megatron_meap.errors import UsageError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+COMMON_STATE = "common_state/shard_0_1"  # where Megatron 0.19 keeps what is not a tensor; before: the file common.pt
+LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved iteration."""
+
+    directory: Path
+    """The directory of the iteration itself."""
+    iteration: int
+    args: Namespace
+    """The arguments of the run that saved it."""
+    metadata: Metadata
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the model's own tensors, as they are stored (layers may be stacked)."""
+        return {
+            name: tuple(info.size)
+            for name, info in self.metadata.state_dict_metadata.items()
+            if isinstance(info, TensorStorageMetadata) and not name.startswith(("optimizer.", "rerun_", "rng_"))
+        }
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a stored tensor."""
+        return self.metadata.state_dict_metadata[name].properties.dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor."""
+        return self._assemble(name, ())
+
+    def read_layer(self, name: str, layer: int) -> torch.Tensor:
+        """A layer's tensor, named as in `decoder.layers.<layer>.<name>`; layers are stored apart or stacked."""
+        apart = f"{LAYERS}{layer}.{name}"
+        if apart in self.metadata.state_dict_metadata:
+            return self._assemble(apart, ())
+        return self._assemble(LAYERS + name, (layer,))
+
+    def _assemble(self, name: str, row: tuple[int, ...]) -> torch.Tensor:
+        """Put a tensor together from its pieces, or only the part of it at index `row` of the leading dimension."""
+        info = self.metadata.state_dict_metadata[name]
+        whole = torch.empty(info.size[len(row) :], dtype=info.properties.dtype)
+        filled = 0
+        for piece in info.chunks:
+            inside = tuple(i - start for i, start in zip(row, piece.offsets, strict=False))
+            if any(not 0 <= i < size for i, size in zip(inside, piece.sizes, strict=False)):
+                continue
+            place = tuple(
+                slice(start, start + size)
+                for start, size in zip(piece.offsets[len(row) :], piece.sizes[len(row) :], strict=True)
+            )
+            whole[place] = self._load(MetadataIndex(name, piece.offsets))[inside]
+            filled += whole[place].numel()
+        if filled != whole.numel():
+            raise UsageError(f"{self.directory}: pieces of {name} are missing; the checkpoint is not complete")
+        return whole
+
+    def _load(self, index: MetadataIndex) -> torch.Tensor:
+        """One stored piece."""
+        return torch.load(io.BytesIO(_stored_bytes(self.directory, self.metadata, index)), weights_only=True)
+
+
+def open_checkpoint(path: str | Path, iteration: int | None = None) -> Checkpoint:
+    """Open a checkpoint directory, or the directory of one of its iterations.
+
+    Args:
+        path: what was given to `--save`, or an `iter_...` or `release` directory in it.
+        iteration: which one; the latest where not given.
+
+    Raises:
+        UsageError: nothing there is a complete torch_dist checkpoint.
+    """
+    directory = _iteration_directory(Path(path), iteration)
+    if not (directory / ".metadata").is_file():
+        legacy = any(directory.glob("mp_rank_*"))
+        reason = "is in Megatron's old format; save with --ckpt-format torch_dist" if legacy else "has no .metadata"
+        raise UsageError(f"{directory}: not a torch_dist checkpoint: it {reason}")
+    try:
+        metadata = FileSystemReader(directory).read_metadata()
+        common = _common_state(directory, metadata)
+        args = common["args"]
+    except UsageError:
+        raise
+    except Exception as error:  # unpickling a damaged file can raise almost anything
+        raise UsageError(f"{directory}: the checkpoint cannot be read ({error or type(error).__name__})") from error
+    if not isinstance(args, Namespace):
+        raise UsageError(f"{directory}: holds no arguments of Megatron's, so its model is unknown")
+    return Checkpoint(directory, int(common.get("iteration", 0)), args, metadata)
+
+
+def _iteration_directory(path: Path, iteration: int | None) -> Path:
+    """The directory of the iteration asked for."""
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such directory" if not path.exists() else f"{path}: not a directory")
+    if iteration is not None:
+        chosen = path / f"iter_{iteration:07d}"
+        if not chosen.is_dir():
+            there = sorted(int(found.name[5:]) for found in path.glob("iter_*") if found.name[5:].isdigit())
+            raise UsageError(f"{path}: has no iteration {iteration}; it has {', '.join(map(str, there)) or 'none'}")
+        return chosen
+    if (path / ".metadata").is_file():
+        return path
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        raise UsageError(f"{path}: not a Megatron checkpoint: it has no {TRACKER}")
+    latest = tracker.read_text().strip()
+    if latest != "release" and not latest.isdigit():
+        raise UsageError(f"{tracker}: expected an iteration or 'release', found {latest[:40]!r}")
+    chosen = path / ("release" if latest == "release" else f"iter_{int(latest):07d}")
+    if not chosen.is_dir():
+        raise UsageError(f"{tracker}: names {chosen.name}, which is not there")
+    return chosen
+
+
+def _stored_bytes(directory: Path, metadata: Metadata, index: MetadataIndex) -> bytes:
+    """The bytes of one entry."""
+    entry = metadata.storage_data[index]
+    file = directory / entry.relative_path
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(entry.offset)
+            stored = stream.read(entry.length)
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror or error}; the checkpoint is not complete") from error
+    if len(stored) != entry.length:
+        raise UsageError(f"{file}: ends before {index.fqn} does; the checkpoint is not complete")
+    return stored
+
+
+def _common_state(directory: Path, metadata: Metadata) -> dict[str, Any]:
+    """What a checkpoint holds besides sharded tensors: arguments, iteration, scheduler."""
+    old = directory / "common.pt"
+    if old.is_file():
+        return _load_without_megatron(old.read_bytes())
+    index = MetadataIndex(COMMON_STATE)
+    if index not in metadata.storage_data:
+        raise UsageError(f"{directory}: holds no common state; was it saved by Megatron?")
+    return _load_without_megatron(_stored_bytes(directory, metadata, index))[0]
+
+
+def _load_without_megatron(stored: bytes) -> Any:
+    """Unpickle with plain types only; Megatron's enums and the like become strings, and nothing else is called."""
+    return torch.load(io.BytesIO(stored), weights_only=False, pickle_module=_PLAIN_PICKLE)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Takes containers, `Namespace` and PyTorch's own types; describes all others instead of importing them."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class, or a function that makes a string of what the class would have been called with."""
+        if (module, name) == ("argparse", "Namespace"):
+            return Namespace
+        if module in ("torch", "torch._utils", "torch.storage", "collections"):
+            return super().find_class(module, name)
+        return lambda *arguments: f"{name}({', '.join(map(repr, arguments))})"
+
+
+_PLAIN_PICKLE = types.ModuleType("plain_pickle")
+_PLAIN_PICKLE.Unpickler = _PlainUnpickler  # type: ignore[attr-defined]
+_PLAIN_PICKLE.load = pickle.load  # type: ignore[attr-defined]
+
+
+def size_in_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * dtype.itemsize
