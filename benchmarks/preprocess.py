@@ -3,8 +3,8 @@
     python benchmarks/preprocess.py --megatron ../Megatron-LM --corpus novels.jsonl \\
         --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model
 
-The corpus is enlarged to --megabytes by shuffling the paragraphs of its documents. Both tools run as a user runs them, in
-turn; their `.bin` and `.idx` must be byte-identical. The third number is the ceiling: gigatoken's own encoding of the
+The corpus is enlarged to --megabytes by shuffling the paragraphs of its documents. Both tools run as a user runs them,
+in turn; their `.bin` and `.idx` must be byte-identical. The last number is the ceiling: gigatoken's own encoding of the
 same file, all cores, nothing written. Exit status 1: different bytes, or a ratio below --at-least.
 """
 

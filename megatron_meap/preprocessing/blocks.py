@@ -106,8 +106,6 @@ class BlockEncoder:
     def _encode(self, text: str) -> Sequence[int]:
         try:
             return self._encoder.encode(text)
-        except UnicodeEncodeError:
-            raise BadDocumentError("not Unicode text (a lone surrogate)") from None
         except ValueError as error:
             raise BadDocumentError(f"the tokenizer refuses it: {error}") from None
 

@@ -65,6 +65,11 @@ def _checked(data: dict[str, Any], key: str) -> str:
     value = data[key]
     if not isinstance(value, str):
         raise BadDocumentError(f"the value of {key!r} is not a string but {_kind_of(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # Python's parser takes what orjson refuses
+            raise BadDocumentError(f"the value of {key!r} is not Unicode text (a lone surrogate)") from None
     return value
 
 

@@ -3,24 +3,36 @@
 import fcntl
 import json
 import os
+from itertools import zip_longest
 from typing import Any
 
 from megatron_meap.errors import UsageError
 
 
 class Journal:
-    """`PREFIX.journal.partial`: one JSON line that names the job, then one for each finished input file.
+    """`PREFIX.journal.partial`: one JSON line with the job's settings, then one each time input files are finished.
 
     The lock is the operating system's and goes with the process, however it ends.
     """
 
-    def __init__(self, prefix: str, job: dict[str, Any], *, resume: bool) -> None:
-        """Open, lock and (with `resume`) read the journal of an earlier run.
+    def __init__(self, prefix: str, settings: dict[str, Any], files: list[Any], *, resume: bool) -> None:
+        """Open and lock the journal, and with `resume` read what an earlier run wrote.
+
+        Args:
+            prefix: of the job's outputs.
+            settings: what determines the ids.
+            files: for each input file, in order, what tells whether it is still the same.
+            resume: continue the earlier run; without one, begin.
 
         Raises:
-            UsageError: another process is writing here, or the earlier run was another job.
+            UsageError: another process is writing here, or the earlier run had other settings or files.
         """
         self.path = f"{prefix}.journal.partial"
+        self._files = files
+        self.finished = 0
+        """How many input files are finished."""
+        self.state: dict[str, Any] | None = None
+        """The state of the outputs after them; None where there are none."""
         try:
             self._file = open(self.path, "a+b")  # noqa: SIM115 - closed by close()
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -28,29 +40,31 @@ class Journal:
             raise UsageError(f"--output-prefix {prefix}: another run is writing there; wait for it to end") from None
         except OSError as error:
             raise UsageError(f"--output-prefix {prefix}: cannot be written: {error.strerror}") from error
-        self.last: dict[str, Any] | None = None
-        """The state after the last finished file of the earlier run; None to begin anew."""
         if resume:
-            self._read(job)
-        if self.last is None:
+            self._read(json.loads(json.dumps(settings)))
+        if self.state is None:
             self._file.truncate(0)
-            self._append(job)
+            self._append(settings)
 
-    def _read(self, job: dict[str, Any]) -> None:
+    def _read(self, settings: dict[str, Any]) -> None:
         self._file.seek(0)
         lines = self._file.read().split(b"\n")[:-1]  # what follows the last newline was cut off while being written
         if len(lines) < 2:
             return
-        earlier = json.loads(lines[0])
-        if earlier != json.loads(json.dumps(job)):
-            changed = ", ".join(sorted(name for name in job if earlier.get(name) != json.loads(json.dumps(job[name]))))
-            raise UsageError(f"--resume: the interrupted run had other settings ({changed}); start without --resume")
-        self.last = json.loads(lines[-1])
+        earlier, *records = map(json.loads, lines)
+        changed = [name for name in settings if earlier.get(name) != settings[name]]
+        if changed:
+            raise UsageError(f"--resume: the earlier run had another {' and '.join(changed)}; start without --resume")
+        finished = [file for record in records for file in record["files"]]
+        for before, now in zip_longest(finished, self._files[: len(finished)]):
+            if before != now:
+                raise UsageError(f"--resume: {before[0]} is not what the earlier run read; start without --resume")
+        self.finished, self.state = len(finished), records[-1]["state"]
 
-    def record(self, state: dict[str, Any]) -> None:
-        """Note that one more input file is finished."""
-        self.last = state
-        self._append(state)
+    def record(self, finished: int, state: dict[str, Any]) -> None:
+        """Note that all files before number `finished` are finished, and the state of the outputs."""
+        self._append({"files": self._files[self.finished : finished], "state": state})
+        self.finished, self.state = finished, state
 
     def _append(self, entry: dict[str, Any]) -> None:
         self._file.write(json.dumps(entry).encode() + b"\n")

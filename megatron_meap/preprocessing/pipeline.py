@@ -74,27 +74,35 @@ def preprocess(job: Job, tokenizer_args: Any) -> list[dict[str, Any]]:
     before, after = _around_documents(job, reference)
     files = _Files(inputs, job.options)
     encoder, note = choose_encoder(reference, files.sample(), job.encoder)
-    workers = job.workers or min(len(os.sched_getaffinity(0)), DEFAULT_WORKERS)
+    workers = job.workers or min(available_cores(), DEFAULT_WORKERS)
     dtype = token_dtype(reference.vocab_size)
     print(f"encoder: {note}", f"workers: {workers}", sep="\n", file=sys.stderr, flush=True)
     work = BlockEncoder(reference, encoder, job.options, prefix=before, suffix=after, dtype=dtype, workers=workers)
-    facts = _facts(job, tokenizer_args, reference, encoder.name, before, after)
+    facts = _facts(job, tokenizer_args, reference, before, after)
     with WorkerPool(work, workers) as pool:
-        journal = Journal(job.output_prefix, {**facts, "inputs": files.identities()}, resume=job.resume)
+        journal = Journal(job.output_prefix, facts, files.identities(), resume=job.resume)
         outputs = None
         try:
-            outputs = Outputs(job.output_prefix, job.options.keys, dtype, journal.last)
+            outputs = Outputs(job.output_prefix, job.options.keys, dtype, journal.state)
             _encode_all(job, files, pool, outputs, journal)
-            facts = {**facts, "inputs": files.described(), "seconds": round(time.monotonic() - begun, 3)}
-            manifests = outputs.publish(facts)
+            seconds = round(time.monotonic() - begun, 3)
+            made = {"encoder": encoder.name, "inputs": files.described(), "seconds": seconds}
+            manifests = outputs.publish({**facts, **made})
         except BaseException as error:
-            keep = journal.last is not None
+            keep = journal.state is not None
             if outputs:
                 outputs.close(remove=not keep)
             journal.close(remove=not keep)
-            raise _explained(error, job, keep) from error
+            if (explained := _explained(error, job, keep)) is error:
+                raise
+            raise explained from error
         journal.close(remove=True)
     return manifests
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _prepare_outputs(job: Job, inputs: list[str]) -> None:
@@ -128,9 +136,7 @@ def _around_documents(job: Job, reference: Reference) -> tuple[list[int], list[i
     return before, after
 
 
-def _facts(
-    job: Job, args: Any, reference: Reference, encoder: str, before: list[int], after: list[int]
-) -> dict[str, Any]:
+def _facts(job: Job, args: Any, reference: Reference, before: list[int], after: list[int]) -> dict[str, Any]:
     """What determines the ids of a job: the common part of its manifests and its journal."""
     named = args.tokenizer_model or args.vocab_file or ""
     return {
@@ -145,13 +151,7 @@ def _facts(
             "unk": reference.unk,
         },
         "mask_token": asdict(reference.mask) if reference.mask else None,
-        "encoder": encoder,
-        "flags": {
-            "append_eod": job.append_eod,
-            "prepend_bos": job.prepend_bos,
-            "skip_bad_lines": job.skip_bad_lines,
-            **asdict(job.options),
-        },
+        "flags": {"append_eod": job.append_eod, "prepend_bos": job.prepend_bos, **asdict(job.options)},
         "before_document": before,
         "after_document": after,
         "dtype": token_dtype(reference.vocab_size).__name__,
@@ -160,7 +160,7 @@ def _facts(
 
 def _encode_all(job: Job, files: "_Files", pool: Any, outputs: Outputs, journal: Journal) -> None:
     """Read, encode and write, in order, from the first file that the journal does not call finished."""
-    first = journal.last["finished_files"] if journal.last else 0
+    first = journal.finished
     if first:
         print(f"resuming after {first} of {len(files.paths)} files", file=sys.stderr, flush=True)
     progress = Progress(files.total_bytes, every_documents=job.log_interval)
@@ -168,7 +168,7 @@ def _encode_all(job: Job, files: "_Files", pool: Any, outputs: Outputs, journal:
     try:
         for (index, kind, consumed), block in pool.map(files.tasks(first)):
             if index != current:
-                journal.record({"finished_files": index, **outputs.state()})
+                journal.record(index, outputs.state())
                 current, seen = index, 0
             for position, reason in block.bad:
                 where = f"{files.paths[index]}:{seen + position + 1}"

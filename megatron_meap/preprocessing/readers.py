@@ -14,9 +14,12 @@ from itertools import chain
 from typing import Any, BinaryIO, Literal
 
 from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing.streams import BLOCK_BYTES, CountingReader, DamagedStreamError, cut, decompressed
+from megatron_meap.preprocessing.streams import CountingReader, DamagedStreamError, cut, decompressed
 
 STDIN = "-"
+BLOCK_BYTES = 2 << 20
+"""Size of a block: large enough that its overhead is nothing, small enough that many fit into memory."""
+
 Kind = Literal["jsonl", "text", "parquet"]
 
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -124,7 +127,7 @@ class InputFile:
                 return
             if self._stream.peek(3).startswith(_BYTE_ORDER_MARK):
                 self._stream.read(3)
-            yield from cut(self._stream, b"\n" if self.kind == "jsonl" else separator)
+            yield from cut(self._stream, b"\n" if self.kind == "jsonl" else separator, BLOCK_BYTES)
         except (OSError, DamagedStreamError) as error:
             raise self._unreadable(error) from error
 

@@ -8,9 +8,6 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
-BLOCK_BYTES = 2 << 20
-"""Size of a block: large enough that its overhead is nothing, small enough that many fit into memory."""
-
 _READ_BYTES = 1 << 20
 
 
@@ -92,7 +89,7 @@ def decompressed(stream: io.BufferedReader) -> tuple[io.BufferedReader, str | No
     return stream, None
 
 
-def cut(stream: io.BufferedReader, separator: bytes | None, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+def cut(stream: io.BufferedReader, separator: bytes | None, block_bytes: int) -> Iterator[bytes]:
     """Blocks of about `block_bytes` that end after a separator; without a separator, all in one.
 
     A document longer than a block makes its block as long as it needs.

@@ -4,6 +4,7 @@ The `.bin` file holds the ids of all documents, one after the other; `index` say
 `tests/unit/test_preprocessing_dataset.py` compares both with what Megatron's own builder writes.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -135,8 +136,9 @@ class DatasetWriter:
 
     def close(self) -> None:
         """Close the temporary files and leave them."""
-        self._bin.close()
-        self._lengths.close()
+        for file in (self._bin, self._lengths):
+            with contextlib.suppress(OSError):  # what did not fit on a full disk does not fit now either
+                file.close()
 
     def discard(self) -> None:
         """Remove what is left of the temporary files."""

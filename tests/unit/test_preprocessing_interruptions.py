@@ -1,0 +1,204 @@
+"""Runs that are killed, lose a worker, fill the disk or stop at a bad line: nothing looks finished, they resume."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_meap.errors import UsageError
+from tests.unit.preprocessing import (
+    leftovers,
+    make_tokenizer,
+    outputs,
+    run_job,
+    sentencepiece_args,
+    topics,
+    write_jsonl,
+)
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
+FINISHED = (".idx", ".manifest.json")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def args(model):
+    return sentencepiece_args(model)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Files that take the reference tokenizer some seconds altogether."""
+    folder, texts = tmp_path_factory.mktemp("corpus"), topics()
+    for number in range(12):
+        write_jsonl(folder / f"{number:02d}.jsonl", texts[number:] * 2)
+    return folder
+
+
+def start(corpus: Path, prefix: Path, model: Path, *flags: str, **more) -> subprocess.Popen:
+    """The tool as a process of its own, slowed down by the reference tokenizer."""
+    command = [sys.executable, str(TOOL), "--input", str(corpus), "--output-prefix", str(prefix), "--append-eod"]
+    command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model), "--workers", "2"]
+    command += ["--encoder", "reference", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(condition, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.005)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_run_leaves_nothing_finished_and_can_be_resumed(corpus, model, args, tmp_path):
+    """SIGKILL at random moments, again and again, each run resuming the one before, until one comes through."""
+    run_job([corpus], tmp_path / "whole", args)
+    expected, prefix = outputs(tmp_path / "whole_text_document"), tmp_path / "killed" / "out"
+    generator, kills = random.Random(0), 0
+    while kill_at(start(corpus, prefix, model, "--resume"), generator.random() * 0.4 * (1 + kills)):
+        kills += 1
+        if any(name.endswith(".idx") for name in leftovers(prefix.parent)):
+            break  # killed after the last rename: finished, then, and whole
+        assert not [name for name in leftovers(prefix.parent) if name.endswith(".json")]
+    assert kills >= 2
+    assert outputs(f"{prefix}_text_document") == expected
+
+
+def kill_at(process: subprocess.Popen, seconds: float) -> bool:
+    """SIGKILL the run so long after its workers have started; False where it was faster and succeeded."""
+    wait_for(lambda: process.poll() is not None or len(children(process.pid)) == 2)
+    time.sleep(seconds)
+    workers = children(process.pid) if process.poll() is None else []
+    process.kill()
+    _, errors = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), errors
+    wait_for(lambda: not any(map(is_running, workers)))  # they notice that their parent is gone
+    return process.returncode != 0
+
+
+def test_a_dead_worker_ends_the_job_with_its_reason(corpus, model, tmp_path):
+    process = start(corpus, tmp_path / "out" / "x", model)
+    wait_for(lambda: len(children(process.pid)) == 2)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    begun = time.monotonic()
+    _, errors = process.communicate(timeout=20)
+    assert time.monotonic() - begun < 5
+    assert process.returncode == 2
+    assert "was killed by SIGKILL" in errors
+    assert "Traceback" not in errors
+    assert not [name for name in leftovers(tmp_path / "out") if name.endswith((".bin", *FINISHED))]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_finished(corpus, model, tmp_path):
+    """A limit on the size of files stands for the disk: the system's answer comes from the same call."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    process = start(corpus / "00.jsonl", tmp_path / "out" / "x", model, preexec_fn=limit)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "cannot be written: File too large" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_interrupted_by_ctrl_c(corpus, model, tmp_path):
+    process = start(corpus, tmp_path / "out" / "x", model)
+    wait_for(lambda: len(children(process.pid)) == 2)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted"
+    assert not [name for name in leftovers(tmp_path / "out") if name.endswith((".bin", *FINISHED))]
+
+
+def spoiled(tmp_path: Path) -> list[Path]:
+    """Four files, the third with a bad line at its end."""
+    paths = [write_jsonl(tmp_path / f"{n}.jsonl", [f"file {n}, line {line}" for line in range(20)]) for n in range(4)]
+    with open(paths[2], "a") as file:
+        file.write("oops\n")
+    return paths
+
+
+def test_resuming_after_a_bad_line_was_mended(args, tmp_path):
+    paths, folder = spoiled(tmp_path), tmp_path / "out"
+    with pytest.raises(
+        UsageError, match=r"2\.jsonl:21: not JSON.*\(finished input files are kept: go on with --resume\)"
+    ):
+        run_job(paths, folder / "x", args)
+    assert leftovers(folder)
+    assert all(name.endswith(".partial") for name in leftovers(folder))
+    paths[2].write_text(paths[2].read_text().replace("oops", '{"text": "mended"}'))
+    made = run_job(paths, folder / "x", args, resume=True)[0]
+    run_job(paths, tmp_path / "whole", args)
+    assert outputs(folder / "x_text_document") == outputs(tmp_path / "whole_text_document")
+    assert (made["documents"], made["text_bytes"]) == (
+        81,
+        sum(len(f"file {n}, line {m}") for n in range(4) for m in range(20)) + 6,
+    )
+    assert not [name for name in leftovers(folder) if name.endswith(".partial")]
+
+
+def test_resuming_with_bad_lines_skipped(args, tmp_path):
+    paths, folder = spoiled(tmp_path), tmp_path / "out"
+    with pytest.raises(UsageError):
+        run_job(paths, folder / "x", args)
+    made = run_job(paths, folder / "x", args, resume=True, skip_bad_lines=True)[0]
+    assert (made["documents"], made["skipped_lines"]) == (80, 1)
+
+
+def test_resuming_another_job_is_refused(args, tmp_path):
+    paths, folder = spoiled(tmp_path), tmp_path / "out"
+    with pytest.raises(UsageError):
+        run_job(paths, folder / "x", args)
+    with pytest.raises(UsageError, match="the earlier run had another flags"):
+        run_job(paths, folder / "x", args, resume=True, prepend_bos=True)
+    with pytest.raises(UsageError, match=r"0\.jsonl is not what the earlier run read"):
+        run_job(paths[1:], folder / "x", args, resume=True)
+    write_jsonl(paths[1], ["changed"])
+    with pytest.raises(UsageError, match=r"1\.jsonl is not what the earlier run read"):
+        run_job(paths, folder / "x", args, resume=True)
+
+
+def test_resuming_damaged_remains_is_refused(args, tmp_path):
+    paths, folder = spoiled(tmp_path), tmp_path / "out"
+    with pytest.raises(UsageError):
+        run_job(paths, folder / "x", args)
+    remains = folder / "x_text_document.bin.partial"
+    data = bytearray(remains.read_bytes())
+    data[10] ^= 1
+    remains.write_bytes(data)
+    with pytest.raises(UsageError, match="not what the earlier run wrote; start without --resume"):
+        run_job(paths, folder / "x", args, resume=True)
+
+
+def test_two_runs_with_one_prefix_are_kept_apart(corpus, model, args, tmp_path):
+    process = start(corpus, tmp_path / "x", model)
+    wait_for(lambda: (tmp_path / "x.journal.partial").exists() or process.poll() is not None)
+    with pytest.raises(UsageError, match="another run is writing there"):
+        run_job([corpus], tmp_path / "x", args)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
