@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_meap.errors import UsageError
 
@@ -192,6 +193,9 @@ def _redirect_cuda_placement() -> None:
 
         return create
 
+    # `with torch.device("meta")` knows the factories by identity: it must note the originals before they are wrapped.
+    # Without this, transformers' from_pretrained leaves its rotary frequencies uninitialised.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
