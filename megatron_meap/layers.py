@@ -9,8 +9,10 @@ Shapes, in Megatron's terms: s sequence, b micro batch, n heads, g query groups,
 """
 
 import dataclasses
+import functools
+import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import tensor_parallel
@@ -18,12 +20,15 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional
+
+from megatron_meap import device, kernels
 
 
 class Norm(torch.nn.Module):
@@ -55,6 +60,16 @@ class Norm(torch.nn.Module):
         if self.bias is None:
             return functional.rms_norm(x, (self.hidden_size,), weight, self.eps)
         return functional.layer_norm(x, (self.hidden_size,), weight, self.bias, self.eps)
+
+
+class CPUNorm(Norm):
+    """The same on a CPU, where PyTorch has no kernel for RMSNorm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., hidden size]."""
+        if self.bias is not None:
+            return super().forward(x)
+        return kernels.rms_norm(x, self.weight + 1 if self.zero_centered else self.weight, self.eps)
 
 
 class SDPAttention(MegatronModule):
@@ -116,7 +131,7 @@ class SDPAttention(MegatronModule):
         q, k, v = (x.reshape(x.shape[0], *x.shape[-2:]).transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         parts = [
             self._attend(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], causal=True)
-            for start, end in zip(borders, borders[1:], strict=False)
+            for start, end in itertools.pairwise(borders)
             if end > start
         ]
         context = torch.cat(parts, dim=2)  # [1, n, tokens, d]
@@ -138,6 +153,43 @@ class SDPAttention(MegatronModule):
             return functional.scaled_dot_product_attention(q, k, v, **arguments)
 
 
+class CPUAttention(SDPAttention):
+    """The same on a CPU: in the faster type, and with every head's positions side by side in memory.
+
+    In 32-bit floats a step of attention over 8 x 512 tokens takes 98 ms in this layout, 114 ms in Megatron's, and
+    200 ms in bf16 on a processor that multiplies it slowly.
+    """
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, allowed: Tensor | None = None) -> Tensor:
+        dtype = kernels.product_type(q.dtype)
+        fast_q, fast_k, fast_v = (x.to(dtype).contiguous() for x in (q, k, v))
+        return super()._attend(fast_q, fast_k, fast_v, causal, allowed).to(q.dtype)
+
+
+class CPUSwiGLU(MLP):
+    """Megatron's MLP with SwiGLU and without biases in one autograd step; every other MLP is Megatron's own."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any) -> tuple[Tensor, Any]:
+        """[s, b, h] to [s, b, h], and no bias."""
+        config = self.config
+        swiglu = config.gated_linear_unit and config.activation_func is functional.silu
+        if not swiglu or config.add_bias_linear or config.glu_linear_offset or config.activation_func_clamp_value:
+            return super().forward(hidden_states, per_token_scale)
+        return self.linear_fc2(kernels.swiglu(self.linear_fc1(hidden_states)[0]))
+
+
+class _Modules(NamedTuple):
+    """What a layer is made of, where it is not made of Megatron's own modules."""
+
+    norm: type[Norm]
+    attention: type[SDPAttention]
+    mlp: type[MLP]
+
+
+_MODULES = _Modules(Norm, SDPAttention, MLP)
+_CPU_MODULES = _Modules(CPUNorm, CPUAttention, CPUSwiGLU)
+
+
 def local_block_spec(model: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Megatron's local layer spec for a GPT model, dense or MoE, with this module's attention and norms.
 
@@ -153,9 +205,10 @@ def local_block_spec(model: Any, vp_stage: int | None = None) -> TransformerBloc
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    own_attention = _wants_megatrons_attention(config)
-    replaced = {id(spec): _with_local_modules(spec, config, own_attention) for spec in block.layer_specs}
-    return TransformerBlockSubmodules(layer_specs=[replaced[id(spec)] for spec in block.layer_specs], layer_norm=Norm)
+    modules = _CPU_MODULES if device.is_cpu() else _MODULES
+    replaced = {id(spec): _with_local_modules(spec, config, modules) for spec in block.layer_specs}
+    layer_specs = [replaced[id(spec)] for spec in block.layer_specs]
+    return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=modules.norm)
 
 
 def _wants_megatrons_attention(config: TransformerConfig) -> bool:
@@ -168,20 +221,23 @@ def _wants_megatrons_attention(config: TransformerConfig) -> bool:
     )
 
 
-def _with_local_modules(spec: ModuleSpec, config: TransformerConfig, megatrons_attention: bool) -> ModuleSpec:
-    """A copy of a layer spec with our modules in the places of the norms and the core attention."""
+def _with_local_modules(spec: ModuleSpec, config: TransformerConfig, modules: _Modules) -> ModuleSpec:
+    """A copy of a layer spec with our modules in the places of the norms, the core attention and the dense MLP."""
     layer = spec.submodules
-    attention = layer.self_attention
-    inner: dict[str, Any] = {} if megatrons_attention else {"core_attention": SDPAttention}
+    attention, mlp = layer.self_attention, layer.mlp
+    inner: dict[str, Any] = {} if _wants_megatrons_attention(config) else {"core_attention": modules.attention}
     if config.qk_layernorm and not config.qk_l2_norm:
         names = ("q_layernorm", "kv_layernorm") if config.multi_latent_attention else ("q_layernorm", "k_layernorm")
-        inner |= dict.fromkeys(names, Norm)
+        inner |= dict.fromkeys(names, modules.norm)
+    if getattr(mlp, "func", None) == MLP.as_mlp_submodule:  # a dense layer, not a mixture of experts
+        mlp = functools.partial(modules.mlp.as_mlp_submodule, **mlp.keywords)
     return dataclasses.replace(
         spec,
         submodules=dataclasses.replace(
             layer,
-            input_layernorm=Norm,
-            pre_mlp_layernorm=Norm,
+            input_layernorm=modules.norm,
+            pre_mlp_layernorm=modules.norm,
+            mlp=mlp,
             self_attention=dataclasses.replace(
                 attention, submodules=dataclasses.replace(attention.submodules, **inner)
             ),
