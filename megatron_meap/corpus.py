@@ -5,6 +5,7 @@ until the size limit is reached: the documentation topics of `help()`, the docst
 the installed packages, and their source code. The same installation always gives the same corpus, byte for byte.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -66,15 +67,15 @@ def build_corpus(
             for source, text in _documents():
                 raw = text.encode()
                 digest = hashlib.sha256(raw).digest()
-                if digest in seen or sum(size.values()) + len(raw) > max_bytes:
+                if digest in seen:
                     continue
+                if sum(size.values()) + len(raw) > max_bytes:
+                    break
                 seen.add(digest)
                 side = _share_of(source) < valid_share
                 print(json.dumps({"text": text, "source": source}), file=valid_file if side else train_file)
                 documents[side] += 1
                 size[side] += len(raw)
-                if sum(size.values()) > max_bytes - MIN_CHARACTERS:
-                    break
         if not all(documents.values()):
             raise UsageError(f"{max_bytes} bytes leave nothing to train on or to validate; raise the limit")
         for side, path in paths.items():
@@ -83,7 +84,8 @@ def build_corpus(
         raise UsageError(f"{error.filename or train}: {error.strerror or error}: choose another output path") from error
     finally:
         for path in partial.values():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
     return CorpusSummary(documents[False], documents[True], size[False], size[True])
 
 

@@ -1,6 +1,7 @@
 """All that a job writes: a dataset for each key, and the report of skipped lines."""
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ def refuse_existing(prefixes: list[str]) -> None:
     """Raise a UsageError where one of the datasets exists already."""
     for prefix in prefixes:
         for suffix in (".bin", ".idx", MANIFEST_SUFFIX):
-            path = Path(prefix + suffix)
-            if path.exists():
+            path = prefix + suffix
+            if os.path.exists(path):
                 raise UsageError(f"{path}: exists already; give --overwrite to replace it, or another --output-prefix")
 
 

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any, BinaryIO, Literal
 
 from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing.streams import CountingReader, DamagedStreamError, cut, decompressed
+from megatron_meap.preprocessing.streams import DAMAGED, CountingReader, cut, decompressed
 
 STDIN = "-"
 BLOCK_BYTES = 2 << 20
@@ -94,7 +94,7 @@ class InputFile:
             self._counted = CountingReader(self._raw)
             self._stream, self.compression = decompressed(io.BufferedReader(self._counted, 1 << 20))
             self.kind: Kind = options.kind or self._recognise(self._stream.peek(1 << 16)[: 1 << 16])
-        except (OSError, EOFError, DamagedStreamError) as error:
+        except (OSError, *DAMAGED) as error:
             raise self._unreadable(error) from error
 
     @property
@@ -128,7 +128,7 @@ class InputFile:
             if self._stream.peek(3).startswith(_BYTE_ORDER_MARK):
                 self._stream.read(3)
             yield from cut(self._stream, b"\n" if self.kind == "jsonl" else separator, BLOCK_BYTES)
-        except (OSError, DamagedStreamError) as error:
+        except (OSError, *DAMAGED) as error:
             raise self._unreadable(error) from error
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_meap.errors import UsageError
-from megatron_meap.tokenizer import MaskToken, resolve_mask_token
+from megatron_meap.tokenizer import MASK_TOKEN, MaskToken, resolve_mask_token
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "TikTokenizer", "GPT2BPETokenizer", "NullTokenizer")
@@ -72,6 +72,7 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser, *, required: bool = Tru
     group.add_argument("--tokenizer-hf-no-include-special-tokens", action="store_true")
     group.add_argument("--trust-remote-code", action="store_true")
     group.add_argument("--null-tokenizer-eod-id", type=int)
+    group.add_argument("--meap-mask-token", default=MASK_TOKEN, help=f"how it is written (default: {MASK_TOKEN})")
 
 
 def load_reference(args: Any) -> Reference:
@@ -84,7 +85,7 @@ def load_reference(args: Any) -> Reference:
         raise UsageError(f"--tokenizer-type {args.tokenizer_type}: use one of {', '.join(TOKENIZER_TYPES)}")
     _check_files(args)
     if args.tokenizer_type in SENTENCEPIECE_TYPES:
-        return _sentencepiece(args.tokenizer_model)
+        return _sentencepiece(args.tokenizer_model, args.meap_mask_token)
     megatron = _megatron_tokenizer(args)
     model: Any = getattr(megatron._tokenizer, "tokenizer", None)
     encode: Callable[[str], Sequence[int]] = megatron.tokenize
@@ -107,7 +108,7 @@ def load_reference(args: Any) -> Reference:
         unk=_id(megatron, "unk"),
         model=model,
         tokenizer=megatron,
-        mask=None if megatron.library == "null-text" else resolve_mask_token(megatron),
+        mask=None if megatron.library == "null-text" else resolve_mask_token(megatron, args.meap_mask_token),
     )
 
 
@@ -127,7 +128,7 @@ def _check_files(args: Any) -> None:
             raise UsageError(f"{flag} {value}: a folder; --tokenizer-type {kind} needs a file")
 
 
-def _sentencepiece(path: str) -> Reference:
+def _sentencepiece(path: str, mask_token: str) -> Reference:
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor()
@@ -156,7 +157,7 @@ def _sentencepiece(path: str) -> Reference:
         unk=present(model.unk_id()),
         model=model,
         tokenizer=stand_in,
-        mask=resolve_mask_token(stand_in),
+        mask=resolve_mask_token(stand_in, mask_token),
     )
 
 
@@ -189,10 +190,11 @@ def _huggingface_encode(model: Any) -> Callable[[str], Sequence[int]]:
     backend = getattr(model, "backend_tokenizer", None)
     if backend is None:
         return lambda text: model(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    return lambda text: backend.encode(text, add_special_tokens=False).ids
+    own = type(backend).from_str(backend.to_str())  # a copy: calling the model resets these settings
+    own.encode_special_tokens = True
+    own.no_truncation()
+    own.no_padding()
+    return lambda text: own.encode(text, add_special_tokens=False).ids
 
 
 def _around(whole: Sequence[int], inner: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -11,8 +11,8 @@ from typing import BinaryIO
 _READ_BYTES = 1 << 20
 
 
-class DamagedStreamError(Exception):
-    """Compressed data that is damaged, or that ends too early."""
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
+"""What reading damaged or truncated compressed data raises, besides OSError."""
 
 
 class CountingReader(io.RawIOBase):
@@ -57,7 +57,7 @@ class _ZstdReader(io.RawIOBase):
             try:
                 self._ready = memoryview(self._frame.decompress(chunk))
             except self._error as error:
-                raise DamagedStreamError(str(error)) from error
+                raise EOFError(str(error)) from error
             self._inside = not self._frame.eof
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
@@ -71,7 +71,7 @@ class _ZstdReader(io.RawIOBase):
         # Small pieces: one piece of compressed data can hold a thousand times as much text.
         chunk = chunk or self._source.read(1 << 16)
         if not chunk and self._inside:
-            raise DamagedStreamError("the data ends within a frame")
+            raise EOFError("the data ends within a frame")
         return chunk
 
 
@@ -92,13 +92,11 @@ def decompressed(stream: io.BufferedReader) -> tuple[io.BufferedReader, str | No
 def cut(stream: io.BufferedReader, separator: bytes | None, block_bytes: int) -> Iterator[bytes]:
     """Blocks of about `block_bytes` that end after a separator; without a separator, all in one.
 
-    A document longer than a block makes its block as long as it needs.
-
-    Raises:
-        DamagedStreamError: the compressed data is damaged or truncated.
+    A document longer than a block makes its block as long as it needs. Damaged compressed data raises one of `DAMAGED`,
+    or an OSError.
     """
     buffer, searched = bytearray(), 0
-    while chunk := _read(stream):
+    while chunk := stream.read(_READ_BYTES):
         buffer += chunk
         if separator is None or len(buffer) < block_bytes:
             continue
@@ -112,10 +110,3 @@ def cut(stream: io.BufferedReader, separator: bytes | None, block_bytes: int) ->
         searched = 0
     if buffer:
         yield bytes(buffer)
-
-
-def _read(stream: io.BufferedReader) -> bytes:
-    try:
-        return stream.read(_READ_BYTES)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DamagedStreamError(str(error)) from error

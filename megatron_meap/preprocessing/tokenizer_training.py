@@ -1,5 +1,6 @@
 """Train a SentencePiece tokenizer in the manner of Llama's, with [MASK] where no text can reach it."""
 
+import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,5 +104,6 @@ def _write(output: Path, model: bytes) -> None:
         partial.write_bytes(model)
         partial.replace(output)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UsageError(f"{output}: cannot be written: {error.strerror}") from error

@@ -6,6 +6,7 @@ process dies. (A `multiprocessing.Pool` waits for ever then, which is what Megat
 
 import multiprocessing
 import signal
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -78,7 +79,7 @@ class _Worker:
             answer = self._connection.recv()
         except (EOFError, ConnectionError) as error:
             self._process.join(5)
-            raise UsageError(f"worker {self._number} {_cause(self._process.exitcode)}; nothing was finished") from error
+            raise UsageError(f"worker {self._number} {_cause(self._process.exitcode)}") from error
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -110,8 +111,7 @@ def _serve_until_closed(connection: Any, parents_end: Any, work: Callable[[Any],
         try:
             answer = work(task)
         except Exception as error:
-            import traceback
-
-            error.add_note("in a preprocessing worker:\n" + traceback.format_exc())
+            if not isinstance(error, UsageError):
+                error.add_note("in a preprocessing worker:\n" + traceback.format_exc())
             answer = error
         connection.send(answer)

@@ -1,0 +1,92 @@
+"""The manifest's check in training, and the tokenizer's fingerprint."""
+
+import json
+import shutil
+
+import pytest
+
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.manifest import check_manifest, tokenizer_fingerprint
+from tests.unit.preprocessing import TEXTS, make_tokenizer, run_job, sentencepiece_args, tokenizer_args, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def dataset(model, tmp_path):
+    run_job([write_jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "x", sentencepiece_args(model))
+    return str(tmp_path / "x_text_document")
+
+
+def test_a_fitting_dataset_passes(dataset, model):
+    check_manifest(dataset, tokenizer_sha256=tokenizer_fingerprint(sentencepiece_args(model)), vocab_size=600)
+    check_manifest(dataset, tokenizer_sha256=None, vocab_size=600)
+
+
+def test_another_tokenizer_is_refused(dataset, tmp_path):
+    other = tokenizer_fingerprint(sentencepiece_args(make_tokenizer(tmp_path, vocab_size=601)))
+    with pytest.raises(UsageError, match=r"made with another tokenizer \(SentencePieceTokenizer tok"):
+        check_manifest(dataset, tokenizer_sha256=other, vocab_size=601)
+
+
+def test_a_small_vocabulary_is_refused(dataset, tmp_path):
+    largest = json.loads((tmp_path / "x_text_document.manifest.json").read_text())["max_token_id"]
+    check_manifest(dataset, tokenizer_sha256=None, vocab_size=largest + 1)
+    with pytest.raises(UsageError, match=f"holds the token id {largest}, but"):
+        check_manifest(dataset, tokenizer_sha256=None, vocab_size=largest)
+
+
+def test_a_file_of_another_size_is_refused(dataset):
+    with open(f"{dataset}.bin", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(UsageError, match=r"x_text_document\.bin: .* bytes, but its manifest says"):
+        check_manifest(dataset, tokenizer_sha256=None, vocab_size=600)
+
+
+def test_without_a_manifest_nothing_is_refused(tmp_path):
+    check_manifest(str(tmp_path / "nothing"), tokenizer_sha256="x", vocab_size=1)
+
+
+def test_the_fingerprint_is_of_the_contents(model, tmp_path):
+    expected = tokenizer_fingerprint(sentencepiece_args(model))
+    copy = shutil.copy(model, tmp_path / "other-name.model")
+    assert tokenizer_fingerprint(sentencepiece_args(copy)) == expected
+    # One model under another type's name gives the same ids.
+    assert tokenizer_fingerprint(tokenizer_args("Llama2Tokenizer", tokenizer_model=str(copy))) == expected
+    (tmp_path / "other-name.model").write_bytes(b"x" + model.read_bytes())
+    assert tokenizer_fingerprint(sentencepiece_args(copy)) != expected
+
+
+def test_the_fingerprint_of_a_folder_is_of_its_vocabulary(tmp_path):
+    args = tokenizer_args("HuggingFaceTokenizer", tokenizer_model=str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    expected = tokenizer_fingerprint(args)
+    (tmp_path / "README.md").write_text("a readme changes nothing")
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "neither does this"}')
+    assert tokenizer_fingerprint(args) == expected
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
+    assert tokenizer_fingerprint(args) != expected
+
+
+def test_what_else_determines_the_ids(tmp_path):
+    a, b = (str(tmp_path / name) for name in ("a.json", "b.txt"))
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "b.txt").write_text("merges")
+    prints = [
+        tokenizer_fingerprint(args)
+        for args in (
+            tokenizer_args("NullTokenizer", vocab_size=10),
+            tokenizer_args("NullTokenizer", vocab_size=11),
+            tokenizer_args("TikTokenizer", tokenizer_model=a),
+            tokenizer_args("TikTokenizer", tokenizer_model=a, tiktoken_pattern="v1"),
+            tokenizer_args("TikTokenizer", tokenizer_model=a, tiktoken_num_special_tokens=9),
+            tokenizer_args("GPT2BPETokenizer", vocab_file=a, merge_file=b),
+            tokenizer_args("GPT2BPETokenizer", vocab_file=a, merge_file=str(tmp_path / "a.json")),
+            tokenizer_args("HuggingFaceTokenizer", tokenizer_model="org/name-on-a-hub"),
+            tokenizer_args("HuggingFaceTokenizer", tokenizer_model="org/another-name"),
+        )
+    ]
+    assert len(set(prints)) == len(prints)

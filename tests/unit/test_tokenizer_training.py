@@ -1,0 +1,97 @@
+"""Tokenizer training: Llama's shape, [MASK] out of reach of text, deterministic, and one line for what cannot work."""
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.tokenizer_training import train_tokenizer
+from tests.unit.preprocessing import compressed, make_tokenizer, topics, write_jsonl, write_parquet
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokenizer")
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return sentencepiece.SentencePieceProcessor(model_file=str(make_tokenizer(folder, vocab_size=1000)))
+
+
+def test_ids(processor):
+    assert processor.get_piece_size() == 1000
+    assert [processor.id_to_piece(id) for id in range(5)] == ["<unk>", "<s>", "</s>", "[MASK]", "<0x00>"]
+    assert (processor.unk_id(), processor.bos_id(), processor.eos_id(), processor.pad_id()) == (0, 1, 2, -1)
+    assert processor.is_control(3)
+
+
+def test_digits_are_split(processor):
+    assert processor.encode("2024", out_type=str) == ["▁", "2", "0", "2", "4"]
+    pieces = [processor.id_to_piece(id) for id in range(260, 1000)]
+    assert not [piece for piece in pieces if any(map(str.isdigit, piece)) and len(piece) > 1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁")) | st.text(" \n\t[MASK]</s>é"))
+def test_text_comes_back_as_it_was_and_never_makes_a_special_token(text, processor):
+    ids = processor.encode(text)
+    assert processor.decode(ids) == text
+    assert all(id > 3 for id in ids)
+
+
+def test_the_same_corpus_gives_the_same_file(tmp_path):
+    plain = write_jsonl(tmp_path / "a.jsonl", topics()[:20])
+    inputs = {
+        "first": plain,
+        "again": plain,
+        "gz": compressed(plain, "gz"),
+        "parquet": write_parquet(tmp_path / "a.parquet", topics()[:20]),
+    }
+    for name, path in inputs.items():
+        train_tokenizer([str(path)], tmp_path / "models" / name, vocab_size=400)
+    models = {(tmp_path / "models" / name).read_bytes() for name in inputs}
+    assert len(models) == 1
+
+
+def test_padding_and_another_mask_token(tmp_path, folder):
+    train_tokenizer(
+        [str(folder / "corpus.jsonl")], tmp_path / "m", vocab_size=400, pad_token="<pad>", mask_token="<|mask|>"
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m"))
+    assert processor.pad_id() == 3
+    assert processor.piece_to_id("<|mask|>") == 4
+    assert processor.is_control(4)
+
+
+def test_only_so_much_text_is_read(tmp_path):
+    """What stands after the limit changes nothing, be it as wrong as it may."""
+    source = write_jsonl(tmp_path / "a.jsonl", topics()[:10])
+    train_tokenizer([str(source)], tmp_path / "all", vocab_size=400)
+    with open(source, "a") as file:
+        file.write("not JSON\n")
+    size = sum(len(line.encode()) for text in topics()[:10] for line in text.splitlines() if line)
+    train_tokenizer([str(source)], tmp_path / "limited", vocab_size=400, max_bytes=size)
+    assert (tmp_path / "all").read_bytes() == (tmp_path / "limited").read_bytes()
+
+
+def test_what_cannot_work(tmp_path, folder):
+    corpus = str(folder / "corpus.jsonl")
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    short = write_jsonl(tmp_path / "short.jsonl", ["hello"])
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "x"}\n\n{"body": "x"}\n')
+    for inputs, size, message in [
+        ([str(tmp_path / "missing")], 400, "nothing there"),
+        ([str(empty)], 400, "no text in it; give a corpus"),
+        ([str(short)], 4000, "--vocab-size 4000: .*give more text, or a smaller vocabulary"),
+        ([str(bad)], 400, r"bad\.jsonl:3: no key 'text', only body"),
+        ([corpus], 260, "--vocab-size 260: at least 261"),
+    ]:
+        with pytest.raises(UsageError, match=message) as error:
+            train_tokenizer(inputs, tmp_path / "out" / "m", vocab_size=size)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="cannot be written"):
+        train_tokenizer([corpus], bad / "m", vocab_size=400)
+    assert not (tmp_path / "out").exists()
