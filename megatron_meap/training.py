@@ -26,10 +26,9 @@ from megatron_meap.batches import datasets_provider, get_batch
 from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError, is_disk_full
 from megatron_meap.layers import local_block_spec
+from megatron_meap.report import CLEAN_LOSS, MASKED_LOSS
 from megatron_meap.signals import EXIT_STOPPED, StopRequest
 
-MASKED_LOSS = "lm loss masked inputs"
-CLEAN_LOSS = "lm loss clean inputs"
 
 stimer = StragglerDetector()
 

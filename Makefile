@@ -1,0 +1,39 @@
+# make demo · make test · make lint: the first use creates .venv and installs the project there.
+
+.PHONY: demo test test-all lint clean
+.DEFAULT_GOAL := demo
+
+# Python >= 3.12 (megatron-core's own requirement): the first candidate that works. Override: make PYTHON=/path/to/python
+CANDIDATES := python3.12 python3.13 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3) \
+	$(shell pyenv root 2>/dev/null | sed 's,$$,/versions,' | xargs -I{} sh -c 'ls -d {}/3.1[2-9]*/bin/python3 2>/dev/null') \
+	python3.14 python3
+PYTHON ?= $(shell for each in $(CANDIDATES); do \
+	"$$each" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$each" && break; \
+	done)
+# The PyTorch that the CPU adaptation is tested with; TORCH=torch takes the newest.
+TORCH ?= torch==2.13.0
+
+.venv/installed: setup.py
+	@test -n "$(PYTHON)" || { echo "no working Python >= 3.12 found: install one (apt install python3.12 python3.12-venv, \
+	or pyenv install 3.12) or name it: make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" --editable ".[dev]"
+	@touch $@
+
+demo: .venv/installed
+	.venv/bin/python examples/quickstart/demo.py
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+test-all: .venv/installed
+	.venv/bin/python -m pytest -m ""
+
+lint: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf build runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
