@@ -26,10 +26,18 @@ from megatron_meap.arguments import masking_from
 from megatron_meap.dataset import MaskedInputDataset
 from megatron_meap.tokenizer import special_token_ids
 
-BATCH_KEYS = (
-    "attention_mask cu_seqlens cu_seqlens_padded hybrid_cp_group labels local_cp_size loss_mask max_seqlen "
-    "position_ids tokens"
-).split()
+BATCH_KEYS = [
+    "attention_mask",
+    "cu_seqlens",
+    "cu_seqlens_padded",
+    "hybrid_cp_group",
+    "labels",
+    "local_cp_size",
+    "loss_mask",
+    "max_seqlen",
+    "position_ids",
+    "tokens",
+]
 """What Megatron's batch helpers expect on the rank that loads the data, absent ones as None."""
 
 

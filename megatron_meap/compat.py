@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-
 _KNOWN_WARNINGS = (
     ".*Apex (is|are) not installed.*",  # our local layers take their place
     ".*Only transformer-engine.*supports MoE experts.*",
@@ -97,7 +96,7 @@ def _verify_checkpoints_once() -> None:
     serialization.verify_integrity_manifest = lambda _: None
 
 
-def after_each_save(follow_up: Callable[[], None]) -> None:
+def after_each_save(follow_up: Callable[[], object]) -> None:
     """Call `follow_up` on rank 0 whenever the trainer has saved a checkpoint: Megatron has no hook there."""
     from megatron.training import training
 

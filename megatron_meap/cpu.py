@@ -24,10 +24,26 @@ WRITTEN_FOR = "0.19."
 CPU = torch.device("cpu")
 
 # Functions that Megatron calls with device="cuda" or torch.device("cuda").
-_FACTORIES = (
-    "arange empty empty_strided eye full ones rand randint randn randperm tensor zeros "
-    "empty_like full_like ones_like rand_like randn_like zeros_like"
-).split()
+_FACTORIES = [
+    "arange",
+    "empty",
+    "empty_strided",
+    "eye",
+    "full",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "tensor",
+    "zeros",
+    "empty_like",
+    "full_like",
+    "ones_like",
+    "rand_like",
+    "randn_like",
+    "zeros_like",
+]
 _TENSOR_TYPES = ("FloatTensor", "DoubleTensor", "HalfTensor", "BFloat16Tensor", "IntTensor", "LongTensor", "ByteTensor")
 
 
@@ -157,9 +173,16 @@ def _answer_for_the_device() -> None:
         "is_current_stream_capturing": lambda: False,
         "mem_get_info": lambda *_: (memory, memory),
     }
-    for name in "set_device synchronize empty_cache ipc_collect reset_peak_memory_stats manual_seed_all".split():
+    for name in [
+        "set_device",
+        "synchronize",
+        "empty_cache",
+        "ipc_collect",
+        "reset_peak_memory_stats",
+        "manual_seed_all",
+    ]:
         answers[name] = returning(None)
-    for name in "memory_allocated memory_reserved max_memory_allocated max_memory_reserved".split():
+    for name in ["memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"]:
         answers[name] = returning(0)
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)

@@ -179,7 +179,7 @@ def official_positions(
 
 @lru_cache(maxsize=2 * _OFFICIAL_SEEDS)
 def _official_columns(cycle: int, seq_length: int, count: int) -> Positions:
-    columns = np.array(random.Random(50 + cycle).sample(range(0, seq_length - 1), count), np.int64)
+    columns = np.array(random.Random(50 + cycle).sample(range(seq_length - 1), count), np.int64)
     columns.setflags(write=False)  # shared by every caller
     return columns
 

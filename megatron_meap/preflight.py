@@ -5,24 +5,37 @@ import json
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.datasets.indexed_dataset import _IndexReader
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.index import read_index
 from megatron_meap.preprocessing.manifest import check_manifest, tokenizer_fingerprint
 
-MODEL_SHAPE = (
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization swiglu "
-    "add_bias_linear add_qkv_bias qk_layernorm position_embedding_type rotary_base "
-    "untie_embeddings_and_output_weights num_experts multi_latent_attention"
-).split()
+MODEL_SHAPE = [
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "normalization",
+    "swiglu",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "position_embedding_type",
+    "rotary_base",
+    "untie_embeddings_and_output_weights",
+    "num_experts",
+    "multi_latent_attention",
+]
 """Arguments that a checkpoint's weights depend on."""
 
 MEAP_SETTINGS = {
@@ -114,25 +127,10 @@ def _check_data(args: Namespace) -> None:
 
 def _check_dataset(prefix: str, args: Namespace) -> None:
     """Check one .bin/.idx pair."""
-    index, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for path, other in ((index, data), (data, index)):
-        if not path.exists():
-            hint = f"only {other} is there: preprocess again" if other.exists() else "check the prefix, without suffix"
-            raise UsageError(f"--data-path {prefix}: {path} is missing; {hint}")
-    try:
-        reader = _IndexReader(str(index), multimodal=False)
-    except (AssertionError, ValueError, KeyError, OSError) as error:
-        raise UsageError(f"--data-path {prefix}: {index} is not an index of Megatron's; preprocess again") from error
-    tokens = int(reader.sequence_lengths.sum(dtype="int64"))
-    size = tokens * reader.dtype_size
-    if size != data.stat().st_size:
-        raise UsageError(
-            f"--data-path {prefix}: {data} has {data.stat().st_size} bytes, but its .idx speaks of {size}: they do not "
-            "belong together; preprocess again"
-        )
+    tokens = read_index(prefix).tokens
     if tokens <= args.seq_length:
         raise UsageError(
-            f"--data-path {prefix}: holds {tokens} tokens, less than one sample of {args.seq_length} + 1; "
+            f"{prefix}: holds {tokens} tokens, less than one sample of {args.seq_length} + 1; "
             "use more data or a shorter --seq-length"
         )
     check_manifest(prefix, tokenizer_sha256=args.meap_tokenizer_sha256, vocab_size=args.meap_tokenizer_vocab_size)
@@ -155,9 +153,9 @@ def _lock_save_directory(args: Namespace) -> None:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         opened.seek(0)
+        holder = opened.read().strip() or "unknown"
         raise UsageError(
-            f"--save {args.save}: another job saves there ({opened.read().strip() or 'unknown'}); wait for it, stop it, "
-            "or name another directory"
+            f"--save {args.save}: another job saves there ({holder}); wait for it, stop it, or name another directory"
         ) from error
     opened.truncate(0)
     opened.write(f"process {os.getpid()} on {os.uname().nodename}")
@@ -201,25 +199,27 @@ def _compare(flag: str, path: Path, args: Namespace) -> None:
     if saved is None:
         return
 
-    def differing(names: Any) -> list[str]:
-        pairs = [(name, getattr(saved, name, None), getattr(args, name, None)) for name in names]
-        return [f"{name} {old} there, {new} here" for name, old, new in pairs if hasattr(saved, name) and old != new]
+    def differing(names: Iterable[str]) -> str:
+        pairs = {name: (getattr(saved, name), getattr(args, name)) for name in names if hasattr(saved, name)}
+        return "; ".join(
+            f"{MEAP_SETTINGS.get(name, name)} {old} there, {new} here"
+            for name, (old, new) in pairs.items()
+            if old != new
+        )
 
     shape = [name for name in MODEL_SHAPE if name != "num_query_groups" or args.group_query_attention]
     if different := differing(shape):
-        raise UsageError(f"{flag}: {path} holds another model: {'; '.join(different)}")
-    if getattr(saved, "meap_tokenizer_sha256", None) and args.meap_tokenizer_sha256:
-        if saved.meap_tokenizer_sha256 != args.meap_tokenizer_sha256:
-            raise UsageError(
-                f"{flag}: {path} was trained with another tokenizer ({saved.tokenizer_model} there, "
-                f"{args.tokenizer_model} here); use the same one"
-            )
+        raise UsageError(f"{flag}: {path} holds another model: {different}")
+    if getattr(saved, "meap_tokenizer_sha256", args.meap_tokenizer_sha256) != args.meap_tokenizer_sha256:
+        raise UsageError(
+            f"{flag}: {path} was trained with another tokenizer ({saved.tokenizer_model} there, "
+            f"{args.tokenizer_model} here); use the same one"
+        )
     if args.finetune or flag != "--load" or args.meap_allow_changed_settings:
         return
     settings = list(MEAP_SETTINGS) + (["global_batch_size"] if args.meap_mask_strategy == "official" else [])
     if different := differing(settings):
-        flags = "; ".join(MEAP_SETTINGS.get(text.split()[0], text.split()[0]) + text[text.index(" ") :] for text in different)
         raise UsageError(
-            f"--load: {path} was trained with other masks: {flags}; repeat its settings, or add "
+            f"--load: {path} was trained with other masks: {different}; repeat its settings, or add "
             "--meap-allow-changed-settings if the change is meant"
         )

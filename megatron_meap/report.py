@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.index import read_index
 
 MASKED_LOSS = "lm loss masked inputs"
 CLEAN_LOSS = "lm loss clean inputs"
 
 _STEP = re.compile(r"\] iteration +(?P<step>\d+)/ *(?P<total>\d+) \|(?P<values>.*)")
 _VALUE = re.compile(r" ([^|:]+): +([-+.\deE]+|nan|inf) \|")
-_VALIDATION = re.compile(r"validation loss at iteration (?P<step>\d+) on validation set \| lm loss value: (?P<loss>\S+)")
+_VALIDATION = re.compile(
+    r"validation loss at iteration (?P<step>\d+) (?:on validation set )?\| lm loss value: (?P<loss>\S+)"
+)
 _ARGUMENT = re.compile(r"^ +(?P<name>seq_length) \.+ (?P<value>\d+)$")
 
 
@@ -54,8 +57,8 @@ class History:
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one logged quantity; steps that did not report it are left out."""
-        points = [(step, self.steps[step].values[name]) for step in sorted(self.steps) if name in self.steps[step].values]
-        return [step for step, _ in points], [value for _, value in points]
+        steps = [step for step in sorted(self.steps) if name in self.steps[step].values]
+        return steps, [self.steps[step].values[name] for step in steps]
 
 
 def read_log(path: Path) -> History:
@@ -160,9 +163,6 @@ def plot(history: History, path: Path, unigram: float | None = None) -> None:
 
 def unigram_entropy(prefix: str) -> float:
     """Entropy of a dataset's token distribution in nats: the loss of the best model that ignores the context."""
-    from megatron.core.datasets.indexed_dataset import _IndexReader
-
-    dtype = _IndexReader(f"{prefix}.idx", multimodal=False).dtype
-    counts = np.bincount(np.memmap(f"{prefix}.bin", dtype=dtype, mode="r"))
+    counts = np.bincount(np.memmap(f"{prefix}.bin", dtype=read_index(prefix).dtype, mode="r"))
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())

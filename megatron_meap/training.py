@@ -29,7 +29,6 @@ from megatron_meap.layers import local_block_spec
 from megatron_meap.report import CLEAN_LOSS, MASKED_LOSS
 from megatron_meap.signals import EXIT_STOPPED, StopRequest
 
-
 stimer = StragglerDetector()
 
 
@@ -114,7 +113,9 @@ def embedding_ranks(pp_ranks: list[int]) -> list[int]:
     return sorted(ranks)
 
 
-def forward_step(data_iterator: Iterator | None, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Callable]:
+def forward_step(
+    data_iterator: Iterator | None, model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Callable]:
     """Megatron's forward step: one micro batch through this rank's part of the model.
 
     Returns:

@@ -11,19 +11,63 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENTRY = REPOSITORY / "pretrain_gpt_meap.py"
 
-MODEL = (
-    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
-    "--ffn-hidden-size 160 --seq-length 64 --max-position-embeddings 64 --position-embedding-type rope "
-    "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
-    "--attention-dropout 0 --hidden-dropout 0"
-).split()
+MODEL = [
+    "--num-layers",
+    "2",
+    "--hidden-size",
+    "64",
+    "--num-attention-heads",
+    "4",
+    "--group-query-attention",
+    "--num-query-groups",
+    "2",
+    "--ffn-hidden-size",
+    "160",
+    "--seq-length",
+    "64",
+    "--max-position-embeddings",
+    "64",
+    "--position-embedding-type",
+    "rope",
+    "--normalization",
+    "RMSNorm",
+    "--swiglu",
+    "--disable-bias-linear",
+    "--untie-embeddings-and-output-weights",
+    "--attention-dropout",
+    "0",
+    "--hidden-dropout",
+    "0",
+]
 """A Llama-style model that a step of takes milliseconds."""
 
-TRAINING = (
-    "--fp32 --micro-batch-size 2 --global-batch-size 8 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine "
-    "--weight-decay 0.05 --clip-grad 1.0 --train-iters 20 --log-interval 1 --eval-interval 1000 --eval-iters 0 "
-    "--seed 1234"
-).split()
+TRAINING = [
+    "--fp32",
+    "--micro-batch-size",
+    "2",
+    "--global-batch-size",
+    "8",
+    "--lr",
+    "1e-3",
+    "--min-lr",
+    "1e-4",
+    "--lr-decay-style",
+    "cosine",
+    "--weight-decay",
+    "0.05",
+    "--clip-grad",
+    "1.0",
+    "--train-iters",
+    "20",
+    "--log-interval",
+    "1",
+    "--eval-interval",
+    "1000",
+    "--eval-iters",
+    "0",
+    "--seed",
+    "1234",
+]
 
 _STEP = re.compile(r" iteration +(\d+)/ +\d+ \|.*")
 _VALUE = re.compile(r"\| ([^|:]+): +([-+.\dEeNnAaIiFf]+) (?=\|)")

@@ -29,7 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)")
     parser.add_argument("--train-iters", type=int, default=400, help="optimiser steps (default: %(default)s)")
-    parser.add_argument("--corpus-mb", type=float, default=12, help="text to gather, in 10^6 bytes (default: %(default)s)")
+    parser.add_argument(
+        "--corpus-mb", type=float, default=12, help="text to gather, in 10^6 bytes (default: %(default)s)"
+    )
     args = parser.parse_args()
     os.chdir(ROOT)
     started = time.monotonic()
@@ -106,8 +108,8 @@ def generate(folder: Path) -> None:
     """A short continuation of a prompt."""
     title("a sample")
     tool(
-        "generate", "--load", folder / "checkpoints", "--prompt", "def main():", "--max-new-tokens", 60, "--temperature", 0.7,
-        "--seed", 1,
+        "generate", "--load", folder / "checkpoints", "--prompt", "def main():", "--max-new-tokens", 60,
+        "--temperature", 0.7, "--seed", 1,
     )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """The same training whatever the layout: real launches on CPU under gloo, all from the same initial weights."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 

@@ -16,6 +16,16 @@ from megatron_meap.errors import UsageError
 from tests.conftest import Corpus
 from tests.launch import ENTRY, MODEL, TRAINING, environment, launch_many
 
+HOLD_LOCK = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write("process 1 on host")
+file.flush()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch):
@@ -64,7 +74,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--num-attention-heads 5", "Megatron refuses these flags"),
         ("--load nowhere", "--load nowhere: holds no checkpoint"),
         ("--pretrained-checkpoint nowhere", "--pretrained-checkpoint nowhere: holds no checkpoint"),
-        ("--data-path nowhere", "nowhere.idx is missing"),
+        ("--data-path nowhere", "nowhere.idx: no such file"),
         ("--tokenizer-model nowhere", "--tokenizer-model nowhere: not a SentencePieceTokenizer tokenizer"),
         ("--data-cache-path /dev/null/cache", "--data-cache-path /dev/null/cache: cannot be written"),
         ("--save /dev/null/save --save-interval 5", "--save /dev/null/save: cannot be written"),
@@ -81,7 +91,8 @@ def test_more_ranks_than_the_layout_needs(refused, flags: list[str]) -> None:
 
 def test_a_file_that_is_no_tokenizer(refused, flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "poem.model").write_text("not a model")
-    assert "poem.model: not a SentencePieceTokenizer" in refused(*flags, "--tokenizer-model", str(tmp_path / "poem.model"))
+    message = refused(*flags, "--tokenizer-model", str(tmp_path / "poem.model"))
+    assert "poem.model: not a SentencePieceTokenizer" in message
 
 
 @pytest.fixture
@@ -96,7 +107,7 @@ def dataset(corpus: Corpus, tmp_path: Path) -> str:
 def test_half_a_dataset(refused, flags: list[str], dataset: str, suffix: str) -> None:
     Path(dataset + suffix).unlink()
     message = refused(*flags, "--data-path", dataset)
-    assert f"copy{suffix} is missing; only" in message
+    assert f"copy{suffix}: no such file" in message
 
 
 def test_bin_and_idx_that_do_not_belong_together(refused, flags: list[str], dataset: str) -> None:
@@ -107,7 +118,7 @@ def test_bin_and_idx_that_do_not_belong_together(refused, flags: list[str], data
 
 def test_an_index_that_is_none(refused, flags: list[str], dataset: str) -> None:
     Path(dataset + ".idx").write_text("something else altogether, and long enough to be read")
-    assert "is not an index of Megatron's" in refused(*flags, "--data-path", dataset)
+    assert "not the index of a Megatron dataset" in refused(*flags, "--data-path", dataset)
 
 
 def test_a_dataset_shorter_than_one_sequence(refused, flags: list[str]) -> None:
@@ -182,10 +193,8 @@ class TestCheckpoints:
         save = tmp_path / "shared"
         save.mkdir()
         holder = subprocess.Popen(
-            [sys.executable, "-c", "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
-             "f.write('process 1 on host'); f.flush(); print('locked', flush=True); sys.stdin.read()", str(save / ".lock")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, "-c", HOLD_LOCK, str(save / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         assert holder.stdout is not None
         holder.stdout.readline()
         command = [sys.executable, str(ENTRY), *flags, "--save", str(save), "--save-interval", "5"]
@@ -193,7 +202,8 @@ class TestCheckpoints:
         holder.communicate()
         assert done.returncode == 2
         last = done.stderr.strip().splitlines()[-1]
-        assert last.startswith("error: --save") and "another job saves there (process 1 on host)" in last
+        assert last.startswith("error: --save")
+        assert "another job saves there (process 1 on host)" in last
         assert not list(save.glob("iter_*"))
 
 

@@ -73,7 +73,7 @@ def test_masks_the_tokens_and_nothing_else(build, kind: str) -> None:
     for index in (0, 1, SAMPLES - 1):
         torch.manual_seed(0)
         # FIM draws from a running generator of its own (a defect of Megatron's): look at one sample only once.
-        before = {} if kind == "fim" else {key: value for key, value in inner[index].items()}
+        before = {} if kind == "fim" else dict(inner[index])
         after = wrapped[index]
         changed = after["tokens"] == MASK
         assert int(changed.sum()) == num_masks(0.15, LENGTH)
@@ -130,7 +130,8 @@ def batches(wrapped, ranks: int, rank: int, workers: int, consumed: int = 0) -> 
         total_samples=SAMPLES, consumed_samples=consumed, micro_batch_size=2, data_parallel_rank=rank,
         data_parallel_size=ranks,
     )  # fmt: skip
-    return [batch["tokens"] for batch in torch.utils.data.DataLoader(wrapped, batch_sampler=sampler, num_workers=workers)]
+    loader = torch.utils.data.DataLoader(wrapped, batch_sampler=sampler, num_workers=workers)
+    return [batch["tokens"] for batch in loader]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -164,9 +165,7 @@ def test_special_tokens_are_protected(build) -> None:
     eod = 2
     for index in range(20):
         tokens = inner[index]["tokens"]
-        assert torch.equal(
-            masked(inner, 0.9, protected_ids=(1, eod))[index]["tokens"] == eod, tokens == eod
-        )
+        assert torch.equal(masked(inner, 0.9, protected_ids=(1, eod))[index]["tokens"] == eod, tokens == eod)
     unprotected = [masked(inner, 0.9)[index]["tokens"] == eod for index in range(20)]
     assert sum(int(each.sum()) for each in unprotected) < sum(
         int((inner[index]["tokens"] == eod).sum()) for index in range(20)

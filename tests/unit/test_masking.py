@@ -20,7 +20,7 @@ def masking(strategy: str = "random", ratio: float = 0.15, **settings) -> Maskin
 def official_columns(step: int, seq_length: int, ratio: float) -> list[int]:
     """Independent re-statement of what the official code does in its training loop."""
     random.seed(50 + step % 51)
-    return random.sample(range(0, seq_length - 1), max(1, int(seq_length * ratio)))
+    return random.sample(range(seq_length - 1), max(1, int(seq_length * ratio)))
 
 
 @given(

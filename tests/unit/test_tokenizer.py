@@ -105,7 +105,8 @@ def test_llama2_as_in_the_paper(shared_data: Path, tmp_path: Path, kind: str) ->
     if kind == "model":
         tokenizer = sentencepiece_tokenizer(str(shared_data / "llama2_tokenizer.model"))
     else:
-        (tmp_path / "tokenizer.json").write_bytes(lzma.open(shared_data / "llama2_tokenizer.json.xz").read())
+        packed = (shared_data / "llama2_tokenizer.json.xz").read_bytes()
+        (tmp_path / "tokenizer.json").write_bytes(lzma.decompress(packed))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
         tokenizer = huggingface_tokenizer(tmp_path)
