@@ -227,3 +227,18 @@ def begin_with_bos(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
     )
+
+
+def save_tokenizer(tokenizer: Any, directory: Path, max_length: int) -> None:
+    """Save as files that transformers 4 and 5, vLLM and lm-eval all load."""
+    tokenizer.model_max_length = max_length
+    tokenizer.save_pretrained(str(directory))
+    settings = directory / "tokenizer_config.json"
+    content = json.loads(settings.read_text())
+    if content.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"  # version 5's own name for it is unknown to version 4
+        content.pop("backend", None)
+        content.pop("is_local", None)
+    settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    names = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    (directory / "special_tokens_map.json").write_text(json.dumps(names, indent=2, ensure_ascii=False) + "\n")

@@ -49,7 +49,7 @@ class Source:
             for weight in layer_weights(self.model):
                 whole = self.checkpoint.read_layer(weight.megatron, layer)
                 for name, part in zip(weight.huggingface, weight.split(whole), strict=True):
-                    yield f"model.layers.{layer}.{name}", part.to(dtype)
+                    yield f"model.layers.{layer}.{name}", _own(part, dtype)
         for weight in after:
             yield from self._outer(weight, dtype)
 
@@ -58,12 +58,17 @@ class Source:
         whole = self.checkpoint.read(weight.megatron)
         if weight.shape[0] == self.model.vocabulary and len(weight.shape) == 2:
             whole = whole[: self.rows]
-        yield weight.huggingface[0], whole.to(dtype)
+        yield weight.huggingface[0], _own(whole, dtype)
 
     def config(self, dtype: torch.dtype, tokenizer: Any | None) -> dict[str, Any]:
         """Contents of config.json."""
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
         return huggingface_config(self.exported(), str(dtype).removeprefix("torch."), ids)
+
+
+def _own(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor with a memory of its own, without what it was cut from."""
+    return part.to(dtype, copy=True).contiguous()
 
 
 def inspect(checkpoint: Checkpoint, tokenizer: Any | None) -> Source:
