@@ -7,7 +7,9 @@ One process, on CPU. Each direction checks itself: both models are loaded and th
 """
 
 import argparse
+import logging
 import os
+import warnings
 
 from megatron_meap.errors import run
 
@@ -50,13 +52,14 @@ def main() -> None:
     flags = parse_flags()
     os.environ["MEAP_DEVICE"] = "cpu"  # wherever the GPUs are, they have other things to do
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers.utils import logging
+    warnings.simplefilter("ignore")  # the libraries' chatter: what matters is printed or raised
+    logging.disable(logging.WARNING)
+    from transformers.utils.logging import disable_progress_bar
 
     from megatron_meap import device
 
     device.prepare()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    disable_progress_bar()
     common = {name: getattr(flags, name) for name in ("load", "output", "tokenizer", "dtype", "overwrite")}
     common["check"] = not flags.no_check
     if flags.direction == "export":

@@ -6,8 +6,10 @@ Without --prompt or --prompt-file it asks for prompts until the end of input (Ct
 """
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 
 from megatron_meap.errors import UsageError, run
 
@@ -61,12 +63,13 @@ def main() -> None:
     """Load the model, then continue every prompt."""
     args = parse_flags()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers.utils import logging
+    warnings.simplefilter("ignore")  # the libraries' chatter: what matters is printed or raised
+    logging.disable(logging.WARNING)
+    from transformers.utils.logging import disable_progress_bar
 
     from megatron_meap.generation import Generator, Sampling
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    disable_progress_bar()
     sampling = Sampling(
         args.max_new_tokens, 0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.seed
     )

@@ -7,7 +7,6 @@ are read and written by Megatron's own `dist_checkpointing`, in a world of one p
 
 import contextlib
 import copy
-import logging
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,13 +58,10 @@ ALONE: dict[str, Any] = {
 def one_process() -> Iterator[None]:
     """A world of one process, with all of Megatron's groups; gone at the end."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    verbosity = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # saving and loading in a world of one gives only warnings that do not apply
     try:
         parallel_state.initialize_model_parallel()
         yield
     finally:
-        logging.disable(verbosity)
         parallel_state.destroy_model_parallel()
         distributed.destroy_process_group()
 

@@ -1,0 +1,235 @@
+"""Conversion from and to Hugging Face in one process: random small models, no download."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
+
+from megatron_meap.checkpoint import megatron_model, selfcheck
+from megatron_meap.checkpoint.export import ExportJob, export
+from megatron_meap.checkpoint.importer import ImportJob, import_model
+from megatron_meap.checkpoint.reader import open_checkpoint
+from megatron_meap.checkpoint.selfcheck import CheckFailed
+from megatron_meap.errors import UsageError
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.2,  # logits of size 1 and more, so that differences show
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+MODELS = {
+    "llama-gqa": LlamaConfig(**SMALL, rope_parameters={"rope_type": "default", "rope_theta": 640000.0}),
+    "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "llama-biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "llama-attention-bias": LlamaConfig(**SMALL, attention_bias=True),
+    "llama-mlp-bias-mha": LlamaConfig(**SMALL | {"num_key_value_heads": 4}, mlp_bias=True),
+    "llama-3.1": LlamaConfig(**SMALL | {"max_position_embeddings": 32768}, head_dim=32, rope_parameters=LLAMA3),
+    "llama-linear-rope": LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    ),
+    "qwen2-tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SMALL),
+    "mistral": MistralConfig(**SMALL, sliding_window=None),
+}
+
+
+def save_random_model(config: Any, tokenizer: Path, folder: Path, seed: int = 0) -> None:
+    """A model with random weights, biases and norms included, 40 rows more than its tokenizer has tokens."""
+    known = AutoTokenizer.from_pretrained(str(tokenizer))
+    config.vocab_size = len(known) + 40
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    known.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model and what became of it."""
+
+    original: Path
+    imported: Path
+    exported: Path
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest, huggingface_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Each model, imported and exported again, both with the self-check."""
+    folder = tmp_path_factory.mktemp(request.param)
+    made = Pair(folder / "original", folder / "imported", folder / "exported")
+    save_random_model(MODELS[request.param], huggingface_folder, made.original)
+    import_model(ImportJob(str(made.original), str(made.imported)))
+    export(ExportJob(str(made.imported), str(made.exported)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def untied(huggingface_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """One untied Llama, for tests that change something."""
+    folder = tmp_path_factory.mktemp("untied")
+    made = Pair(folder / "original", folder / "imported", folder / "exported")
+    save_random_model(LlamaConfig(**SMALL), huggingface_folder, made.original)
+    import_model(ImportJob(str(made.original), str(made.imported), check=False))
+    export(ExportJob(str(made.imported), str(made.exported), check=False))
+    return made
+
+
+def test_import_then_export_is_bit_equal(pair: Pair) -> None:
+    """The same tensors under the same names; of the vocabulary the tokens, plus the mask token."""
+    before, after = load_file(pair.original / "model.safetensors"), load_file(pair.exported / "model.safetensors")
+    rows = len(before["model.embed_tokens.weight"])
+    tokens = AutoTokenizer.from_pretrained(pair.exported).mask_token_id
+    assert tokens < rows
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        if len(tensor) == rows:
+            assert len(after[name]) == tokens + 1
+            assert torch.equal(tensor[:tokens], after[name][:tokens])
+        else:
+            assert torch.equal(tensor, after[name])
+
+
+def test_logits_are_those_of_the_original(pair: Pair) -> None:
+    """Megatron computes what transformers computed before, within 1e-4 in fp32."""
+    original = AutoModelForCausalLM.from_pretrained(pair.original).eval()
+    tokens = torch.randint(600, (2, 96), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = original(tokens).logits
+    with megatron_model.one_process():
+        model, _ = megatron_model.load(pair.imported / "release", torch.float32)
+        found = megatron_model.logits(model, tokens)
+    assert expected.abs().max() > 0.5
+    torch.testing.assert_close(found[..., :600], expected[..., :600], rtol=0, atol=1e-4)
+
+
+def test_export_loads_with_an_empty_report(pair: Pair) -> None:
+    """Nothing is missing, unexpected or mismatched, and the mask token is there and suppressed."""
+    model, report = AutoModelForCausalLM.from_pretrained(pair.exported, output_loading_info=True)
+    assert not any(report.values())
+    tokenizer = AutoTokenizer.from_pretrained(pair.exported)
+    assert model.config.vocab_size == len(tokenizer) == tokenizer.mask_token_id + 1
+    assert model.generation_config.suppress_tokens == [tokenizer.mask_token_id]
+    written = json.loads((pair.exported / "config.json").read_text())
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]
+
+
+def test_new_rows_are_the_mean_with_a_little_noise(untied: Pair) -> None:
+    """The mask token and the padding start as average tokens, no two the same, alike for the same seed."""
+    checkpoint = open_checkpoint(untied.imported)
+    tokens = checkpoint.args.meap_mask_token_id
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        rows = checkpoint.read(name)
+        assert rows.shape[0] % 128 == 0
+        new, mean, deviation = rows[tokens:], rows[:tokens].mean(dim=0), rows[:tokens].std(dim=0)
+        assert len(new) > 1
+        assert ((new - mean).abs() < 0.06 * deviation).all()
+        assert not torch.equal(new[0], new[1])
+
+
+def test_several_files_and_another_dtype(untied: Pair, tmp_path: Path) -> None:
+    """Files stay below the size asked for; the index names them all; the weights are those, rounded."""
+    export(ExportJob(str(untied.imported), str(tmp_path / "out"), dtype="bfloat16", max_shard_size="100KB"))
+    files = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(files) > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    whole = load_file(untied.exported / "model.safetensors")
+    assert index["weight_map"].keys() == whole.keys()
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / "out" / file)[name], whole[name].bfloat16())
+
+
+def break_weights(folder: Path, change: Any) -> None:
+    """Change the weights of an exported directory."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def break_config(folder: Path, **changes: Any) -> None:
+    """Change the config of an exported directory."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def swap_halves(weights: dict[str, torch.Tensor]) -> None:
+    """Rows of a query projection in the order of the interleaved RoPE."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    rows = weights[name].view(4, 2, 8, 64)
+    weights[name] = rows.transpose(1, 2).reshape(64, 64).contiguous()
+
+
+TRAPS = {  # FACTS.md 8: each of these loads without an error
+    "untied model without a head": lambda folder: break_weights(folder, lambda w: w.pop("lm_head.weight")),
+    "tied model with a separate head": lambda folder: break_config(folder, tie_word_embeddings=True),
+    "missing projection": lambda folder: break_weights(
+        folder, lambda w: w.pop("model.layers.1.self_attn.q_proj.weight")
+    ),
+    "wrong rope_theta": lambda folder: break_config(folder, rope_theta=5e5, rope_parameters=None),
+    "wrong rope scaling": lambda folder: break_config(folder, rope_scaling=LLAMA3 | {"rope_theta": 10000.0}),
+    "interleaved rotary layout": lambda folder: break_weights(folder, swap_halves),
+    "superfluous weight": lambda folder: break_weights(folder, lambda w: w.update(extra=torch.zeros(1))),
+    "other epsilon": lambda folder: break_config(folder, rms_norm_eps=1e-2),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_trap_is_caught(untied: Pair, tmp_path: Path, trap: str) -> None:
+    """What loads silently, and computes something else, fails the self-check."""
+    folder = copied(untied.exported, tmp_path)
+    selfcheck.load_completely(folder)
+    TRAPS[trap](folder)
+    AutoModelForCausalLM.from_pretrained(folder)  # no error here: that is the trap
+    with pytest.raises(CheckFailed):
+        selfcheck.compare(folder, untied.imported / "release", torch.float32, None)
+
+
+def test_unpruned_vocabulary_and_unsuppressed_mask_are_caught(untied: Pair, tmp_path: Path) -> None:
+    """Padding rows must be gone, and generation must not give the mask token."""
+    args = open_checkpoint(untied.imported).args
+    folder = copied(untied.exported, tmp_path)
+    selfcheck.check_tokenizer(folder, megatron_args(untied.imported))
+    (folder / "generation_config.json").write_text("{}")
+    with pytest.raises(CheckFailed, match="not suppressed"):
+        selfcheck.check_tokenizer(folder, args)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size < args.padded_vocab_size
+
+
+def test_another_tokenizer_is_caught(untied: Pair, corpus: Any, tmp_path: Path) -> None:
+    """A tokenizer with other ids than in training fails the self-check, or its size gives it away before."""
+    args = megatron_args(untied.imported)
+    args.tokenizer_type, args.tokenizer_model = "SentencePieceTokenizer", corpus.tokenizer
+    with pytest.raises(CheckFailed, match="other ids"):
+        selfcheck.check_tokenizer(untied.exported, args)
+    with pytest.raises(UsageError, match="not the tokenizer of this checkpoint"):
+        export(ExportJob(str(untied.imported), str(tmp_path / "out"), tokenizer=corpus.tokenizer))
+    assert not list(tmp_path.iterdir())
+
+
+def megatron_args(imported: Path) -> Any:
+    """Arguments of a checkpoint, as Megatron loads them."""
+    from megatron.core import dist_checkpointing
+
+    return dist_checkpointing.load_common_state_dict(str(imported / "release"))["args"]
+
+
+def copied(folder: Path, to: Path) -> Path:
+    """A copy of a directory to break."""
+    import shutil
+
+    return Path(shutil.copytree(folder, to / "copy"))
