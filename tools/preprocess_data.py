@@ -43,7 +43,7 @@ def main() -> None:
             + (f"; {made['empty_documents']:,} empty documents left out" if made["empty_documents"] else "")
         )
     if manifests[0]["skipped_lines"]:
-        print(f"{manifests[0]['skipped_lines']:,} bad lines skipped: see {args.output_prefix}.bad_lines.jsonl")
+        print(f"bad lines skipped: {manifests[0]['skipped_lines']:,}, see {args.output_prefix}.bad_lines.jsonl")
 
 
 def parse_args() -> argparse.Namespace:

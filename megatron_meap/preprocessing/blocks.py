@@ -12,7 +12,7 @@ from megatron_meap.preprocessing.encoders import Encoder
 from megatron_meap.preprocessing.readers import InputOptions, Kind
 from megatron_meap.preprocessing.reference import Reference
 
-CACHE_BYTES = 640 << 20
+CACHE_BYTES = 384 << 20
 """Memory that the caches of all workers together may take."""
 
 CHECKED_CHARACTERS = 2000

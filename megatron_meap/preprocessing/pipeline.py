@@ -17,7 +17,7 @@ from megatron_meap.preprocessing.index import token_dtype
 from megatron_meap.preprocessing.journal import Journal
 from megatron_meap.preprocessing.manifest import tokenizer_fingerprint
 from megatron_meap.preprocessing.outputs import Outputs, dataset_prefix, refuse_existing
-from megatron_meap.preprocessing.progress import Progress
+from megatron_meap.preprocessing.progress import Counts, Progress
 from megatron_meap.preprocessing.readers import STDIN, InputFile, InputOptions, Kind, find_inputs
 from megatron_meap.preprocessing.reference import Reference, load_reference
 from megatron_meap.preprocessing.workers import WorkerPool
@@ -169,7 +169,8 @@ def _encode_all(job: Job, files: "_Files", pool: Any, outputs: Outputs, journal:
     first = journal.finished
     if first:
         print(f"resuming after {first} of {len(files.paths)} files", file=sys.stderr, flush=True)
-    progress = Progress(files.total_bytes, every_documents=job.log_interval)
+    before = Counts(files.bytes_before(first), outputs.text_bytes, outputs.documents, outputs.tokens)
+    progress = Progress(files.total_bytes, before, every_documents=job.log_interval)
     current, seen = first, 0
     try:
         for (index, kind, consumed), block in pool.map(files.tasks(first)):
@@ -184,7 +185,7 @@ def _encode_all(job: Job, files: "_Files", pool: Any, outputs: Outputs, journal:
                 outputs.add_bad(files.paths[index], seen + position + 1, reason)
             seen += block.positions
             outputs.add(block)
-            progress.update(consumed, outputs.text_bytes, outputs.documents, outputs.tokens)
+            progress.update(Counts(consumed, outputs.text_bytes, outputs.documents, outputs.tokens))
     finally:
         progress.close()
 
@@ -209,8 +210,12 @@ class _Files:
         self._options = options
         self._stdin = InputFile(STDIN, options) if paths == [STDIN] else None
         self._stats = [] if self._stdin else [os.stat(path) for path in paths]
-        self.total_bytes = sum(stat.st_size for stat in self._stats)
+        self.total_bytes = self.bytes_before(len(paths))
         self._kinds: dict[int, dict[str, str | None]] = {}
+
+    def bytes_before(self, index: int) -> int:
+        """Size of the files before number `index`."""
+        return sum(stat.st_size for stat in self._stats[:index])
 
     def identities(self) -> list[list[Any]]:
         """What tells whether a file is still the one that was read: path, bytes, time of change (ns)."""
@@ -244,7 +249,7 @@ class _Files:
 
     def tasks(self, first: int) -> Iterator[tuple[tuple[int, Kind, int], tuple[Kind, bytes]]]:
         """((file, kind, input bytes up to here), (kind, block)) for every block, from file number `first` on."""
-        before = sum(stat.st_size for stat in self._stats[:first])
+        before = self.bytes_before(first)
         for index in range(first, len(self.paths)):
             file = self._stdin or InputFile(self.paths[index], self._options)
             try:

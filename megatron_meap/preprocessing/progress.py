@@ -2,49 +2,78 @@
 
 import sys
 import time
+from dataclasses import dataclass
+
+_BAR_SECONDS, _LINE_SECONDS = 0.2, 5.0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How far a job is."""
+
+    consumed: int = 0
+    """Bytes of the input files."""
+
+    text_bytes: int = 0
+    """Bytes of text (UTF-8) that were encoded."""
+
+    documents: int = 0
+    tokens: int = 0
 
 
 class Progress:
     """Shows bytes of text per second, documents and tokens per second, and the time left."""
 
-    def __init__(self, total: int, *, every_seconds: float = 5, every_documents: int | None = None) -> None:
-        """`total` is the size of the input files in bytes (0: unknown); the intervals are for the plain lines."""
+    def __init__(self, total: int, before: Counts, *, every_documents: int | None = None) -> None:
+        """Begin.
+
+        Args:
+            total: size of the input files in bytes; 0: unknown.
+            before: what an earlier run has done already, which does not count for the rates.
+            every_documents: documents between plain lines; None: one every few seconds.
+        """
         self._total = total
-        self._every = (every_seconds, every_documents)
+        self._before = before
+        self._every_documents = every_documents
         self._begun = self._shown = time.monotonic()
-        self._shown_documents = 0
+        self._shown_documents = before.documents
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            shape = "{percentage:3.0f}%|{bar}| {postfix}" if total else "{postfix}"
-            self._bar = tqdm(total=total or None, bar_format=shape, dynamic_ncols=True, mininterval=0.2)
+            shape = "{percentage:3.0f}%|{bar}| {desc}" if total else "{desc}"
+            self._bar = tqdm(total=total or None, bar_format=shape, dynamic_ncols=True, leave=False)
 
-    def update(self, consumed: int, text_bytes: int, documents: int, tokens: int) -> None:
-        """Show where the job is, if it is time: input consumed (bytes of the files), and what came out of it."""
-        now = time.monotonic()
-        seconds, count = self._every
+    def update(self, now: Counts) -> None:
+        """Show where the job is, if it is time."""
+        elapsed = time.monotonic() - self._shown
         if self._bar is not None:
-            self._bar.n = min(consumed, self._total) if self._total else consumed
-            self._bar.set_postfix_str(self._line(now, consumed, text_bytes, documents, tokens), refresh=False)
-            self._bar.update(0)
-        elif documents - self._shown_documents >= count if count else now - self._shown >= seconds:
-            share = f"{100 * min(consumed, self._total) / self._total:3.0f}% | " if self._total else ""
-            print(share + self._line(now, consumed, text_bytes, documents, tokens), file=sys.stderr, flush=True)
-            self._shown, self._shown_documents = now, documents
+            if elapsed >= _BAR_SECONDS:
+                self._bar.n = min(now.consumed, self._total) if self._total else now.consumed
+                self._bar.set_description_str(self._line(now))
+                self._shown = time.monotonic()
+        elif (
+            now.documents - self._shown_documents >= self._every_documents
+            if self._every_documents
+            else elapsed >= _LINE_SECONDS
+        ):
+            share = f"{100 * min(now.consumed, self._total) / self._total:3.0f}% | " if self._total else ""
+            print(share + self._line(now), file=sys.stderr, flush=True)
+            self._shown, self._shown_documents = time.monotonic(), now.documents
 
     def close(self) -> None:
         """Leave the terminal in order."""
         if self._bar is not None:
             self._bar.close()
 
-    def _line(self, now: float, consumed: int, text_bytes: int, documents: int, tokens: int) -> str:
-        elapsed = max(now - self._begun, 1e-9)
+    def _line(self, now: Counts) -> str:
+        elapsed, before = max(time.monotonic() - self._begun, 1e-9), self._before
         line = (
-            f"{documents:,} documents | {text_bytes / elapsed / 1e6:.1f} MB/s | {documents / elapsed:,.0f} documents/s"
-            f" | {tokens / elapsed:,.0f} tokens/s"
+            f"{now.documents:,} documents | {(now.text_bytes - before.text_bytes) / elapsed / 1e6:.1f} MB/s"
+            f" | {(now.documents - before.documents) / elapsed:,.0f} documents/s"
+            f" | {(now.tokens - before.tokens) / elapsed:,.0f} tokens/s"
         )
-        if self._total and consumed:
-            left = int(elapsed * max(0, self._total - consumed) / consumed)
+        if self._total and now.consumed > before.consumed:
+            left = int(elapsed * max(0, self._total - now.consumed) / (now.consumed - before.consumed))
             line += f" | ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         return line

@@ -223,6 +223,27 @@ def test_the_choice(references, monkeypatch):
         choose_encoder(reference, TEXTS, "gigatoken")
 
 
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"user_defined_symbols": ["<sep>"]}, "is not exact with user-defined symbols"),
+        ({"normalization_rule_name": "identity"}, "is not exact where extra spaces are removed"),
+        ({"model_type": "unigram"}, "only BPE sentencepiece models"),
+        ({"byte_fallback": False}, "only byte_fallback"),
+    ],
+)
+def test_models_that_gigatoken_does_not_do_exactly(settings_, message, tmp_path):
+    import sentencepiece
+
+    base = {"model_type": "bpe", "vocab_size": 500, "byte_fallback": True, "minloglevel": 2, "num_threads": 1}
+    lines = (line for text in topics() for line in text.splitlines())
+    with open(tmp_path / "m.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=file, **{**base, **settings_})
+    encoder, note = choose_encoder(load_reference(sentencepiece_args(tmp_path / "m.model")), TEXTS)
+    assert encoder.name == "reference (sentencepiece)"
+    assert message in note
+
+
 class Wrong:
     """An encoder that is wrong where a text contains some word."""
 

@@ -1,0 +1,113 @@
+"""The tools as a user runs them: from this machine's text to a checked dataset, and one line for what is wrong."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_meap.errors import run
+from megatron_meap.preprocessing.progress import Counts, Progress
+from tests.unit.preprocessing import write_jsonl
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys, tmp_path):
+    """Run a tool in a folder of its own; gives (exit status, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(name: str, flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+        main = runpy.run_path(str(TOOLS / f"{name}.py"))["main"]
+        status = 0
+        try:
+            run(main)
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return start
+
+
+def test_from_this_machines_text_to_a_checked_dataset(tool):
+    """The commands of docs/data.md, with less text."""
+    tokenizer = "--tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer/tokenizer.model"
+    status, said, _ = tool("build_corpus", "--train c/train.jsonl --valid c/valid.jsonl --max-mb 0.5 --valid-share 0.1")
+    assert status == 0
+    assert said.startswith("c/train.jsonl: ")
+    status, said, _ = tool(
+        "train_tokenizer", "--input c/train.jsonl --output tokenizer/tokenizer.model --vocab-size 800"
+    )
+    assert (status, said) == (0, "tokenizer/tokenizer.model: 800 ids\n")
+    for side in ("train", "valid"):
+        flags = f"--input c/{side}.jsonl --output-prefix data/{side} --append-eod {tokenizer}"
+        status, said, shown = tool("preprocess_data", flags)
+        assert status == 0
+        assert said.startswith(f"{side}_text_document: ")
+        assert shown.startswith("encoder: gigatoken, same ids as sentencepiece for all ")
+    status, said, _ = tool("check_data", f"--data data/train_text_document --samples 2 {tokenizer}")
+    assert status == 0
+    assert "data/train_text_document: as its manifest says\n" in said
+    assert said.count("  document ") == 3  # the lengths, and two samples
+    assert "unknown (id 0): 0, 0.000%" in said
+    status, said, _ = tool("merge_datasets", "--input data --output-prefix data/all")
+    assert status == 0
+    assert said.startswith("data/all: ")
+    assert tool("check_data", "--data data/all")[0] == 0
+
+
+def test_checking_with_another_tokenizer(tool):
+    write_jsonl(Path("a.jsonl"), ["1 2 3"])
+    tool("preprocess_data", "--input a.jsonl --output-prefix x --tokenizer-type NullTokenizer --vocab-size 9")
+    status, _, error = tool("check_data", "--data x_text_document --tokenizer-type NullTokenizer --vocab-size 8")
+    assert status == 2
+    assert error.startswith("error: x_text_document: made with another tokenizer (NullTokenizer")
+
+
+def test_bad_lines_are_counted(tool):
+    Path("a.jsonl").write_text('{"text": "1 2"}\n{"text": null}\n')
+    null = "--tokenizer-type NullTokenizer --vocab-size 9"
+    status, _, error = tool("preprocess_data", f"--input a.jsonl --output-prefix x {null}")
+    assert status == 2
+    assert error.splitlines()[-1].startswith("error: a.jsonl:2: the value of 'text' is not a string but null; mend it")
+    status, said, _ = tool("preprocess_data", f"--input a.jsonl --output-prefix x --skip-bad-lines {null}")
+    assert status == 0
+    assert "bad lines skipped: 1, see x.bad_lines.jsonl" in said
+
+
+def test_separators_are_typed_with_escapes(tool):
+    Path("a.txt").write_text("1 2\n\n3\n\n4")
+    flags = r"--input a.txt --output-prefix x --text-separator \n\n --tokenizer-type NullTokenizer --vocab-size 9"
+    assert tool("preprocess_data", flags)[1].startswith("x_text_document: 3 documents, 4 tokens")
+
+
+def test_what_is_not_supported_is_said(tool):
+    flags = "--input a --output-prefix x --tokenizer-type NullTokenizer --split-sentences"
+    status, _, error = tool("preprocess_data", flags)
+    assert (status, error) == (2, "error: --split-sentences: not supported; split before, one sentence a line\n")
+
+
+def test_progress_lines_without_a_terminal(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    progress = Progress(1000, Counts(200, 100, 10, 50))
+    now = 4.0
+    progress.update(Counts(400, 4_000_100, 210, 450))
+    assert capsys.readouterr().err == ""  # not yet
+    now = 8.0
+    progress.update(Counts(600, 8_000_100, 410, 850))
+    progress.close()
+    assert capsys.readouterr().err == (
+        " 60% | 410 documents | 1.0 MB/s | 50 documents/s | 100 tokens/s | ETA 0:00:08\n"
+    )
+
+
+def test_progress_lines_every_so_many_documents(capsys):
+    progress = Progress(0, Counts(), every_documents=100)
+    for documents in (50, 120, 150, 230):
+        progress.update(Counts(1, 1, documents, 1))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines] == ["120", "230"]
+    assert "ETA" not in lines[0]  # the size is not known
