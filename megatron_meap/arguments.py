@@ -198,6 +198,11 @@ def _validate_meap(args: Namespace) -> None:
         args.meap_protect_special_tokens = args.meap_mask_strategy != "official"
     if args.sft:
         raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; run Megatron's pretrain_gpt.py")
+    if args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:
+        raise UsageError(
+            f"--micro-batch-size {args.micro_batch_size}: Megatron passes packed documents between pipeline stages only "
+            "with --micro-batch-size 1 (--dataloader-inter-document-masking with --pipeline-model-parallel-size)"
+        )
     if args.meap_keep_last is not None and args.meap_keep_last < 1:
         raise UsageError(f"--meap-keep-last {args.meap_keep_last}: must be at least 1")
     if args.meap_keep_every is not None and args.meap_keep_last is None:

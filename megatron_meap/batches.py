@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -53,7 +54,7 @@ def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None
     """
     args = get_args()
     config = dataset_config(args)
-    kind = MockGPTDataset if args.mock_data else GPTFIMDataset if args.fim_data else GPTDataset
+    kind = MockGPTDataset if args.mock_data else StatelessFIMDataset if args.fim_data else GPTDataset
     built = BlendedMegatronDatasetBuilder(kind, num_samples, partial(loads_data, vp_stage), config).build()
     return tuple(  # type: ignore[return-value]
         [_masked(part, split, args) for part in dataset] if isinstance(dataset, list) else _masked(dataset, split, args)
@@ -64,10 +65,24 @@ def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, not TP rank 0 alone
 
 
+class StatelessFIMDataset(GPTFIMDataset):
+    """Fill-in-the-middle samples that depend on their index alone.
+
+    Megatron's own draws from one running generator a process, so that a sample depends on all that were read before
+    it: on the layout, the data workers and the point of resumption.
+    """
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, Any, list]:
+        self.np_rng = np.random.RandomState([self.config.random_seed % 2**32, idx])
+        return super()._query_document_sample_shuffle_indices(idx)
+
+
 def _masked(dataset: Any, split: Split, args: Namespace) -> Any:
     """Wrap a top-level dataset; as it is where the split stays clean (ratio 0 is Megatron's own pipeline)."""
+    if dataset is None or len(dataset) == 0:  # Megatron's data loader fails on a split without samples (--eval-iters 0)
+        return None
     masking = masking_from(args, split.name)
-    if dataset is None or masking is None:
+    if masking is None:
         return dataset
     return MaskedInputDataset(
         dataset,

@@ -104,7 +104,13 @@ class _Stream:
     def synchronize(self) -> None:
         """Nothing is pending."""
 
-    wait_stream = wait_event = record_event = lambda self, *_, **__: None
+    wait_stream = wait_event = lambda self, *_, **__: None
+
+    def record_event(self, event: "_Event | None" = None) -> "_Event":
+        """An event that has happened."""
+        event = event or _Event()
+        event.record()
+        return event
 
     def query(self) -> bool:
         """Everything has finished."""
@@ -257,6 +263,17 @@ def _switch_off_what_needs_an_accelerator() -> None:
     torch.accelerator.is_available = lambda: False  # DataLoader asks before it pins memory
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists on it for tensor parallelism
+
+
+def adapt_megatron() -> None:
+    """Mend what only shows on a CPU inside Megatron, once it can be imported."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def as_asked(tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    # The original turns a tensor into an array while it copies it from the GPU, and only then.
+    token_dispatcher.maybe_move_tensor_to_cpu = as_asked
 
 
 def unsupported(args: Any) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
@@ -190,6 +190,11 @@ _MODULES = _Modules(Norm, SDPAttention, MLP)
 _CPU_MODULES = _Modules(CPUNorm, CPUAttention, CPUSwiGLU)
 
 
+def local_modules() -> _Modules:
+    """The modules that suit this device."""
+    return _CPU_MODULES if device.is_cpu() else _MODULES
+
+
 def local_block_spec(model: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Megatron's local layer spec for a GPT model, dense or MoE, with this module's attention and norms.
 
@@ -205,10 +210,22 @@ def local_block_spec(model: Any, vp_stage: int | None = None) -> TransformerBloc
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    modules = _CPU_MODULES if device.is_cpu() else _MODULES
+    modules = local_modules()
     replaced = {id(spec): _with_local_modules(spec, config, modules) for spec in block.layer_specs}
     layer_specs = [replaced[id(spec)] for spec in block.layer_specs]
     return TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=modules.norm)
+
+
+def local_layer_spec(config: TransformerConfig, moe: bool = False) -> ModuleSpec:
+    """Spec of one whole transformer layer, attention and MLP (or experts, where `moe`)."""
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if moe else None,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+    )
+    return _with_local_modules(spec, config, local_modules())
 
 
 def _wants_megatrons_attention(config: TransformerConfig) -> bool:

@@ -207,8 +207,12 @@ def _compare(flag: str, path: Path, args: Namespace) -> None:
             if old != new
         )
 
-    shape = [name for name in MODEL_SHAPE if name != "num_query_groups" or args.group_query_attention]
-    if different := differing(shape):
+    shape = set(MODEL_SHAPE)
+    if not args.group_query_attention:
+        shape.remove("num_query_groups")
+    if args.hybrid_layer_pattern and not getattr(saved, "hybrid_layer_pattern", None):
+        shape.remove("num_layers")  # a GPTModel's, which Megatron pairs with the pattern itself
+    if different := differing(sorted(shape)):
         raise UsageError(f"{flag}: {path} holds another model: {different}")
     if getattr(saved, "meap_tokenizer_sha256", args.meap_tokenizer_sha256) != args.meap_tokenizer_sha256:
         raise UsageError(

@@ -16,7 +16,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers, global_vars, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
@@ -25,6 +25,7 @@ from megatron_meap.arguments import parse_arguments
 from megatron_meap.batches import datasets_provider, get_batch
 from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError, is_disk_full
+from megatron_meap.hybrid import local_stack_spec
 from megatron_meap.layers import local_block_spec
 from megatron_meap.report import CLEAN_LOSS, MASKED_LOSS
 from megatron_meap.signals import EXIT_STOPPED, StopRequest
@@ -55,6 +56,10 @@ def prepare() -> tuple[Namespace, torch.distributed.Store | None]:
     """Parse and check the command line: the arguments, and the store over which the ranks met to do so."""
     _run_alone_without_launcher()
     compat.apply()
+    if device.is_cpu():
+        from megatron_meap import cpu
+
+        cpu.adapt_megatron()
     args = parse_arguments()
     return args, preflight.check(args)
 
@@ -98,9 +103,13 @@ def _leave_stopped(args: Namespace, stop: StopRequest) -> NoReturn:
 
 def model_config(args: Namespace) -> Any:
     """Configuration of the model that Megatron builds; the one place that knows its class."""
-    config = gpt_config_from_args(args)
-    if args.transformer_impl == "local" and config.transformer_layer_spec is None:
-        config.transformer_layer_spec = local_block_spec
+    local = args.transformer_impl == "local" and args.spec is None
+    if args.hybrid_layer_pattern:
+        config = hybrid_config_from_args(args)
+        config.hybrid_stack_spec = local_stack_spec(config) if local else config.hybrid_stack_spec
+    else:
+        config = gpt_config_from_args(args)
+        config.transformer_layer_spec = local_block_spec if local else config.transformer_layer_spec
     return config
 
 
@@ -146,7 +155,8 @@ def _packed_seq_params(batch: dict[str, Any], args: Namespace) -> PackedSeqParam
         return None
     borders = batch["cu_seqlens"].squeeze(0)
     padded = None if batch["cu_seqlens_padded"] is None else batch["cu_seqlens_padded"].squeeze(0)
-    update_seqlen_stats_from_cu_seqlens(borders)
+    if not device.is_cpu():  # it names a CUDA device by its number; only the TFLOP/s in the log depend on it
+        update_seqlen_stats_from_cu_seqlens(borders)
     longest = int(batch["max_seqlen"].item())
     local_cp_size = batch["local_cp_size"]
     return PackedSeqParams(

@@ -33,6 +33,9 @@ class Corpus:
     prefix: str
     """Path of the .bin and .idx files without their suffix."""
 
+    second_prefix: str
+    """Another dataset, of the same documents in reverse order."""
+
     documents: list[str]
 
     @property
@@ -60,12 +63,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         byte_fallback=True, control_symbols=["[MASK]"], num_threads=1, minloglevel=2,
     )  # fmt: skip
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    builder = IndexedDatasetBuilder(str(folder / "text_document.bin"), dtype=DType.optimal_dtype(512))
-    for document in documents:
-        ids = [*processor.encode(document), processor.eos_id()]
-        builder.add_document(torch.tensor(ids), [len(ids)])
-    builder.finalize(str(folder / "text_document.idx"))
-    return Corpus(str(folder / "tokenizer.model"), str(folder / "text_document"), documents)
+    encoded = [torch.tensor([*processor.encode(document), processor.eos_id()]) for document in documents]
+    for name, order in (("text_document", encoded), ("reversed_document", encoded[::-1])):
+        builder = IndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=DType.optimal_dtype(512))
+        for ids in order:
+            builder.add_document(ids, [len(ids)])
+        builder.finalize(str(folder / f"{name}.idx"))
+    prefixes = [str(folder / name) for name in ("text_document", "reversed_document")]
+    return Corpus(str(folder / "tokenizer.model"), *prefixes, documents)
 
 
 @pytest.fixture(scope="session")

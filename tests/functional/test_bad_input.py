@@ -66,6 +66,10 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--meap-keep-every 5", "--meap-keep-every: needs --meap-keep-last"),
         ("--dataloader-type cyclic", "--dataloader-type cyclic: repeats sample indices"),
         ("--meap-mask-strategy official --decrease-batch-size-if-needed", "needs a constant global batch size"),
+        (
+            "--dataloader-inter-document-masking --pipeline-model-parallel-size 2",
+            "--micro-batch-size 2: Megatron passes packed documents",
+        ),
         ("--fp32 --bf16", "--fp32: contradicts"),
         ("--context-parallel-size 2", "--context-parallel-size: cannot work on a CPU"),
         ("--fp8-format hybrid", "--fp8-format: cannot work on a CPU"),

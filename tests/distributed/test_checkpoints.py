@@ -1,0 +1,140 @@
+"""What happens to checkpoints: another layout, a damaged file, a full disk, asynchronous saving, old ones."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_meap.checkpoint import latest
+from tests.conftest import Corpus
+from tests.launch import ENTRY, MODEL, TRAINING, Run, environment, launch, launch_many, torchrun
+
+CHAIN = {
+    "tp2": "--tensor-model-parallel-size 2",
+    "pp2": "--pipeline-model-parallel-size 2",
+    "dp2": "",
+    "one": "",
+}
+"""Layouts of a run that is stopped and resumed in the next one, every four steps."""
+
+
+def common(corpus: Corpus, folder: Path) -> list[str]:
+    return [*MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(folder / "cache"), "--train-iters", "16"]
+
+
+@pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"])
+def test_resharding(corpus: Corpus, tmp_path: Path, optimizer: str) -> None:
+    """A run that changes its layout at every stop logs what a run of one process logs, optimizer state included."""
+    flags = [*common(corpus, tmp_path), *optimizer.split()]
+    start = str(tmp_path / "start")
+    chain = str(tmp_path / "chain")
+    first = [*flags, "--load", start, "--finetune"]
+    one = {
+        "initial": [*flags, "--train-iters", "1", "--save", start, "--save-interval", "1"],
+        "whole": first,
+    }
+    done = launch_many(1, one, tmp_path)
+    two, last = {}, {}
+    for number, (name, layout) in enumerate(CHAIN.items(), start=1):
+        resumed = ["--load", chain, "--save", chain, "--save-interval", "4", "--exit-interval", str(4 * number)]
+        begun = [*first, *resumed[2:]] if number == 1 else [*flags, *resumed]
+        (last if name == "one" else two)[name] = [*begun, *layout.split()]
+    done |= launch_many(2, two, tmp_path)
+    done |= launch_many(1, last, tmp_path)
+    seen: dict[int, float] = {}
+    for name in CHAIN:
+        steps = done[name].steps
+        assert len(steps) == 4, name
+        begun = min(steps)
+        # Megatron's second line after a start is the mean of the first two steps
+        steps[begun + 1]["lm loss"] = 2 * steps[begun + 1]["lm loss"] - steps[begun]["lm loss"]
+        seen |= {step: values["lm loss"] for step, values in steps.items()}
+    whole = done["whole"].steps
+    whole[2]["lm loss"] = 2 * whole[2]["lm loss"] - whole[1]["lm loss"]
+    assert sorted(seen) == sorted(whole)
+    for step, values in whole.items():
+        assert seen[step] == pytest.approx(values["lm loss"], abs=1e-4), step
+
+
+@pytest.fixture(scope="module")
+def saved(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], Run]:
+    """A run of 6 steps that saved at every one, its flags and its losses."""
+    folder = tmp_path_factory.mktemp("saved")
+    flags = [*common(corpus, folder), "--train-iters", "6", "--save-interval", "1"]
+    done = launch_many(1, {"run": [*flags, "--save", str(folder / "run")]}, folder)
+    return folder / "run", flags, done["run"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "torn pointer", "no integrity record"])
+def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path: Path, damage: str) -> None:
+    """It is named, and the run goes on from the newest good one with the same losses."""
+    run, flags, whole = saved
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    newest = copy / "iter_0000006"
+    shard = newest / "__0_0.distcp"
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "truncated":
+        os.truncate(shard, shard.stat().st_size // 2)
+    elif damage == "flipped":
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    elif damage == "torn pointer":
+        (copy / latest.POINTER).write_text("")
+        shutil.rmtree(newest)
+    else:  # as if the machine had stopped in the middle of saving
+        (newest / "integrity.json").unlink()
+        (newest / "metadata.json").unlink()
+    resumed = launch(1, [*flags, "--load", str(copy), "--save", str(copy)])
+    assert resumed.returncode == 0, resumed.output[-3000:]
+    warning = next(line for line in resumed.output.splitlines() if line.startswith("warning:"))
+    assert "starting from iteration 5 instead" in warning
+    assert ("latest_checkpointed" if damage == "torn pointer" else "iter_0000006 is damaged") in warning
+    assert {6: whole.steps[6]["lm loss"]} == {step: values["lm loss"] for step, values in resumed.steps.items()}
+    assert latest.pointer(copy) == "6"
+    assert latest.damage(newest) is None
+
+
+def test_old_checkpoints_are_pruned(corpus: Corpus, tmp_path: Path) -> None:
+    flags = [*common(corpus, tmp_path), "--train-iters", "9", "--save", str(tmp_path / "run"), "--save-interval", "1"]
+    launch_many(1, {"run": [*flags, "--meap-keep-last", "2", "--meap-keep-every", "4"]}, tmp_path)
+    assert latest.iterations(tmp_path / "run") == [4, 8, 9]
+
+
+def test_asynchronous_saving(saved, tmp_path: Path) -> None:
+    """The same checkpoints, complete and verified before the pointer moves."""
+    _, flags, whole = saved
+    flags = [*flags, "--save", str(tmp_path / "run"), "--async-save", "--save-interval", "2"]
+    run = launch(1, flags)
+    assert run.returncode == 0, run.output[-3000:]
+    assert run.losses() == whole.losses()
+    assert latest.pointer(tmp_path / "run") == "6"
+    for iteration in (2, 4, 6):
+        path = latest.directory(tmp_path / "run", iteration)
+        assert (path / "integrity.json").exists()
+        assert latest.damage(path) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_leaves_the_previous_checkpoint(corpus: Corpus, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        flags = [*common(corpus, tmp_path), "--save", str(disk / "run"), "--save-interval", "1"]
+        command = torchrun(1, str(ENTRY), *flags)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+        assert done.returncode != 0
+        said = next(line for line in done.stderr.splitlines() if line.startswith("error: --save"))
+        kept = latest.pointer(disk / "run")
+        assert kept is not None
+        assert f"the disk is full; the last complete checkpoint is that of iteration {kept}" in said
+        assert latest.damage(latest.directory(disk / "run", int(kept))) is None
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,126 @@
+"""Kinds of models and of data under the layouts that they are used with: each follows one process of its own kind."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Corpus
+from tests.launch import MODEL, TRAINING, Run, launch_many
+
+DEEP = "--num-layers 4"
+MOE = "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-token-dispatcher-type"
+HYBRID = "--hybrid-layer-pattern"
+
+FEATURES: dict[str, tuple[str, dict[str, str]]] = {
+    # name: flags of the feature, and by name those of the layouts with two processes
+    "deep": (
+        DEEP,
+        {
+            "interleaved": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+            "uneven-stages": "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1",
+            "recompute": "--tensor-model-parallel-size 2 --recompute-granularity full --recompute-method uniform "
+            "--recompute-num-layers 1",
+            "selective-recompute": "--recompute-granularity selective",
+        },
+    ),
+    "tied": ("", {"tp2": "--tensor-model-parallel-size 2", "pp2": "--pipeline-model-parallel-size 2"}),
+    "moe-alltoall": (f"{MOE} alltoall", {"ep2": "--expert-model-parallel-size 2", "dp2": ""}),
+    "moe-allgather": (f"{MOE} allgather", {"ep2": "--expert-model-parallel-size 2"}),
+    "blend": ("", {"dp2": "", "pp2": "--pipeline-model-parallel-size 2"}),
+    "documents": (
+        "--dataloader-inter-document-masking",
+        {
+            "dp2": "",
+            "tp2": "--tensor-model-parallel-size 2",
+            "pp2": "--pipeline-model-parallel-size 2 --micro-batch-size 1",
+        },
+    ),
+    "fim": (  # vocabulary padding is part of the softmax: the same for one and two tensor-parallel ranks
+        "--fim-data --fim-rate 0.5 --fim-spm-rate 0.5 --make-vocab-size-divisible-by 64",
+        {"dp2": "", "tp2": "--tensor-model-parallel-size 2"},
+    ),
+    "official": ("--meap-mask-strategy official", {"dp2": ""}),
+    "span": ("--meap-mask-strategy span --meap-mask-warmup-samples 100", {"pp2": "--pipeline-model-parallel-size 2"}),
+    "hybrid": (
+        f"{HYBRID} *-*-",
+        {
+            "tp2-sp": "--tensor-model-parallel-size 2 --sequence-parallel",
+            "pp2": f"--pipeline-model-parallel-size 2 {HYBRID} *-|*-",
+            "dp2": "--use-distributed-optimizer",
+        },
+    ),
+}
+WITHOUT_UNTIED = [flag for flag in MODEL if flag != "--untie-embeddings-and-output-weights"]
+WITHOUT_LAYERS = MODEL[2:]
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Corpus, huggingface_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Losses over 8 steps of every feature in one process and in its layouts, from the same initial weights."""
+    folder = tmp_path_factory.mktemp("features")
+    schedule = [*TRAINING, "--train-iters", "8"]
+    one: dict[str, list[str]] = {}
+    two: dict[str, list[str]] = {}
+    four: dict[str, list[str]] = {}
+    for name, (flags, layouts) in FEATURES.items():
+        model = {"tied": WITHOUT_UNTIED, "hybrid": WITHOUT_LAYERS}.get(name, MODEL)
+        data = corpus.data_flags
+        if name == "fim":
+            tokens = itertools.chain.from_iterable(
+                (f"--fim-{each}-token", f"<{each}>") for each in ("prefix", "middle", "suffix", "pad")
+            )
+            tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(huggingface_folder)]
+            data = [*data, *tokenizer, *tokens, "--fim-eod-token", "<eos>"]
+        if name == "blend":
+            data = [*data, "--data-path", "0.7", corpus.prefix, "0.3", corpus.second_prefix]
+        common = [*model, *schedule, *data, *flags.split(), "--data-cache-path", str(folder / "cache")]
+        initial = str(folder / name)
+        start = [*common, "--load", initial, "--finetune"]
+        one[f"{name}-initial"] = [*common, "--train-iters", "1", "--save", initial, "--save-interval", "1"]
+        one[name] = start
+        two |= {f"{name}-{layout}": [*start, *extra.split()] for layout, extra in layouts.items()}
+        if name == "deep":
+            four["deep-tp2-pp2"] = [
+                *start, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel",
+            ]  # fmt: skip
+        if name == "hybrid":
+            # the same weights as a GPTModel's: its checkpoint continues in the hybrid one
+            gpt = str(folder / "deep-for-hybrid")
+            whole = [*MODEL, *schedule, *corpus.data_flags, "--data-cache-path", str(folder / "cache"), "--save", gpt]
+            whole += ["--save-interval", "4"]
+            one["gpt"] = whole
+            one["gpt-to-hybrid"] = [*common, "--load", gpt, "--ckpt-step", "4"]
+    done = launch_many(1, one, folder)
+    done |= launch_many(2, two, folder)
+    done |= launch_many(4, four, folder)
+    return done
+
+
+LAYOUTS = [(name, layout) for name, (_, layouts) in FEATURES.items() for layout in layouts] + [("deep", "tp2-pp2")]
+
+
+@pytest.mark.parametrize(("feature", "layout"), LAYOUTS)
+def test_layout_follows_one_process(runs: dict[str, Run], feature: str, layout: str) -> None:
+    one, other = runs[feature], runs[f"{feature}-{layout}"]
+    assert len(one.steps) == 8
+    for value in ("lm loss", "lm loss masked inputs", "lm loss clean inputs"):
+        assert other.losses(value) == pytest.approx(one.losses(value), abs=1e-4)
+
+
+def test_features_are_really_on(runs: dict[str, Run]) -> None:
+    """Every feature trains something else than the others."""
+    last = {name: runs[name].losses()[-1] for name in FEATURES if name != "moe-allgather"}  # the same mathematics
+    assert len(set(last.values())) == len(last), last
+    assert all(runs[name].losses()[-1] < runs[name].losses()[0] for name in FEATURES)
+
+
+def test_a_gpt_checkpoint_continues_in_a_hybrid_model(runs: dict[str, Run]) -> None:
+    whole, continued = runs["gpt"].steps, runs["gpt-to-hybrid"].steps
+    assert sorted(continued) == [5, 6, 7, 8]
+    for step in (5, 7, 8):  # Megatron's second line after a start is the mean of two steps
+        assert continued[step]["lm loss"] == pytest.approx(whole[step]["lm loss"], abs=1e-4)
+
+
+def test_the_deprecation_of_gptmodel_stays_out_of_the_log(runs: dict[str, Run]) -> None:
+    assert "DEPRECATED" not in runs["deep"].output
