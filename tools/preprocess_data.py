@@ -67,6 +67,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--encoder", choices=["auto", "gigatoken", "reference"], default="auto")
     group.add_argument("--log-interval", type=int, help="documents between progress lines (default: every 5 seconds)")
     group.add_argument("--partitions", type=int, help="of Megatron-LM's tool; not needed here, and without effect")
+    group.add_argument("--keep-sequential-samples", action="store_true", help="likewise: the order is always kept")
     add_tokenizer_flags(parser)
     return parser.parse_args()
 

@@ -66,6 +66,10 @@ def find_inputs(patterns: list[str]) -> list[str]:
         for path in matches:
             if path in found:
                 raise UsageError(f"--input: {path} is named twice, so its documents would be in the dataset twice")
+            if not os.path.isfile(path):  # a pipe could be read only once, and the job looks at its files before
+                raise UsageError(
+                    f"--input {path}: not a file; leave it out, or pipe it into standard input (--input -)"
+                )
             found[path] = None
     return list(found)
 

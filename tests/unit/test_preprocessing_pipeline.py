@@ -62,7 +62,7 @@ def test_ids_are_those_of_megatrons_tokenizer(args, tmp_path):
     assert read_back(tmp_path / "out_text_document") == [[*megatron.tokenize(text), megatron.eod] for text in TEXTS]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(CHARACTERS, min_size=1), min_size=1))
 def test_round_trip_of_arbitrary_unicode(texts, args, processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unicode")
@@ -71,6 +71,19 @@ def test_round_trip_of_arbitrary_unicode(texts, args, processor, tmp_path_factor
     assert [document[-1] for document in ids] == [EOD] * len(texts)
     # The library's own `decode` drops one leading space, which the encoder put there.
     assert [processor.decode(document[:-1]) for document in ids] == texts
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(CHARACTERS), min_size=1, max_size=40).filter(any))
+def test_any_documents_in_every_form(texts, args, tmp_path_factory, small_blocks):
+    folder = tmp_path_factory.mktemp("forms")
+    plain = write_jsonl(folder / "plain.jsonl", texts)
+    run_job([plain], folder / "x1", args, workers=1)
+    expected = outputs(folder / "x1_text_document")
+    forms = [(plain, 2), (plain, 3), (compressed(plain, "gz"), 2), (compressed(plain, "zst"), 2)]
+    for number, (path, workers) in enumerate([*forms, (write_parquet(folder / "table", texts), 3)]):
+        run_job([path], folder / f"y{number}", args, workers=workers)
+        assert outputs(folder / f"y{number}_text_document") == expected
 
 
 def test_every_form_and_worker_count_gives_the_same_bytes(args, tmp_path, small_blocks):

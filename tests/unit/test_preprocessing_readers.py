@@ -3,6 +3,7 @@
 import gzip
 import io
 import lzma
+import os
 
 import pytest
 import zstandard
@@ -129,6 +130,11 @@ def test_inputs_that_are_not_there(tmp_path):
             find_inputs([str(tmp_path / name)])
     with pytest.raises(UsageError, match=r"a\.jsonl is named twice"):
         find_inputs([str(tmp_path / "a.jsonl"), str(tmp_path / "*.jsonl")])
+    (tmp_path / "empty" / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("empty", "pipe"):
+        with pytest.raises(UsageError, match="not a file; leave it out, or pipe it into standard input"):
+            find_inputs([str(tmp_path / name)])
     with pytest.raises(UsageError, match="cannot be combined"):
         find_inputs(["-", str(tmp_path / "a.jsonl")])
 
