@@ -57,7 +57,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_for(condition, seconds: float = 20.0) -> None:
+def wait_for(condition, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came to that"
@@ -102,8 +102,8 @@ def test_a_dead_worker_ends_the_job_with_its_reason(corpus, model, tmp_path):
     wait_for(lambda: len(children(process.pid)) == 2)
     os.kill(children(process.pid)[0], signal.SIGKILL)
     begun = time.monotonic()
-    _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - begun < 5
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 10
     assert process.returncode == 2
     assert "was killed by SIGKILL" in errors
     assert "Traceback" not in errors
@@ -129,7 +129,7 @@ def test_interrupted_by_ctrl_c(corpus, model, tmp_path):
     wait_for(lambda: len(children(process.pid)) == 2)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted"
     assert not [name for name in leftovers(tmp_path / "out") if name.endswith((".bin", *FINISHED))]
