@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config, TextStreamer
 
+from megatron_meap import device
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.checkpoint.tokenizer_files import load_directory, tokenizer_of
 from megatron_meap.checkpoint.weights import Source, inspect
@@ -57,7 +58,7 @@ class Generator:
             self.model, self.tokenizer, self.mask_id = _from_huggingface(path, tokenizer)
         else:
             self.model, self.tokenizer, self.mask_id = _from_megatron(path, iteration, tokenizer)
-        self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.eval().to("cuda" if torch.cuda.is_available() and not device.is_cpu() else "cpu")
 
     def generate(self, prompt: str, sampling: Sampling, stream: bool = False) -> str:
         """Continue a text.

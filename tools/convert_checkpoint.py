@@ -26,7 +26,7 @@ def parse_flags() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="let the tokenizer put BOS before every text (default: if the training documents began with it)",
     )
-    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (default %(default)s)")
+    export.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="of a file (default %(default)s)")
     back = directions.add_parser("import", help="a Hugging Face directory to a checkpoint that any layout loads")
     back.add_argument("--load", required=True, metavar="DIR", help="Hugging Face directory (Llama, Qwen2, Mistral)")
     back.add_argument("--mask-token", default="[MASK]", metavar="TEXT", help="mask token (default %(default)s)")

@@ -207,7 +207,7 @@ def megatron_flags(model: Architecture) -> list[str]:
 
 
 def huggingface_config(model: Architecture, dtype: str, token_ids: dict[str, int | None]) -> dict[str, Any]:
-    """Contents of config.json: `LlamaForCausalLM`, or `Qwen2ForCausalLM` where only Q, K and V have biases.
+    """Contents of config.json: `LlamaForCausalLM`, or `Qwen2ForCausalLM` where Q, K and V alone have biases.
 
     RoPE is written in the old form (`rope_theta`, `rope_scaling`), which vLLM and transformers 4 read, and in the new
     one (`rope_parameters`).

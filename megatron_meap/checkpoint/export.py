@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import resource
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_meap.checkpoint import card
+from megatron_meap.checkpoint.memory import PeakMemory
 from megatron_meap.checkpoint.output import new_directory
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.checkpoint.tokenizer_files import begin_with_bos, save_tokenizer, tokenizer_of
@@ -40,7 +40,7 @@ class ExportJob:
     """A file or directory to take instead of the path recorded in the checkpoint."""
     add_bos: bool | None = None
     """Whether the tokenizer puts BOS before a text; where not given, if the documents of the training data began so."""
-    max_shard_size: str = "5GB"
+    max_shard_size: str = "2GB"
     overwrite: bool = False
     check: bool = True
 
@@ -137,22 +137,3 @@ def parse_size(text: str) -> int:
     if match is None or float(match[1]) <= 0:
         raise UsageError(f"--max-shard-size {text}: expected a size such as 5GB or 500MB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-class PeakMemory:
-    """The most memory that this process had at once since this was made; written as text."""
-
-    def __init__(self) -> None:
-        self._before = self._peak()
-
-    @staticmethod
-    def _peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    @property
-    def growth(self) -> int:
-        """Bytes by which the process's peak has grown."""
-        return self._peak() - self._before
-
-    def __str__(self) -> str:
-        return f"peak memory {self._peak() / 1e6:,.0f} MB, {self.growth / 1e6:,.0f} MB of it for the conversion"

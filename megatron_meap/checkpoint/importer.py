@@ -1,7 +1,7 @@
 """From a Hugging Face directory to a Megatron checkpoint that any layout loads, the mask token added.
 
 Megatron's own model is built in one process, filled weight by weight, and saved by Megatron: in memory are the model
-in the dtype of the checkpoint and one layer.
+in the dtype of the checkpoint and one weight, and while Megatron saves up to half the model again.
 
 New rows of the embedding and of the head (the mask token and the padding of the vocabulary) are the mean of the
 tokens' rows plus normal noise of a hundredth of their standard deviation, column by column, from a fixed seed: a new
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from megatron_meap.checkpoint import latest
 from megatron_meap.checkpoint.architecture import Architecture, megatron_flags
-from megatron_meap.checkpoint.export import DTYPES, PeakMemory
+from megatron_meap.checkpoint.export import DTYPES
 from megatron_meap.checkpoint.mapping import Weight, layer_weights, outer_weights
+from megatron_meap.checkpoint.memory import PeakMemory
 from megatron_meap.checkpoint.output import new_directory
 from megatron_meap.checkpoint.selfcheck import compare, same_ids
 from megatron_meap.checkpoint.source import HuggingFaceWeights, read_directory

@@ -51,6 +51,10 @@ class Checkpoint:
         """A whole tensor."""
         return self._assemble(name, ())
 
+    def has_layers(self, name: str) -> bool:
+        """Whether the layers have a tensor of this name."""
+        return not {f"{LAYERS}0.{name}", LAYERS + name}.isdisjoint(self.metadata.state_dict_metadata)
+
     def read_layer(self, name: str, layer: int) -> torch.Tensor:
         """A layer's tensor, named as in `decoder.layers.<layer>.<name>`; layers are stored apart or stacked."""
         apart = f"{LAYERS}{layer}.{name}"
@@ -61,7 +65,8 @@ class Checkpoint:
     def _assemble(self, name: str, row: tuple[int, ...]) -> torch.Tensor:
         """Put a tensor together from its pieces, or only the part of it at index `row` of the leading dimension."""
         info = self.metadata.state_dict_metadata[name]
-        whole = torch.empty(info.size[len(row) :], dtype=info.properties.dtype)
+        shape = info.size[len(row) :]
+        whole = torch.empty(shape, dtype=info.properties.dtype)
         filled = 0
         for piece in info.chunks:
             inside = tuple(i - start for i, start in zip(row, piece.offsets, strict=False))
@@ -71,7 +76,10 @@ class Checkpoint:
                 slice(start, start + size)
                 for start, size in zip(piece.offsets[len(row) :], piece.sizes[len(row) :], strict=True)
             )
-            whole[place] = self._load(MetadataIndex(name, piece.offsets))[inside]
+            part = self._load(MetadataIndex(name, piece.offsets))[inside]
+            if part.shape == shape:
+                return part
+            whole[place] = part
             filled += whole[place].numel()
         if filled != whole.numel():
             raise UsageError(f"{self.directory}: pieces of {name} are missing; the checkpoint is not complete")

@@ -19,7 +19,7 @@ class Source:
 
     checkpoint: Checkpoint
     model: Architecture
-    """As stored, but without the bias groups that are zero in every layer."""
+    """As exported, but with the vocabulary's padding; it may have fewer biases than are stored, or more, as zeros."""
     rows: int
     """Rows of the vocabulary that are tokens; the rest is padding."""
 
@@ -47,7 +47,8 @@ class Source:
             yield from self._outer(weight, dtype)
         for layer in range(self.model.layers):
             for weight in layer_weights(self.model):
-                whole = self.checkpoint.read_layer(weight.megatron, layer)
+                stored = self.checkpoint.has_layers(weight.megatron)
+                whole = self.checkpoint.read_layer(weight.megatron, layer) if stored else torch.zeros(weight.shape)
                 for name, part in zip(weight.huggingface, weight.split(whole), strict=True):
                     yield f"model.layers.{layer}.{name}", _own(part, dtype)
         for weight in after:
@@ -92,7 +93,7 @@ def inspect(checkpoint: Checkpoint, tokenizer: Any | None) -> Source:
             f"{checkpoint.directory}: the tokenizer has {rows} tokens with the mask token, but the embedding only "
             f"{model.vocabulary} rows: it is not the tokenizer of this checkpoint"
         )
-    return Source(checkpoint, _without_zero_biases(checkpoint, model), rows)
+    return Source(checkpoint, _biases_to_write(checkpoint, model, tokenizer), rows)
 
 
 def vocabulary_rows(checkpoint: Checkpoint, tokenizer: Any | None) -> int:
@@ -129,13 +130,19 @@ def _check_shapes(checkpoint: Checkpoint, model: Architecture) -> None:
         )
 
 
-def _without_zero_biases(checkpoint: Checkpoint, model: Architecture) -> Architecture:
-    """Drop the biases that are zero throughout, as an import writes them for a model that has only some.
+def _biases_to_write(checkpoint: Checkpoint, model: Architecture, tokenizer: Any | None) -> Architecture:
+    """Choose the biases of the exported model, so that there is an architecture for them.
 
-    Megatron has biases on all linear layers or on Q, K and V alone; Hugging Face's Llama switches those of the
-    attention and of the MLP separately.
+    Megatron has biases on all linear layers or on Q, K and V alone. Hugging Face's Llama switches those of the
+    attention (the output projection's too) and those of the MLP; Qwen2 has those of Q, K and V. So biases that are zero
+    throughout, as an import writes them, are dropped; and a model with those of Q, K and V is a Qwen2 only if its
+    tokenizer is: for a Qwen2 transformers 5 takes Qwen2's tokenizer class, whatever the files say. Any other becomes
+    a Llama whose output projections have zero biases.
     """
-    if not (model.output_bias and model.mlp_bias):
+    if model.qkv_bias and not model.output_bias:
+        qwen2 = tokenizer is None or type(tokenizer).__name__.startswith("Qwen2Tokenizer")
+        return model if qwen2 else dataclasses.replace(model, output_bias=True)
+    if not model.output_bias:
         return model
 
     def all_zero(*names: str) -> bool:

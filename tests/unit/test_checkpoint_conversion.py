@@ -36,6 +36,12 @@ MODELS = {
     "llama-attention-bias": LlamaConfig(**SMALL, attention_bias=True),
     "llama-mlp-bias-mha": LlamaConfig(**SMALL | {"num_key_value_heads": 4}, mlp_bias=True),
     "llama-3.1": LlamaConfig(**SMALL | {"max_position_embeddings": 32768}, head_dim=32, rope_parameters=LLAMA3),
+    "llama-3.2-tied": LlamaConfig(
+        **SMALL | {"max_position_embeddings": 32768},
+        head_dim=32,
+        rope_parameters=LLAMA3 | {"factor": 32.0},
+        tie_word_embeddings=True,
+    ),
     "llama-linear-rope": LlamaConfig(
         **SMALL, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     ),

@@ -1,0 +1,172 @@
+"""Tokenizers of training runs as Hugging Face tokenizers: the same ids, and the mask token in its place."""
+
+import base64
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from megatron_meap.checkpoint.selfcheck import SAMPLES
+from megatron_meap.checkpoint.tokenizer_files import (
+    add_mask_token,
+    begin_with_bos,
+    from_sentencepiece,
+    save_tokenizer,
+    tokenizer_of,
+)
+from megatron_meap.errors import UsageError
+from tests.conftest import Corpus
+
+KINDS = {
+    "bpe": {"model_type": "bpe", "byte_fallback": True, "control_symbols": ["[MASK]"]},
+    "bpe-as-trained-here": {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "split_digits": True,
+        "control_symbols": ["[MASK]"],
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+    },
+    "bpe-without-bytes": {"model_type": "bpe", "byte_fallback": False},
+    "unigram": {"model_type": "unigram", "byte_fallback": True},
+    "bpe-no-prefix": {"model_type": "bpe", "add_dummy_prefix": False, "user_defined_symbols": ["<usr>"]},
+}
+
+
+def arguments(kind: str, model: str, tokens: int, mask_id: int) -> Namespace:
+    """What a checkpoint says about its tokenizer."""
+    return Namespace(
+        tokenizer_type=kind, tokenizer_model=model, vocab_file=None, merge_file=None, meap_mask_token="[MASK]",
+        meap_tokenizer_vocab_size=tokens, meap_mask_token_id=mask_id, padded_vocab_size=1024,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Trains a SentencePiece model of one of the kinds."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    text = folder / "text.txt"
+    text.write_text("\n".join(corpus.documents[:40]))
+
+    def train(kind: str) -> Path:
+        prefix = folder / kind
+        if not prefix.with_suffix(".model").exists():
+            sentencepiece.SentencePieceTrainer.train(
+                input=str(text), model_prefix=str(prefix), vocab_size=420, num_threads=1, minloglevel=2, **KINDS[kind]
+            )
+        return prefix.with_suffix(".model")
+
+    return train
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentencepiece_gives_the_same_ids(trained: Callable[[str], Path], corpus: Corpus, kind: str) -> None:
+    """For real documents and awkward texts, and back to the same text."""
+    path = trained(kind)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    tokenizer = from_sentencepiece(path)
+    assert len(tokenizer) == reference.get_piece_size()
+    literal = SAMPLES[1] if kind.startswith("bpe") else ""  # unigram models look for all pieces, special ones too
+    for text in [*corpus.documents[40:60], *SAMPLES[2:], SAMPLES[0], literal, "", " ", "\n\n x"]:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ids == reference.encode(text)
+        if reference.unk_id() not in ids:
+            assert tokenizer.decode(ids) == reference.decode(ids)
+
+
+def test_mask_token_is_kept_or_appended(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    """A control symbol stays where it is; without one the mask token is the next id. Text never becomes it."""
+    for kind, tokens in (("bpe", 420), ("bpe-without-bytes", 421)):
+        path = trained(kind)
+        known = sentencepiece.SentencePieceProcessor(model_file=str(path)).piece_to_id("[MASK]")
+        mask_id = known if kind == "bpe" else 420
+        tokenizer = tokenizer_of(arguments("SentencePieceTokenizer", str(path), 420, mask_id))
+        save_tokenizer(tokenizer, tmp_path / kind, 128)
+        loaded = AutoTokenizer.from_pretrained(tmp_path / kind)
+        assert (len(loaded), loaded.mask_token_id, loaded.model_max_length) == (tokens, mask_id, 128)
+        assert mask_id in loaded.all_special_ids
+        assert mask_id not in loaded("a [MASK] b", split_special_tokens=True)["input_ids"]
+        saved = json.loads((tmp_path / kind / "tokenizer_config.json").read_text())
+        assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"  # a name that transformers 4 knows too
+
+
+def test_bos_before_every_text(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    """As the documents of the training data began with it."""
+    tokenizer = from_sentencepiece(trained("bpe"))
+    assert tokenizer("x")["input_ids"][0] != tokenizer.bos_token_id
+    begin_with_bos(tokenizer)
+    save_tokenizer(tokenizer, tmp_path, 128)
+    ids = AutoTokenizer.from_pretrained(tmp_path)("x")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[1:] == tokenizer("x", add_special_tokens=False)["input_ids"]
+
+
+def test_huggingface_directory(huggingface_folder: Path) -> None:
+    """The mask token comes after the others."""
+    tokenizer = tokenizer_of(arguments("HuggingFaceTokenizer", str(huggingface_folder), 600, 600))
+    assert len(tokenizer) == 601
+    assert tokenizer.mask_token_id == 600
+
+
+def test_tiktoken(tmp_path: Path) -> None:
+    """Megatron's tiktoken file: special tokens first, then the ranks; the mask token after them."""
+    from megatron.core.tokenizers.text.libraries.tiktoken_tokenizer import TikTokenTokenizer
+
+    words = [bytes([byte]) for byte in range(256)] + [b"th", b"he", b"the", b" the", b"in", b"ing", "ü".encode(), b" w"]
+    entries = [
+        {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": word.decode("utf-8", "replace")}
+        for rank, word in enumerate(words)
+    ]
+    path = tmp_path / "tiktoken.json"
+    path.write_text(json.dumps(entries))
+    count = 20 + len(words)
+    reference = TikTokenTokenizer(str(path), num_special_tokens=20, vocab_size=count)
+    args = arguments("TikTokenizer", str(path), count, count)
+    args.special_tokens, args.tiktoken_num_special_tokens, args.tiktoken_pattern = None, 20, None
+    args.vocab_size = count
+    tokenizer = tokenizer_of(args)
+    assert len(tokenizer) == count + 1
+    assert tokenizer.mask_token_id == count
+    for text in [*SAMPLES, "the thing within the wall <s>"]:
+        ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+        assert ids == reference.tokenizer.encode_ordinary(text)
+        assert tokenizer.decode(ids) == reference.ids_to_text(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"meap_tokenizer_vocab_size": 500}, "not the tokenizer of this checkpoint"),
+        ({"meap_mask_token_id": 7}, "not the tokenizer of this checkpoint"),
+        ({"tokenizer_model": "nowhere.model"}, "nowhere.model: not found"),
+        ({"tokenizer_type": "SFTTokenizer", "tokenizer_model": __file__}, "cannot be exported"),
+        ({"tokenizer_model": __file__}, "not a tokenizer of type"),
+    ],
+)
+def test_unusable_tokenizer(trained: Callable[[str], Path], changes: dict, message: str) -> None:
+    """One clear line."""
+    path = trained("bpe")
+    known = sentencepiece.SentencePieceProcessor(model_file=str(path)).piece_to_id("[MASK]")
+    args = arguments("SentencePieceTokenizer", str(path), 420, known)
+    vars(args).update(changes)
+    with pytest.raises(UsageError, match=message) as caught:
+        tokenizer_of(args)
+    assert "\n" not in str(caught.value)
+
+
+def test_foreign_checkpoint_needs_only_a_tokenizer_that_fits(trained: Callable[[str], Path]) -> None:
+    """A checkpoint of Megatron's own pretrain_gpt.py says nothing of a mask token: it becomes the next id."""
+    args = arguments("SentencePieceTokenizer", str(trained("bpe-without-bytes")), 420, 420)
+    for name in ("meap_mask_token", "meap_tokenizer_vocab_size", "meap_mask_token_id"):
+        delattr(args, name)
+    tokenizer = tokenizer_of(args)
+    assert tokenizer is not None
+    assert tokenizer.mask_token_id == 420 == add_mask_token(tokenizer, "[MASK]")
+    args.padded_vocab_size = 420
+    with pytest.raises(UsageError, match="not the tokenizer that they were trained with"):
+        tokenizer_of(args)
