@@ -134,7 +134,7 @@ def from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     for name, index in (("bos_token", spec.bos_id), ("eos_token", spec.eos_id), ("pad_token", spec.pad_id)):
         names[name] = index if 0 <= index < len(proto.pieces) else None
     known = {name: proto.pieces[index].piece for name, index in names.items() if index is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **known)
+    return _wrapped(backend, known)
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
@@ -216,7 +216,15 @@ def _byte_level(model: models.BPE, pattern: str | None, names: dict[str, str]) -
         split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior="isolated"), split])
     backend.pre_tokenizer = split
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+    return _wrapped(backend, names)
+
+
+def _wrapped(backend: Tokenizer, names: dict[str, str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of transformers, whose output a Llama takes as it is (no token types), with its special tokens."""
+    inputs = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, model_input_names=inputs, **names
+    )
 
 
 def begin_with_bos(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -90,6 +90,7 @@ def test_mask_token_is_kept_or_appended(trained: Callable[[str], Path], tmp_path
         loaded = AutoTokenizer.from_pretrained(tmp_path / kind)
         assert (len(loaded), loaded.mask_token_id, loaded.model_max_length) == (tokens, mask_id, 128)
         assert mask_id in loaded.all_special_ids
+        assert loaded("a").keys() == {"input_ids", "attention_mask"}
         assert mask_id not in loaded("a [MASK] b", split_special_tokens=True)["input_ids"]
         saved = json.loads((tmp_path / kind / "tokenizer_config.json").read_text())
         assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"  # a name that transformers 4 knows too
