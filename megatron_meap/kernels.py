@@ -133,17 +133,20 @@ class _CrossEntropy(Function):
         here = (columns >= 0) & (columns < rows.shape[1])
         columns = columns.clamp(0, rows.shape[1] - 1)
         predicted = rows.gather(1, columns.unsqueeze(1)).squeeze(1).float().mul_(here)
-        log_sum = torch.empty_like(predicted)  # log of the sum of exp over the vocabulary
+        largest, sums = torch.empty_like(predicted), torch.empty_like(predicted)
         for part in _parts(rows):
-            torch.logsumexp(rows[part].float(), dim=1, out=log_sum[part])
+            wide = rows[part].float()
+            torch.amax(wide, dim=1, out=largest[part])
+            torch.sum(torch.sub(wide, largest[part].unsqueeze(1)).exp_(), dim=1, out=sums[part])
         if shared:
-            largest = log_sum.clone()
+            own = largest.clone()
             torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
-            sums = torch.stack([log_sum.sub_(largest).exp_(), predicted])
-            torch.distributed.all_reduce(sums, group=group)
-            log_sum, predicted = sums[0].log_().add_(largest), sums[1]
-        ctx.save_for_backward(logits, columns, here, log_sum)
-        return (log_sum - predicted).view(target.shape)
+            both = torch.stack([sums * (own - largest).exp_(), predicted])
+            torch.distributed.all_reduce(both, group=group)
+            sums, predicted = both
+        logs = sums.log()
+        ctx.save_for_backward(logits, columns, here, largest + logs)
+        return (largest - predicted + logs).view(target.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

@@ -1,0 +1,143 @@
+"""What MEAP costs: the training step and the data pipeline, with masking against without, in one run.
+
+    python benchmarks/meap_overhead.py                  # about two minutes on two cores
+    python benchmarks/meap_overhead.py --rounds 15 --samples 2048
+
+Training step: one model (15.6M parameters) alternates between a MEAP step (`--meap-mask-ratio 0.15`: masked inputs, the
+loss reported for masked and for clean inputs) and a next-token step. The samples of both are read beforehand: reading
+them is the other figure. Target: at most 1.01 of the next-token step.
+
+Data pipeline: Megatron's `GPTDataset` over a corpus of random tokens, through the same DataLoader in batches of 8, as
+it is and wrapped for masking, at the paper's 4,096 tokens. Target: at least 0.97 of the samples per second. The batches
+are read with `--workers` processes, as Megatron reads them; with 0, where nothing hides, the masks are most visible.
+
+The two sides take turns; a figure is the median over the rounds of the ratio within a round. Processor time of this
+process is counted, so that other jobs on the machine do not blur what is compared; with workers it is wall time.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from trainer import SHAPE, Trainer, flags  # noqa: E402
+
+RATIO = 0.15
+BATCH = 8
+
+
+def main() -> None:
+    """Measure both and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="of each side (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1024, help="read in a round (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read (default: %(default)s)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stdout(io.StringIO()):
+            corpus = write_corpus(Path(folder), 2**20)
+            data = ["--split", "1,0,0", "--data-path", corpus, "--data-cache-path", folder]
+            trainer = Trainer([flag for flag in flags(BATCH, 512) if flag != "--mock-data"] + data)
+            short, long = datasets(trainer, 512, args.samples), datasets(trainer, 4096, args.samples)
+        clean, masked = (step(trainer, side, ratio) for side, ratio in zip(short, (0.0, RATIO), strict=True))
+        steps = compare(clean, masked, args.rounds, time.process_time)
+        print(f"training step: {describe(steps)} (target: at most 1.01)")
+        for workers in {0, args.workers}:
+            clean, masked = (reading(side, args.samples, workers) for side in long)
+            reads = compare(clean, masked, args.rounds, time.perf_counter if workers else time.process_time)
+            share = statistics.median(without / masked for without, masked in reads)
+            print(
+                f"reading {args.samples} samples, {workers} workers: {describe(reads)}; "
+                f"{share:.3f} of the samples/s (target: at least 0.97)"
+            )
+
+
+def write_corpus(folder: Path, tokens: int) -> str:
+    """A corpus of random tokens in documents of 100 to 1,000; returns its prefix."""
+    from megatron_meap import device
+
+    device.prepare()
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    generator = np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(f"{folder}/corpus.bin", dtype=np.int32)
+    written = 0
+    while written < tokens:
+        document = generator.integers(1, SHAPE["vocabulary"] - 64, generator.integers(100, 1000))
+        builder.add_document(torch.from_numpy(document), [len(document)])
+        written += len(document)
+    builder.finalize(f"{folder}/corpus.idx")
+    return f"{folder}/corpus"
+
+
+def datasets(trainer: Trainer, length: int, samples: int) -> tuple[Any, Any]:
+    """Megatron's training set as it is, and wrapped for masking."""
+    from megatron_meap.batches import datasets_provider
+
+    trainer.args.seq_length = length
+    trainer.args.meap_mask_ratio = 0.0
+    clean = datasets_provider([samples, 0, 0])[0]
+    trainer.args.meap_mask_ratio = RATIO
+    masked = datasets_provider([samples, 0, 0])[0]
+    trainer.args.seq_length = 512
+    return clean, masked
+
+
+def loader(dataset: Any, workers: int = 0) -> torch.utils.data.DataLoader:
+    """Batches in order."""
+    return torch.utils.data.DataLoader(dataset, batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0)
+
+
+def step(trainer: Trainer, dataset: Any, ratio: float) -> Callable[[], Any]:
+    """A training step on batches read beforehand."""
+    from megatron.core.rerun_state_machine import RerunDataIterator
+
+    batches = RerunDataIterator(itertools.cycle(list(itertools.islice(loader(dataset), 8))))
+
+    def run() -> None:
+        trainer.args.meap_mask_ratio = ratio
+        trainer.step(batches)
+
+    return run
+
+
+def reading(dataset: Any, samples: int, workers: int) -> Callable[[], Any]:
+    """One pass over the samples through a DataLoader."""
+    batches = loader(torch.utils.data.Subset(dataset, range(samples)), workers)
+    return lambda: sum(1 for _ in batches)
+
+
+def compare(without: Callable, masked: Callable, rounds: int, clock: Callable) -> list[tuple[float, float]]:
+    """Seconds (without, with masking) of each round, the two taking turns and changing places; two rounds warm up."""
+    times = []
+    for turn in range(rounds + 2):
+        sides = [(0, without), (1, masked)]
+        seconds = [0.0, 0.0]
+        for side, run in sides if turn % 2 else sides[::-1]:
+            start = clock()
+            run()
+            seconds[side] = clock() - start
+        times.append((seconds[0], seconds[1]))
+    return times[2:]
+
+
+def describe(times: list[tuple[float, float]]) -> str:
+    """Both medians and the ratio."""
+    without, masked = (1000 * statistics.median(side) for side in zip(*times, strict=True))
+    ratio = statistics.median(b / a for a, b in times)
+    return f"{without:.1f} ms without masking, {masked:.1f} ms with, ratio {ratio:.3f}"
+
+
+if __name__ == "__main__":
+    main()
