@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qw
 
 from megatron_meap import device
 from megatron_meap.checkpoint.reader import open_checkpoint
-from megatron_meap.checkpoint.tokenizer_files import load_directory, tokenizer_of
+from megatron_meap.checkpoint.tokenizer_files import load_directory, moved, tokenizer_of
 from megatron_meap.checkpoint.weights import Source, inspect
 from megatron_meap.errors import UsageError
 
@@ -125,7 +125,7 @@ def _from_huggingface(path: str, tokenizer: str | None) -> tuple[Any, Any, int |
 def _from_megatron(path: str, iteration: int | None, tokenizer: str | None) -> tuple[Any, Any, int]:
     """Model, tokenizer and mask id of a Megatron checkpoint."""
     checkpoint = open_checkpoint(path, iteration)
-    loaded = tokenizer_of(checkpoint.args, tokenizer)
+    loaded = tokenizer_of(moved(checkpoint.args, tokenizer))
     if loaded is None:
         raise UsageError(f"{path}: was trained without a tokenizer (NullTokenizer), so it has no text to generate")
     source = inspect(checkpoint, loaded)

@@ -1,13 +1,11 @@
 """The model card of an exported model: what it was trained with, as far as its checkpoint and data tell."""
 
-import hashlib
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from megatron_meap.checkpoint.architecture import Architecture
-from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX
+from megatron_meap.checkpoint.training_data import manifests
 
 TEMPLATE = """\
 ---
@@ -30,23 +28,6 @@ The mask token {mask} (id {mask_id}) belongs to training: `generation_config.jso
 an input, write the id into `input_ids`; text that merely contains the characters is best tokenized with
 `split_special_tokens=True`.
 """
-
-
-def manifests(args: Namespace) -> list[tuple[str, str, dict[str, Any]]]:
-    """Manifests of the training data that can still be found: name of the dataset, sha256, contents."""
-    found = []
-    for entry in [*(args.data_path or ()), *(args.train_data_path or ())]:
-        path = Path(str(entry) + MANIFEST_SUFFIX)
-        if path.is_file():
-            stored = path.read_bytes()
-            found.append((Path(entry).name, hashlib.sha256(stored).hexdigest(), json.loads(stored)))
-    return found
-
-
-def documents_begin_with(args: Namespace) -> list[int]:
-    """Ids put before every document of the training data, as its manifests say; none where there are none."""
-    starts = [manifest.get("before_document", []) for _, _, manifest in manifests(args)]
-    return starts[0] if starts and all(start == starts[0] for start in starts) else []
 
 
 def write_card(directory: Path, name: str, model: Architecture, parameters: int, args: Namespace, step: int) -> None:

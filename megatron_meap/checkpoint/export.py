@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from megatron_meap.checkpoint import card
 from megatron_meap.checkpoint.memory import PeakMemory
 from megatron_meap.checkpoint.output import new_directory
 from megatron_meap.checkpoint.reader import open_checkpoint
-from megatron_meap.checkpoint.tokenizer_files import begin_with_bos, save_tokenizer, tokenizer_of
+from megatron_meap.checkpoint.tokenizer_files import moved, save_tokenizer, tokenizer_of
 from megatron_meap.checkpoint.weights import Source, inspect
 from megatron_meap.errors import UsageError
 
@@ -54,7 +53,8 @@ def export(job: ExportJob) -> None:
     shard_bytes = parse_size(job.max_shard_size)
     memory = PeakMemory()
     checkpoint = open_checkpoint(job.load, job.iteration)
-    tokenizer = tokenizer_of(checkpoint.args, job.tokenizer)
+    args = moved(checkpoint.args, job.tokenizer)
+    tokenizer = tokenizer_of(args, job.add_bos)
     source = inspect(checkpoint, tokenizer)
     dtype = DTYPES[job.dtype] if job.dtype else checkpoint.dtype("embedding.word_embeddings.weight")
     parameters = sum(math.prod(shape) for _, shape in source.names())
@@ -65,13 +65,13 @@ def export(job: ExportJob) -> None:
     ) as directory:
         write_weights(directory, source, dtype, shard_bytes)
         write_json(directory / "config.json", source.config(dtype, tokenizer))
-        _write_tokenizer(directory, source, tokenizer, job.add_bos)
+        _write_tokenizer(directory, source, tokenizer)
         card.write_card(directory, output.name, source.model, parameters, checkpoint.args, checkpoint.iteration)
         print(f"wrote {parameters:,} weights, {size / 1e6:,.1f} MB in {dtype}; {memory}", flush=True)
         if job.check:
             from megatron_meap.checkpoint import selfcheck
 
-            selfcheck.check_export(checkpoint, directory, dtype, tokenizer)
+            selfcheck.check_export(checkpoint, directory, dtype, args)
     print(f"{output}: exported{'' if job.check else ', not checked (--no-check)'}", flush=True)
 
 
@@ -108,16 +108,13 @@ def _write_shard(path: Path, tensors: Iterator[tuple[str, Tensor]], names: list[
     return sum(tensor.nbytes for tensor in shard.values())
 
 
-def _write_tokenizer(directory: Path, source: Source, tokenizer: Any | None, add_bos: bool | None) -> None:
+def _write_tokenizer(directory: Path, source: Source, tokenizer: Any | None) -> None:
     """Write the tokenizer and the generation config; without a tokenizer say that there is none."""
-    args: Namespace = source.checkpoint.args
-    mask_id = getattr(args, "meap_mask_token_id", None)
+    mask_id = getattr(source.checkpoint.args, "meap_mask_token_id", None)
     ids: dict[str, Any] = {}
     if tokenizer is None:
         print("note: trained without a tokenizer (NullTokenizer), so the export has none", flush=True)
     else:
-        if add_bos or (add_bos is None and card.documents_begin_with(args) == [tokenizer.bos_token_id]):
-            begin_with_bos(tokenizer)
         save_tokenizer(tokenizer, directory, source.model.max_positions)
         mask_id = tokenizer.mask_token_id
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

@@ -36,12 +36,19 @@ class CheckFailed(UsageError):
     """The two sides of a conversion are not the same model."""
 
 
-def check_export(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, tokenizer: Any | None) -> None:
-    """Check an exported directory against the checkpoint that it was made from, and print the findings."""
+def check_export(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, args: Namespace) -> None:
+    """Check an exported directory against the checkpoint that it was made from, and print the findings.
+
+    Args:
+        checkpoint: what was exported.
+        directory: where to.
+        dtype: of the exported weights.
+        args: the checkpoint's arguments, with the place where the tokenizer is now.
+    """
     if wrong := latest.damage(checkpoint.directory):
         raise UsageError(f"{checkpoint.directory}: the checkpoint is damaged: {wrong}")
-    if tokenizer is not None:
-        check_tokenizer(directory, checkpoint.args)
+    if args.tokenizer_type != "NullTokenizer":
+        check_tokenizer(directory, args)
     compare(directory, checkpoint.directory, dtype, None)
 
 

@@ -4,6 +4,7 @@ SentencePiece models (BPE, unigram), Hugging Face directories, Megatron's tiktok
 """
 
 import base64
+import copy
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -13,7 +14,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from megatron_meap.checkpoint.training_data import documents_begin_with
 from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.manifest import tokenizer_fingerprint
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 # Kinds of pieces in a SentencePiece model.
@@ -21,12 +24,24 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 BPE, UNIGRAM = 2, 1  # kinds of SentencePiece models
 
 
-def tokenizer_of(args: Namespace, path: str | None = None) -> Any | None:
+def moved(args: Namespace, path: str | None) -> Namespace:
+    """The arguments of a run with its tokenizer at `path`, which may be a Hugging Face directory for any tokenizer."""
+    if path is None:
+        return args
+    changed = copy.copy(args)
+    changed.tokenizer_model = path
+    if Path(path).is_dir() and args.tokenizer_type != "HuggingFaceTokenizer":
+        changed.tokenizer_type = "HuggingFaceTokenizer"
+        changed.meap_tokenizer_sha256 = None  # of other files
+    return changed
+
+
+def tokenizer_of(args: Namespace, add_bos: bool | None = None) -> Any | None:
     """The Hugging Face form of the tokenizer that a run was trained with, the mask token included.
 
     Args:
         args: the arguments in a checkpoint.
-        path: a tokenizer model or directory to take instead of the recorded path (files move between machines).
+        add_bos: whether it puts BOS before every text; where not given, if the documents of the training data began so.
 
     Returns:
         The tokenizer, or None for a run without one (`NullTokenizer`, mock data).
@@ -34,20 +49,24 @@ def tokenizer_of(args: Namespace, path: str | None = None) -> Any | None:
     Raises:
         UsageError: the file is not there, is not such a tokenizer, or its ids are not those of the weights.
     """
-    if args.tokenizer_type == "NullTokenizer" and path is None:
+    if args.tokenizer_type == "NullTokenizer":
         return None
-    tokenizer = _load(args, path)
+    tokenizer = _load(args)
     add_mask_token(tokenizer, getattr(args, "meap_mask_token", "[MASK]"))
     _agree_with_training(tokenizer, args)
+    if add_bos is None:
+        add_bos = tokenizer.bos_token is not None and documents_begin_with(args) == [tokenizer.bos_token_id]
+    if add_bos:
+        begin_with_bos(tokenizer)
     return tokenizer
 
 
-def _load(args: Namespace, path: str | None) -> Any:
+def _load(args: Namespace) -> Any:
     """The tokenizer as it was before training, without the mask token where it has none."""
     kind = args.tokenizer_type
-    if kind == "GPT2BPETokenizer" and path is None:
+    if kind == "GPT2BPETokenizer" and args.tokenizer_model is None:
         return _from_gpt2(args.vocab_file, args.merge_file)
-    source = Path(path or args.tokenizer_model or "")
+    source = Path(args.tokenizer_model or "")
     if not source.exists() or source == Path():
         raise UsageError(f"tokenizer {source}: not found; say where it is with --tokenizer PATH")
     if source.is_dir() or source.name == "tokenizer.json":
@@ -55,14 +74,15 @@ def _load(args: Namespace, path: str | None) -> Any:
     try:
         if kind == "TikTokenizer":
             return _from_tiktoken(source, args)
-        if kind in SENTENCEPIECE_TYPES or source.suffix == ".model":
+        if kind in SENTENCEPIECE_TYPES:
             return from_sentencepiece(source)
     except UsageError:
         raise
     except Exception as error:
         raise UsageError(f"{source}: not a tokenizer of type {kind} ({error or type(error).__name__})") from error
     raise UsageError(
-        f"--tokenizer-type {kind} cannot be exported; give a Hugging Face tokenizer directory with --tokenizer"
+        f"{source}: a tokenizer of type {kind} cannot be exported from a file; "
+        "give a Hugging Face tokenizer directory with --tokenizer"
     )
 
 
@@ -99,6 +119,12 @@ def _agree_with_training(tokenizer: Any, args: Namespace) -> None:
         raise UsageError(
             f"the tokenizer has {len(tokenizer)} tokens and {args.meap_mask_token} as {found}, but the weights were "
             f"trained with {expected} and {mask_id}: it is not the tokenizer of this checkpoint"
+        )
+    recorded = getattr(args, "meap_tokenizer_sha256", None)
+    if recorded and tokenizer_fingerprint(args) != recorded:
+        raise UsageError(
+            f"tokenizer {args.tokenizer_model or args.vocab_file}: has changed since the training; give the right one "
+            "with --tokenizer"
         )
 
 
@@ -227,11 +253,13 @@ def _wrapped(backend: Tokenizer, names: dict[str, str]) -> PreTrainedTokenizerFa
     )
 
 
-def begin_with_bos(tokenizer: PreTrainedTokenizerFast) -> None:
+def begin_with_bos(tokenizer: Any) -> None:
     """Make the tokenizer put BOS before every text, as a model wants it whose documents began with it."""
-    if tokenizer.bos_token is None:
-        raise UsageError("--add-bos-token: this tokenizer has no BOS token")
     bos = tokenizer.bos_token
+    if bos is None:
+        raise UsageError("--add-bos-token: this tokenizer has no BOS token")
+    if tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id:
+        return
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
     )

@@ -1,5 +1,6 @@
 """Conversion through the command line and through real training runs in several layouts."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -136,3 +137,23 @@ def test_tool_refuses_in_one_line(work: Path) -> None:
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not (work / "nothing").exists()
+
+
+@pytest.mark.slow
+def test_peak_memory_is_the_weights_and_one_layer(work: Path, huggingface_folder: Path) -> None:
+    """As the tool prints it, for weights large enough to stand out from everything else."""
+    tokenizer = AutoTokenizer.from_pretrained(str(huggingface_folder))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=2816, num_hidden_layers=20,
+        num_attention_heads=16, num_key_value_heads=4,
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(work / "large")
+    tokenizer.save_pretrained(work / "large")
+    assert (
+        convert("import", "--load", str(work / "large"), "--output", str(work / "large-m"), "--no-check").returncode
+        == 0
+    )
+    done = convert("export", "--load", str(work / "large-m"), "--output", str(work / "large-e"), "--no-check")
+    weights, peak = (float(re.search(text, done.stdout)[1]) for text in (r"([\d.]+) MB in", r"(\d+) MB of it"))
+    assert weights > 400
+    assert peak < weights + weights / 20 + 20  # and what Python itself needs

@@ -245,10 +245,14 @@ def test_failed_check_leaves_nothing(megatron: Path, tmp_path: Path, monkeypatch
 
 def test_interrupted_conversion_leaves_nothing(megatron: Path, tmp_path: Path) -> None:
     """Ctrl-C in the middle."""
-    made = new_directory(tmp_path / "out", source=megatron, overwrite=False, mark="", needed=0)
-    (made.__enter__() / "half").touch()
+
+    def interrupted() -> None:
+        with new_directory(tmp_path / "out", source=megatron, overwrite=False, mark="", needed=0) as directory:
+            (directory / "half").touch()
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        made.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        interrupted()
     assert not list(tmp_path.iterdir())
 
 

@@ -15,6 +15,7 @@ from megatron_meap.checkpoint.export import ExportJob, export
 from megatron_meap.checkpoint.importer import ImportJob, import_model
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.checkpoint.selfcheck import CheckFailed
+from megatron_meap.checkpoint.tokenizer_files import from_sentencepiece, save_tokenizer
 from megatron_meap.errors import UsageError
 
 SMALL = {
@@ -222,9 +223,10 @@ def test_another_tokenizer_is_caught(untied: Pair, corpus: Any, tmp_path: Path) 
     args.tokenizer_type, args.tokenizer_model = "SentencePieceTokenizer", corpus.tokenizer
     with pytest.raises(CheckFailed, match="other ids"):
         selfcheck.check_tokenizer(untied.exported, args)
+    save_tokenizer(from_sentencepiece(Path(corpus.tokenizer)), tmp_path / "other", 128)
     with pytest.raises(UsageError, match="not the tokenizer of this checkpoint"):
-        export(ExportJob(str(untied.imported), str(tmp_path / "out"), tokenizer=corpus.tokenizer))
-    assert not list(tmp_path.iterdir())
+        export(ExportJob(str(untied.imported), str(tmp_path / "out"), tokenizer=str(tmp_path / "other")))
+    assert not (tmp_path / "out").exists()
 
 
 def megatron_args(imported: Path) -> Any:

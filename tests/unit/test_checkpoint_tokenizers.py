@@ -15,10 +15,12 @@ from megatron_meap.checkpoint.tokenizer_files import (
     add_mask_token,
     begin_with_bos,
     from_sentencepiece,
+    moved,
     save_tokenizer,
     tokenizer_of,
 )
 from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.manifest import tokenizer_fingerprint
 from tests.conftest import Corpus
 
 KINDS = {
@@ -42,7 +44,7 @@ def arguments(kind: str, model: str, tokens: int, mask_id: int) -> Namespace:
     """What a checkpoint says about its tokenizer."""
     return Namespace(
         tokenizer_type=kind, tokenizer_model=model, vocab_file=None, merge_file=None, meap_mask_token="[MASK]",
-        meap_tokenizer_vocab_size=tokens, meap_mask_token_id=mask_id, padded_vocab_size=1024,
+        meap_tokenizer_vocab_size=tokens, meap_mask_token_id=mask_id, padded_vocab_size=1024, data_path=None,
     )  # fmt: skip
 
 
@@ -105,6 +107,40 @@ def test_bos_before_every_text(trained: Callable[[str], Path], tmp_path: Path) -
     ids = AutoTokenizer.from_pretrained(tmp_path)("x")["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert ids[1:] == tokenizer("x", add_special_tokens=False)["input_ids"]
+
+
+def test_bos_as_the_manifest_of_the_data_says(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    """By default as in training; the flag overrides it."""
+    path = trained("bpe")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    args = arguments("SentencePieceTokenizer", str(path), 420, processor.piece_to_id("[MASK]"))
+    (tmp_path / "data.manifest.json").write_text(json.dumps({"before_document": [processor.bos_id()], "tokens": 5}))
+    args.data_path = ["1.0", str(tmp_path / "data")]
+
+    def begins(add_bos: bool | None) -> bool:
+        return tokenizer_of(args, add_bos)("x")["input_ids"][0] == processor.bos_id()  # type: ignore[misc]
+
+    assert begins(None)
+    assert not begins(False)
+    args.data_path = None
+    assert not begins(None)
+    assert begins(True)
+
+
+def test_tokenizer_that_has_moved_or_changed(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    """Another place for the same file is fine, another file is not; a converted directory is compared by its ids."""
+    path = trained("bpe")
+    mask_id = sentencepiece.SentencePieceProcessor(model_file=str(path)).piece_to_id("[MASK]")
+    args = arguments("SentencePieceTokenizer", str(path), 420, mask_id)
+    args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
+    args.tokenizer_model = "gone.model"
+    with pytest.raises(UsageError, match="--tokenizer PATH"):
+        tokenizer_of(args)
+    tokenizer = tokenizer_of(moved(args, str(path)))
+    save_tokenizer(tokenizer, tmp_path, 128)
+    assert tokenizer_of(moved(args, str(tmp_path))).get_vocab() == tokenizer.get_vocab()  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="has changed since the training"):
+        tokenizer_of(moved(args, str(trained("bpe-as-trained-here"))))
 
 
 def test_huggingface_directory(huggingface_folder: Path) -> None:
