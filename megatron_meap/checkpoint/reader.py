@@ -40,7 +40,7 @@ class Checkpoint:
         return {
             name: tuple(info.size)
             for name, info in self.metadata.state_dict_metadata.items()
-            if isinstance(info, TensorStorageMetadata) and not name.startswith(("optimizer.", "rerun_", "rng_"))
+            if isinstance(info, TensorStorageMetadata) and "optimizer" not in name.split(".")
         }
 
     def dtype(self, name: str) -> torch.dtype:
