@@ -110,6 +110,7 @@ def model_config(args: Namespace) -> Any:
     else:
         config = gpt_config_from_args(args)
         config.transformer_layer_spec = local_block_spec if local else config.transformer_layer_spec
+        config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19 leaves this flag unused
     return config
 
 
