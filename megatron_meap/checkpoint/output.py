@@ -1,13 +1,14 @@
 """Output directories that are complete or not there at all."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_meap.errors import UsageError, is_disk_full
+from megatron_meap.errors import UsageError
 
 ROOM_FOR_THE_REST = 64 * 2**20  # tokenizer, configuration, index: generous
 
@@ -43,11 +44,20 @@ def new_directory(target: Path, *, source: Path, overwrite: bool, mark: str, nee
         yield directory
         _publish(directory, target)
     except Exception as error:
-        if is_disk_full(error):
+        if _is_disk_full(error):
             raise UsageError(f"{target}: the disk is full; nothing was left there") from error
         raise
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether an exception comes from a disk without space; safetensors and Megatron wrap it in others."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _refuse(target: Path, source: Path, overwrite: bool, mark: str) -> None:
