@@ -53,6 +53,7 @@ def _resume_distributed_optimizer_without_te() -> None:
     - `state_dict` asserts that the optimiser has stepped, but is also called to load into a fresh one.
     - `load_state_dict` gives all parameters one shared step tensor, which AdamW increments once per parameter, and
       then overwrites it with the step of the fresh optimiser, 0: the bias correction starts anew.
+    - With `--dist-ckpt-optim-fully-reshardable` it asks the checkpoint for a step of every parameter.
     - In fp32 it copies into views of parameters that require a gradient, which PyTorch refuses.
 
     (Transformer Engine's and Apex's optimisers keep the step in the parameter group.)
@@ -63,6 +64,7 @@ def _resume_distributed_optimizer_without_te() -> None:
     if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(DistributedOptimizer, "meap_mended"):
         return
     state_dict, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+    set_main_param_and_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def state_dict_of_fresh_optimizer(self: Any) -> dict:
         fresh = self.optimizer is not None and not self.optimizer.state
@@ -75,6 +77,9 @@ def _resume_distributed_optimizer_without_te() -> None:
             if fresh:
                 self.optimizer.state.clear()
 
+    def set_states(self: Any, parameter: torch.Tensor, tensors: dict) -> None:
+        set_main_param_and_states(self, parameter, {"step": None, **tensors})  # None: not a tensor to be copied
+
     @torch.no_grad()
     def load_with_own_steps(self: Any, loaded: dict) -> None:
         load_state_dict(self, loaded)
@@ -83,6 +88,7 @@ def _resume_distributed_optimizer_without_te() -> None:
 
     DistributedOptimizer.state_dict = state_dict_of_fresh_optimizer
     DistributedOptimizer.load_state_dict = load_with_own_steps
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
     DistributedOptimizer.meap_mended = True
 
 

@@ -1,6 +1,5 @@
 """What is wrong with the user's input, said in one line: a traceback is for our own bugs only."""
 
-import errno
 import os
 import sys
 import time
@@ -16,15 +15,6 @@ class UsageError(Exception):
 
     The message is one line that names the file or flag, says what is wrong with it and what to do.
     """
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception comes from a disk without space, however many others have been wrapped around it."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def run(main: Callable[[], None]) -> None:

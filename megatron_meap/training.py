@@ -1,5 +1,7 @@
 """The seam to Megatron's trainer: the model's configuration, the forward step, the loss and its report."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,15 +18,20 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers, global_vars, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_meap import compat, device, preflight
 from megatron_meap.arguments import parse_arguments
 from megatron_meap.batches import datasets_provider, get_batch
 from megatron_meap.checkpoint import latest
-from megatron_meap.errors import UsageError, is_disk_full
+from megatron_meap.errors import UsageError
 from megatron_meap.hybrid import local_stack_spec
 from megatron_meap.layers import local_block_spec
 from megatron_meap.report import CLEAN_LOSS, MASKED_LOSS
@@ -36,6 +43,7 @@ stimer = StragglerDetector()
 def run() -> None:
     """Pretrain as the command line says; end with status 75 where a signal stopped the job."""
     args, store = prepare()
+    atexit.register(_end_workers)
     stop = StopRequest().install()
     global_vars._GLOBAL_SIGNAL_HANDLER = stop
     if args.meap_keep_last is not None:
@@ -75,14 +83,21 @@ def _pretrain(args: Namespace, store: torch.distributed.Store | None) -> None:
             get_embedding_ranks=embedding_ranks,
             store=store,
         )
-    except Exception as error:
-        if not is_disk_full(error):
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        problem = latest.full_disk(Path(args.save)) if args.save else None
+        if problem is None:
             raise
-        complete = latest.pointer(Path(args.save)) or "none"
-        raise UsageError(
-            f"--save {args.save}: the disk is full; the last complete checkpoint is that of iteration {complete}: free "
-            "some space and run the same command to go on from it"
-        ) from error
+        raise UsageError(f"--save {args.save}: {problem}; free some space and run the same command again") from error
+
+
+def _end_workers() -> None:
+    """End the data loader's worker processes: they ignore the SIGTERM by which Python would end them at exit.
+
+    (It is also the signal to stop the job.) Python would wait for them without end.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes every end of a worker for a failure
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _run_alone_without_launcher() -> None:

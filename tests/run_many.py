@@ -1,5 +1,6 @@
 """Run several trainings one after the other in the same ranks: `run_many.py RUNS.json`, launched by tests/launch.py."""
 
+import contextlib
 import json
 import os
 import sys
@@ -23,7 +24,8 @@ def main() -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # the heading before any rank's output
         sys.argv = ["pretrain_gpt_meap.py", *flags]
-        training.run()
+        with contextlib.suppress(SystemExit):  # how --exit-interval ends a training; the status tells in the log
+            training.run()
         sys.stdout.flush()
         torch.distributed.barrier()
         destroy_global_state()

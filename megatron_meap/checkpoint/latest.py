@@ -118,6 +118,21 @@ def choose(folder: Path, step: int | None, refuse_damaged: bool) -> Choice | Non
     raise UsageError(f"--load {folder}: no usable checkpoint: {'; '.join(problems)}; start anew in another --save")
 
 
+def full_disk(folder: Path) -> str | None:
+    """Whether a save failed because the disk is full, and what is left then; None where it is not so.
+
+    Megatron writes in worker processes and loses the reason of their failure. What can be seen is a checkpoint that
+    was begun, and less space than one takes.
+    """
+    complete = pointer(folder)
+    begun = [each for each in iterations(folder) if complete is None or each > int(complete)]
+    sizes = [sum(file.stat().st_size for file in directory(folder, each).iterdir()) for each in iterations(folder)]
+    if not begun or shutil.disk_usage(folder).free > max(sizes):
+        return None
+    kept = f"the last complete checkpoint is that of iteration {complete}" if complete else "no checkpoint is complete"
+    return f"the disk is full: {directory(folder, begun[-1])} could not be completed, {kept}"
+
+
 def set_pointer(folder: Path, iteration: int) -> None:
     """Let the pointer name this iteration: whole or not at all, whatever happens meanwhile."""
     temporary = folder / f"{POINTER}.tmp"

@@ -123,7 +123,7 @@ def test_asynchronous_saving(saved, tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_previous_checkpoint(corpus: Corpus, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode != 0:
         pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
     try:
@@ -134,7 +134,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(corpus: Corpus, tmp_path: Pa
         said = next(line for line in done.stderr.splitlines() if line.startswith("error: --save"))
         kept = latest.pointer(disk / "run")
         assert kept is not None
-        assert f"the disk is full; the last complete checkpoint is that of iteration {kept}" in said
+        assert "the disk is full" in said
+        assert f"the last complete checkpoint is that of iteration {kept}" in said
         assert latest.damage(latest.directory(disk / "run", int(kept))) is None
     finally:
         subprocess.run(["umount", str(disk)], check=True)
