@@ -53,7 +53,7 @@ def main() -> None:
     os.environ["MEAP_DEVICE"] = "cpu"  # wherever the GPUs are, they have other things to do
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")  # the libraries' chatter: what matters is printed or raised
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_meap import device

@@ -43,8 +43,10 @@ def new_directory(target: Path, *, source: Path, overwrite: bool, mark: str, nee
     try:
         yield directory
         _publish(directory, target)
-    except Exception as error:
-        if _is_disk_full(error):
+    except (UsageError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # PyTorch's CheckpointException is not an Exception
+        if _is_disk_full(error) or _lacks_space(directory, needed):
             raise UsageError(f"{target}: the disk is full; nothing was left there") from error
         raise
     finally:
@@ -52,12 +54,18 @@ def new_directory(target: Path, *, source: Path, overwrite: bool, mark: str, nee
 
 
 def _is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception comes from a disk without space; safetensors and Megatron wrap it in others."""
+    """Whether an exception comes from a disk without space, wrapped in others or not."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _lacks_space(directory: Path, needed: int) -> bool:
+    """Whether what is still to be written does not fit: Megatron's writers lose the reason of their failure."""
+    written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    return shutil.disk_usage(directory).free < needed - written
 
 
 def _refuse(target: Path, source: Path, overwrite: bool, mark: str) -> None:
