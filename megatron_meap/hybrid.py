@@ -6,14 +6,17 @@ modules as `layers.local_block_spec`, under Megatron's checkpoint keys. Mamba la
 Megatron's stack.
 """
 
-import dataclasses
 from typing import Any
 
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 
 from megatron_meap.errors import UsageError
 from megatron_meap.layers import local_layer_spec, local_modules
@@ -30,7 +33,9 @@ class LocalHybridStack(HybridStack):
         super().__init__(config, submodules, post_layer_norm=False, **kwargs)
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
-            self.final_norm = local_modules().norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+            self.final_norm = local_modules().norm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
 
 
 def local_stack_spec(model: Any) -> ModuleSpec:
@@ -54,7 +59,9 @@ def local_stack_spec(model: Any) -> ModuleSpec:
         submodules=HybridStackSubmodules(
             attention_layer=_attention(local_layer_spec(config)),
             mlp_layer=_feed_forward(local_layer_spec(config), MLPLayer),
-            moe_layer=_feed_forward(local_layer_spec(config, moe=config.num_moe_experts is not None), MoETransformerLayer),
+            moe_layer=_feed_forward(
+                local_layer_spec(config, moe=config.num_moe_experts is not None), MoETransformerLayer
+            ),
         ),
     )
 

@@ -3,9 +3,10 @@
 import ctypes
 import os
 import signal
+import socket
 import sys
+import threading
 import time
-from types import FrameType
 
 import torch
 from megatron.training.dist_signal_handler import all_gather_item
@@ -36,16 +37,30 @@ class StopRequest:
 
     def install(self) -> "StopRequest":
         """Start listening; also when the launcher dies, by whatever signal, which would leave the ranks behind."""
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        # A rank that waits in a collective runs no Python code, hence no handler: but Python writes the number of a
+        # signal to this socket at once, and another thread can act on it.
+        signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a worker's signals are its own
+        threading.Thread(target=self._listen, args=(reader,), daemon=True, name="signals").start()
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            signal.signal(number, lambda *_: None)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         return self
 
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
+    def _listen(self, reader: socket.socket) -> None:
+        while True:
+            for number in reader.recv(64):
+                if number in SIGNALS:
+                    self._note(number)
+
+    def _note(self, number: int) -> None:
+        """Take the first signal as the request, and a later one as the end of patience."""
         now = time.monotonic()
         if self.received is None:
-            self.received, self._received_at = number, now
+            self._received_at, self.received = now, number
         elif now - self._received_at > _SAME_REQUEST_S:
             os._exit(128 + number)
 

@@ -112,7 +112,7 @@ def _leave_stopped(args: Namespace, stop: StopRequest) -> NoReturn:
     if args.rank == 0:
         name = signal.Signals(stop.received or 0).name
         saved = f"checkpoint in {args.save}; the same command goes on" if args.save else "nothing saved: no --save"
-        print(f"stopped by {name} after iteration {args.curr_iteration}: {saved}", flush=True)
+        print(f"stopped by {name} after iteration {args.curr_iteration + 1}: {saved}", flush=True)
     sys.exit(EXIT_STOPPED)
 
 

@@ -82,7 +82,8 @@ def runs(corpus: Corpus, huggingface_folder: Path, tmp_path_factory: pytest.Temp
         two |= {f"{name}-{layout}": [*start, *extra.split()] for layout, extra in layouts.items()}
         if name == "deep":
             four["deep-tp2-pp2"] = [
-                *start, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--sequence-parallel",
+                *start, "--tensor-model-parallel-size", "2", "--sequence-parallel",
+                "--pipeline-model-parallel-size", "2",
             ]  # fmt: skip
         if name == "hybrid":
             # the same weights as a GPTModel's: its checkpoint continues in the hybrid one
