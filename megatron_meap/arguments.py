@@ -101,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "the default)",
     )
     parser.set_defaults(
+        eval_interval=1000,
         create_attention_mask_in_dataloader=False,  # attention is causal without it
         verify_integrity=True,  # torn and corrupted checkpoints are detected
         exit_signal_handler=True,
@@ -200,8 +201,8 @@ def _validate_meap(args: Namespace) -> None:
         raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; run Megatron's pretrain_gpt.py")
     if args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:
         raise UsageError(
-            f"--micro-batch-size {args.micro_batch_size}: Megatron passes packed documents between pipeline stages only "
-            "with --micro-batch-size 1 (--dataloader-inter-document-masking with --pipeline-model-parallel-size)"
+            f"--micro-batch-size {args.micro_batch_size}: Megatron passes packed documents between pipeline stages "
+            "only with --micro-batch-size 1 (--dataloader-inter-document-masking with --pipeline-model-parallel-size)"
         )
     if args.meap_keep_last is not None and args.meap_keep_last < 1:
         raise UsageError(f"--meap-keep-last {args.meap_keep_last}: must be at least 1")

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,8 @@ class Job:
         self.log = log
         with open(log, "w") as output:
             self.process = subprocess.Popen(
-                command, env=environment(), cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=environment(), cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
             )  # fmt: skip
 
     def wait_for_step(self, step: int, timeout: float = 120) -> None:
@@ -112,7 +114,7 @@ def test_the_job_saves_and_ends(flags: list[str], tmp_path: Path, way: str) -> N
 
 def test_the_exit_status_of_a_rank(flags: list[str], tmp_path: Path) -> None:
     """Without a launcher the rank's own status is seen."""
-    job = Job(torchrun(1, str(ENTRY), *flags)[:1] + [str(ENTRY), *flags], tmp_path / "log")
+    job = Job([sys.executable, str(ENTRY), *flags], tmp_path / "log")
     job.wait_for_step(2)
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == STOPPED
@@ -137,16 +139,15 @@ def test_a_second_signal_ends_it_at_once(flags: list[str], tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", ["one", "tp2"])
-def test_killed_and_resumed_is_bit_for_bit_uninterrupted(
-    corpus: Corpus, tmp_path: Path, layout: str, kills: int
-) -> None:
+def test_killed_and_resumed_ends_with_the_same_bits(corpus: Corpus, tmp_path: Path, layout: str, kills: int) -> None:
     """SIGKILL at random moments, in the middle of saving too; after all resumptions the weights are the same bits."""
     rng = random.Random(kills)
     steps = 12 * (kills + 1)
     processes = {"one": 1, "tp2": 2}[layout]
     common = [
-        *MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(tmp_path / "cache"), "--train-iters", str(steps),
-        "--save-interval", "2", "--meap-keep-last", "2", "--tensor-model-parallel-size", str(processes),
+        *MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(tmp_path / "cache"),
+        "--train-iters", str(steps), "--save-interval", "2", "--meap-keep-last", "2",
+        "--tensor-model-parallel-size", str(processes),
     ]  # fmt: skip
 
     def start(name: str) -> Job:
