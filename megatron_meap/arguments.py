@@ -160,8 +160,9 @@ def _explain(validate: Callable[[], None]) -> None:
     """Run a check of Megatron's; say its failed assertion in one line, since those are about flags."""
     try:
         validate()
-    except (AssertionError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or _source_line(error)
+    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+        said = "" if isinstance(error, TypeError) else " ".join(str(error).split())
+        reason = said or _source_line(error)
         raise UsageError(f"Megatron refuses these flags: {reason}") from error
 
 

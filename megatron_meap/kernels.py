@@ -49,7 +49,7 @@ class _RMSNorm(Function):
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """SwiGLU of [..., 2f], gate first: silu(gate) * up, [..., f]: 13 ms for 26 ms."""
+    """SwiGLU of [..., 2f], gate first: silu(gate) * up, [..., f]: 13 ms for 18 ms."""
     return _SwiGLU.apply(x)
 
 

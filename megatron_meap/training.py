@@ -65,9 +65,10 @@ def prepare() -> tuple[Namespace, torch.distributed.Store | None]:
     _run_alone_without_launcher()
     compat.apply()
     if device.is_cpu():
-        from megatron_meap import cpu
+        from megatron_meap import cpu, cpu_kernels
 
         cpu.adapt_megatron()
+        cpu_kernels.install()
     args = parse_arguments()
     return args, preflight.check(args)
 

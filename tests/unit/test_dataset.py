@@ -174,12 +174,9 @@ def test_special_tokens_are_protected(build) -> None:
 
 def test_padding_is_protected() -> None:
     """Megatron turns padding into id 0 with a loss mask of 0; a real id 0 has a loss."""
-    sample = {
-        "tokens": torch.tensor([5, 0, 7, 0, 0]),
-        "loss_mask": torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]),
-    }
+    tokens, loss_mask = torch.tensor([5, 0, 7, 0, 0]), torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0])
     wrapped = masked(SimpleNamespace(__len__=lambda: 1), 0.8, protected_ids=(3,))
-    assert wrapped._protected(sample).tolist() == [False, False, False, True, True]
+    assert wrapped._protected(tokens.numpy(), loss_mask).tolist() == [False, False, False, True, True]
 
 
 def test_padding_samples_pass_through(build) -> None:
