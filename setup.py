@@ -24,9 +24,14 @@ setup(
         "torch>=2.6",
         "megatron-core[training]>=0.19.2,<0.20",
         "numpy",
+        # Conversion to and from Hugging Face; protobuf reads SentencePiece's model file.
+        "transformers>=4.57",
+        "tokenizers",
+        "safetensors",
+        "protobuf",
         "sentencepiece",
         # Preprocessing: the fastest exact tokenizer, JSON, compressed and columnar input, the progress bar.
-        "gigatoken>=0.10",
+        "gigatoken>=0.10,<0.11",  # its exactness was examined for this version
         "orjson",
         "zstandard",
         "pyarrow",
