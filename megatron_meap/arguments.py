@@ -11,7 +11,18 @@ from collections.abc import Callable
 from megatron_meap import device
 from megatron_meap.errors import UsageError
 from megatron_meap.masking import STRATEGIES, Masking, RatioSchedule
-from megatron_meap.tokenizer import MASK_TOKEN, MaskToken, resolve_mask_token
+from megatron_meap.tokenizer import MASK_TOKEN, resolve_mask_token
+
+LOCAL_LAYERS = {
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_swiglu_fusion": False,
+}
+"""Megatron's arguments for the local layers (layers.py): PyTorch only, no kernels of Apex or Transformer Engine."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -119,16 +130,7 @@ def _local_defaults() -> dict[str, object]:
         return {}
     else:
         defaults = {}
-    # The local layers (layers.py): PyTorch only, hence without the kernels of Apex and Transformer Engine.
-    return defaults | {
-        "transformer_impl": "local",
-        "gradient_accumulation_fusion": False,
-        "no_persist_layer_norm": True,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-        "bias_dropout_fusion": False,
-        "bias_swiglu_fusion": False,
-    }
+    return defaults | LOCAL_LAYERS
 
 
 def parse_arguments() -> Namespace:
@@ -207,6 +209,8 @@ def _validate_meap(args: Namespace) -> None:
         )
     if args.meap_keep_last is not None and args.meap_keep_last < 1:
         raise UsageError(f"--meap-keep-last {args.meap_keep_last}: must be at least 1")
+    if args.meap_keep_last is not None and args.save is None:
+        raise UsageError("--meap-keep-last: there is no --save whose checkpoints to keep; name one, or drop the flag")
     if args.meap_keep_every is not None and args.meap_keep_last is None:
         raise UsageError("--meap-keep-every: needs --meap-keep-last, without which all checkpoints are kept")
     if args.meap_keep_last is not None and args.save_retain_interval is not None:
@@ -265,12 +269,6 @@ def _set_tokenizer(args: Namespace) -> None:
     args.meap_mask_token_id = mask.id
     args.meap_tokenizer_vocab_size = tokenizer.vocab_size
     global_vars._GLOBAL_TOKENIZER = tokenizer
-
-
-def mask_token(args: Namespace) -> MaskToken:
-    """The mask token of a run, from its parsed arguments."""
-    added = args.meap_mask_token_id >= args.meap_tokenizer_vocab_size
-    return MaskToken(args.meap_mask_token, args.meap_mask_token_id, added)
 
 
 def masking_from(args: Namespace, split: str) -> Masking | None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from megatron_meap.masking import num_masks
+from megatron_meap.tokenizer import special_id
 
 MARKED = "\033[7m{}\033[0m"  # reverse video
 FAINT = "\033[2m{}\033[0m"
@@ -32,20 +33,10 @@ def stream_digest(digests: Iterable[str]) -> str:
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
     """Text of single tokens: pieces as they stand in the vocabulary, with spaces and line ends readable."""
-    names = {value: name for name, value in _special_names(tokenizer)}
+    names = {special_id(tokenizer, name): f"<{name}>" for name in ("pad", "bos", "eod")}
     for token in ids:
         piece = names.get(token) or _piece(tokenizer, token)
         yield piece.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")
-
-
-def _special_names(tokenizer: Any) -> Iterator[tuple[str, int]]:
-    for name in ("eod", "bos", "pad"):
-        try:
-            value = getattr(tokenizer, name)
-        except (AttributeError, NotImplementedError, NameError):
-            continue
-        if isinstance(value, int) and value >= 0:
-            yield f"<{name}>", value
 
 
 def _piece(tokenizer: Any, token: int) -> str:

@@ -79,14 +79,16 @@ _LOOKUPS = {
 }
 
 
+def special_id(tokenizer: Any, name: str) -> int | None:
+    """Id of `eod`, `bos` or `pad`; None where the tokenizer has none, which Megatron's say in several ways."""
+    try:
+        value = getattr(tokenizer, name)
+    except (AttributeError, NotImplementedError, NameError):
+        return None
+    return value if isinstance(value, int) and value >= 0 else None
+
+
 def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
     """Ids of EOD, BOS and padding, those that the tokenizer has, sorted."""
-    found = set()
-    for name in ("eod", "bos", "pad"):
-        try:
-            value = getattr(tokenizer, name)
-        except (AttributeError, NotImplementedError, NameError):
-            continue  # Megatron's tokenizers say in many ways that they have no such token
-        if isinstance(value, int) and value >= 0:
-            found.add(value)
-    return tuple(sorted(found))
+    found = {special_id(tokenizer, name) for name in ("eod", "bos", "pad")}
+    return tuple(sorted(each for each in found if each is not None))

@@ -28,7 +28,7 @@ def main() -> None:
     """Do what is not yet done, then sum up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)")
-    parser.add_argument("--train-iters", type=int, default=400, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--train-iters", type=int, default=320, help="optimiser steps (default: %(default)s)")
     parser.add_argument(
         "--corpus-mb", type=float, default=12, help="text to gather, in 10^6 bytes (default: %(default)s)"
     )

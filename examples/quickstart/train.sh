@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Pretrain the small model of the quickstart: a Llama-style GPT of 5 million parameters, on one machine without a GPU.
-# It resumes from its own checkpoints. To train on:   TRAIN_ITERS=800 bash examples/quickstart/train.sh
+# It resumes from its own checkpoints. To train on:   TRAIN_ITERS=640 bash examples/quickstart/train.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 if [ -x .venv/bin/torchrun ]; then PATH="$PWD/.venv/bin:$PATH"; fi
 
 RUN=${RUN:-runs/demo}                   # data, checkpoints and logs
 PROCESSES=${PROCESSES:-2}               # data-parallel ranks
-TRAIN_ITERS=${TRAIN_ITERS:-400}
+TRAIN_ITERS=${TRAIN_ITERS:-320}
 MASK_RATIO=${MASK_RATIO:-0.15}          # 0: plain next-token prediction
 
 MODEL=(
@@ -31,8 +31,8 @@ TRAINING=(
   --weight-decay 0.05 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --seed 3407
   --override-opt_param-scheduler        # a longer run has a schedule of its own
 )
-LOGGING=(--log-interval 5 --eval-interval 100 --eval-iters 5)
-CHECKPOINTS=(--save "$RUN/checkpoints" --load "$RUN/checkpoints" --save-interval 100 --meap-keep-last 2)
+LOGGING=(--log-interval 5 --eval-interval 80 --eval-iters 5)
+CHECKPOINTS=(--save "$RUN/checkpoints" --load "$RUN/checkpoints" --save-interval 80 --meap-keep-last 2)
 
 exec torchrun --standalone --nproc_per_node "$PROCESSES" --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
   --shutdown-timeout 600 pretrain_gpt_meap.py \

@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
 
 from megatron_meap import training
+from megatron_meap.arguments import LOCAL_LAYERS
 
 # Arguments of a training run that a single process on CPU cannot, or need not, follow.
 ALONE: dict[str, Any] = {
@@ -42,15 +43,9 @@ ALONE: dict[str, Any] = {
     "fp8": None,
     "fp4": None,
     "cuda_graph_impl": "none",
-    "transformer_impl": "local",
     "use_cpu_initialization": True,
     "perform_initialization": False,
-    "gradient_accumulation_fusion": False,
-    "no_persist_layer_norm": True,
-    "masked_softmax_fusion": False,
-    "apply_rope_fusion": False,
-    "bias_dropout_fusion": False,
-    "bias_swiglu_fusion": False,
+    **LOCAL_LAYERS,
 }
 
 

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_meap.errors import UsageError
-from megatron_meap.tokenizer import MASK_TOKEN, MaskToken, resolve_mask_token
+from megatron_meap.tokenizer import MASK_TOKEN, MaskToken, resolve_mask_token, special_id
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "TikTokenizer", "GPT2BPETokenizer", "NullTokenizer")
@@ -103,9 +103,9 @@ def load_reference(args: Any) -> Reference:
         megatron.vocab_size,
         prefix,
         suffix,
-        bos=_id(megatron, "bos"),
-        eod=_id(megatron, "eod"),
-        unk=_id(megatron, "unk"),
+        bos=special_id(megatron, "bos"),
+        eod=special_id(megatron, "eod"),
+        unk=special_id(megatron, "unk"),
         model=model,
         tokenizer=megatron,
         mask=None if megatron.library == "null-text" else resolve_mask_token(megatron, args.meap_mask_token),
@@ -204,12 +204,3 @@ def _around(whole: Sequence[int], inner: Sequence[int]) -> tuple[tuple[int, ...]
         if whole[start : start + len(inner)] == inner:
             return tuple(whole[:start]), tuple(whole[start + len(inner) :])
     raise UsageError("--tokenizer-model: this tokenizer's post-processor changes the text's own ids; not supported")
-
-
-def _id(tokenizer: Any, name: str) -> int | None:
-    """A special id; None where the tokenizer has none, which Megatron's tokenizers say in several ways."""
-    try:
-        value = getattr(tokenizer, name)
-    except (AttributeError, NotImplementedError, NameError):
-        return None
-    return value if isinstance(value, int) and value >= 0 else None

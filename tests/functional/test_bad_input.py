@@ -62,6 +62,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--meap-clean-final-share 2", "--meap-clean-final-share 2.0"),
         ("--meap-mask-warmup-samples -1", "--meap-mask-warmup-samples -1"),
         ("--meap-mask-seed -1", "--meap-mask-seed -1"),
+        ("--meap-keep-last 2", "--meap-keep-last: there is no --save"),
         ("--meap-keep-last 0", "--meap-keep-last 0"),
         ("--meap-keep-every 5", "--meap-keep-every: needs --meap-keep-last"),
         ("--dataloader-type cyclic", "--dataloader-type cyclic: repeats sample indices"),
