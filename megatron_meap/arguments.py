@@ -115,7 +115,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         eval_interval=1000,
         create_attention_mask_in_dataloader=False,  # attention is causal without it
         verify_integrity=True,  # torn and corrupted checkpoints are detected
-        exit_signal_handler=True,
         async_strategy="nvrx" if importlib.util.find_spec("nvidia_resiliency_ext") else "mcore",
         **_local_defaults(),
     )

@@ -46,6 +46,7 @@ def run() -> None:
     atexit.register(_end_workers)
     stop = StopRequest().install()
     global_vars._GLOBAL_SIGNAL_HANDLER = stop
+    args.exit_signal_handler = True  # the trainer asks it after every step
     if args.meap_keep_last is not None:
         compat.after_each_save(partial(latest.prune, Path(args.save), args.meap_keep_last, args.meap_keep_every))
     if args.rank == 0 and device.is_cpu():

@@ -1,6 +1,7 @@
 """The same training whatever the layout: real launches on CPU under gloo, all from the same initial weights."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +19,13 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Corpus, folder: Path) -> dict[str, Run]:
     """Losses of every layout over 20 steps, and of each run resumed from its own checkpoint of step 10."""
-    folder = tmp_path_factory.mktemp("layouts")
     common = [*MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(folder / "cache")]
     initial = str(folder / "initial")
     start = ["--load", initial, "--finetune"]
@@ -30,14 +35,19 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         flags = [*common, *layout.split(), "--save", saved, "--save-interval", "10"]
         return {name: [*flags, *start], f"{name}-resumed": [*flags, "--load", saved, "--ckpt-step", "10"]}
 
+    bf16 = [*[flag for flag in common if flag != "--fp32"], "--bf16", *start]
     done = launch_many(
         1,
         {"initial": [*common, "--train-iters", "1", "--save", initial, "--save-interval", "1"]}
-        | checkpointed("one", ""),
+        | checkpointed("one", "")
+        | {"one-bf16": bf16},
         folder,
     )
     two = [checkpointed(name, layout) for name, layout in LAYOUTS.items()]
-    done |= launch_many(2, dict(itertools.chain.from_iterable(each.items() for each in two)), folder)
+    whole = dict(itertools.chain.from_iterable(each.items() for each in two))
+    whole["pp2"] += ["--tensorboard-dir", str(folder / "tensorboard")]
+    whole["tp2-bf16"] = [*bf16, *LAYOUTS["tp2-sp"].split()]
+    done |= launch_many(2, whole, folder)
     return done
 
 
@@ -61,3 +71,23 @@ def test_resume_gives_the_same_digits(runs: dict[str, Run], name: str) -> None:
     for step, values in resumed.items():
         for value in ("lm loss", "lm loss masked inputs", "grad norm", "learning rate"):
             assert values[value] == whole[step][value], (step, value)
+
+
+@pytest.mark.parametrize("name", ["one-bf16", "tp2-bf16"])
+def test_bf16_follows_fp32(runs: dict[str, Run], name: str) -> None:
+    """Within the precision of bf16, in which a loss near 6 has steps of 0.03; it is computed in fp32."""
+    assert "using torch.bfloat16 for parameters" in runs[name].output
+    assert runs[name].losses() == pytest.approx(runs["one"].losses(), abs=0.03)
+    assert runs[name].losses() != runs["one"].losses()
+
+
+def test_tensorboard_gets_the_losses(runs: dict[str, Run], folder: Path) -> None:
+    """From the last pipeline stage, which has no tokens of its own."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = event_accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    for name in ("lm loss", "lm loss masked inputs", "lm loss clean inputs"):
+        written = {event.step: event.value for event in events.Scalars(name)}
+        del written[2]  # the log's second line is the mean of the first two steps, TensorBoard's value is not
+        logged = {step: values[name] for step, values in runs["pp2"].steps.items() if step != 2}
+        assert written == pytest.approx(logged, abs=1e-5)
