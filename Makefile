@@ -35,5 +35,5 @@ lint: .venv/installed
 	.venv/bin/mypy
 
 clean:
-	rm -rf build runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -149,6 +149,7 @@ def parse_arguments() -> Namespace:
         load_args_from_checkpoint(args)
     _validate_meap(args)
     _refuse_what_this_device_cannot(args)
+    args.verify_integrity &= args.ckpt_format == "torch_dist"  # Megatron records hashes for no other format
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
     args.create_attention_mask_in_dataloader |= args.reset_attention_mask  # then it is more than the causal one
     _explain(lambda: validate_args(args))

@@ -84,7 +84,9 @@ def has_bf16_units() -> bool:
 def _use_threads() -> None:
     """Share the cores among the local ranks: torchrun's OMP_NUM_THREADS=1 is meant for GPU jobs."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = os.environ.get("MEAP_CPU_THREADS") or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    threads = os.environ.get("MEAP_CPU_THREADS") or str(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if not threads.isdigit() or int(threads) < 1:
+        raise UsageError(f"MEAP_CPU_THREADS={threads}: expected a number of threads, at least 1")
     torch.set_num_threads(int(threads))
 
 

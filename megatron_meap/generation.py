@@ -4,6 +4,7 @@ A Megatron checkpoint is converted in memory, so that there is one forward pass 
 model runs with too: transformers' own, with its cache, samplers and streaming.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ class Generator:
             self.model, self.tokenizer, self.mask_id = _from_huggingface(path, tokenizer)
         else:
             self.model, self.tokenizer, self.mask_id = _from_megatron(path, iteration, tokenizer)
-        self.model.eval().to("cuda" if torch.cuda.is_available() and not device.is_cpu() else "cpu")
+        on_gpu = torch.cuda.is_available() and os.environ.get("MEAP_DEVICE") != "cpu" and not device.is_cpu()
+        self.model.eval().to("cuda" if on_gpu else "cpu")
 
     def generate(self, prompt: str, sampling: Sampling, stream: bool = False) -> str:
         """Continue a text.

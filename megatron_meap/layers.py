@@ -75,7 +75,8 @@ class CPUNorm(Norm):
 class SDPAttention(MegatronModule):
     """Causal attention by PyTorch's `scaled_dot_product_attention`, in memory linear in the sequence length.
 
-    Arguments as in Megatron's `DotProductAttention`. Packed sequences (`cu_seqlens`) attend within themselves.
+    Arguments as in Megatron's `DotProductAttention`; multi-latent attention names its head dimensions besides. Packed
+    sequences (`cu_seqlens`) attend within themselves.
     """
 
     def __init__(
@@ -88,11 +89,13 @@ class SDPAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__(config=config)
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
 
     def forward(
         self,

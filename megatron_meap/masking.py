@@ -88,7 +88,8 @@ class Masking:
             protected: bool [seq_length], True where a token must stay; such positions are never returned.
 
         Returns:
-            Exactly `num_masks` distinct positions, fewer only where too few are unprotected.
+            Exactly `num_masks` distinct positions; fewer where too few are unprotected, or where the strategy
+            `official` loses protected ones from its fixed columns.
         """
         # All samples of an optimiser step share one column set in the official code, hence one ratio.
         scheduled = index - index % self.global_batch_size if self.strategy == "official" else index

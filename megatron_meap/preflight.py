@@ -52,8 +52,12 @@ MEAP_SETTINGS = {
 _lock: Any = None  # the open file that holds the lock on --save, for as long as the process lives
 
 
-def check(args: Namespace) -> torch.distributed.Store | None:
+def check(args: Namespace, data_only: bool = False) -> torch.distributed.Store | None:
     """Check the data and the checkpoint that a run starts from, and settle in `args` which checkpoint that is.
+
+    Args:
+        args: parsed and validated; `ckpt_step` is set where an older checkpoint than the newest is taken.
+        data_only: leave `--save` and `--load` alone, for tools that only look at the data.
 
     Returns:
         The store over which the ranks met, for `init_process_group`; None where they need none or have one.
@@ -65,6 +69,8 @@ def check(args: Namespace) -> torch.distributed.Store | None:
 
     def look() -> dict[str, Any]:
         _check_data(args)
+        if data_only:
+            return {"iteration": args.ckpt_step}
         _lock_save_directory(args)
         return _check_checkpoint(args)
 
@@ -96,7 +102,9 @@ def _on_rank_zero(
         store, _, _ = next(torch.distributed.rendezvous("env://", args.rank, args.world_size, timeout=timeout))
         if args.rank == 0:
             store.set("meap_preflight", looked())
+        store.set_timeout(timedelta(days=1))  # rank 0 may have a large checkpoint to read through
         answer = store.get("meap_preflight").decode()
+        store.set_timeout(timeout)
     result = json.loads(answer)
     if "error" in result:
         raise UsageError(result["error"])
@@ -165,17 +173,21 @@ def _lock_save_directory(args: Namespace) -> None:
 
 def _check_checkpoint(args: Namespace) -> dict[str, Any]:
     """Choose the checkpoint to load, and compare it with this run's model, tokenizer and masks."""
-    for flag, folder in (("--pretrained-checkpoint", args.pretrained_checkpoint), ("--load", args.load)):
-        if folder is None:
-            continue
-        choice = latest.choose(Path(folder), args.ckpt_step, args.meap_refuse_damaged_checkpoint)
-        if choice is None:
-            if flag == "--load" and args.save is not None and Path(folder).resolve() == Path(args.save).resolve():
-                continue  # the first start of a job that resumes from its own directory
-            raise UsageError(f"{flag} {folder}: holds no checkpoint; check the path, or drop the flag to start anew")
-        _compare(flag, choice.path, args)
-        if flag == "--load":
+    if args.load is not None:
+        choice = latest.choose(Path(args.load), args.ckpt_step, args.meap_refuse_damaged_checkpoint)
+        if choice is not None:
+            _compare("--load", choice.path, args)
             return _settle(choice, args)
+        if args.save is None or Path(args.load).resolve() != Path(args.save).resolve():
+            raise UsageError(f"--load {args.load}: holds no checkpoint; check the path, or drop the flag to start anew")
+    if args.pretrained_checkpoint is not None:  # Megatron starts from it where --load holds none yet
+        flag = f"--pretrained-checkpoint {args.pretrained_checkpoint}"
+        choice = latest.choose(Path(args.pretrained_checkpoint), None, refuse_damaged=False)
+        if choice is None:
+            raise UsageError(f"{flag}: holds no checkpoint; check the path")
+        if choice.warning is not None:
+            raise UsageError(f"{flag}: {choice.warning.partition(';')[0]}; copy or convert it again")
+        _compare("--pretrained-checkpoint", choice.path, args)
     return {"iteration": args.ckpt_step}
 
 
@@ -210,6 +222,8 @@ def _compare(flag: str, path: Path, args: Namespace) -> None:
     shape = set(MODEL_SHAPE)
     if not args.group_query_attention:
         shape.remove("num_query_groups")
+    if args.finetune or flag != "--load":
+        shape.remove("rotary_base")  # no weight depends on it: contexts are extended by changing it
     if args.hybrid_layer_pattern and not getattr(saved, "hybrid_layer_pattern", None):
         shape.remove("num_layers")  # a GPTModel's, which Megatron pairs with the pattern itself
     if different := differing(sorted(shape)):

@@ -46,7 +46,7 @@ class StopRequest:
         threading.Thread(target=self._listen, args=(reader,), daemon=True, name="signals").start()
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
-        if sys.platform == "linux":
+        if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         return self
 

@@ -11,7 +11,7 @@ from megatron.core.datasets.utils import Split
 from megatron.training import get_tokenizer
 from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 from megatron.training.initialize import initialize_megatron
-from megatron.training.training import get_train_valid_test_num_samples
+from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 
 from megatron_meap.batches import datasets_provider
 from megatron_meap.errors import UsageError
@@ -25,9 +25,10 @@ class Streams:
     def __init__(self) -> None:
         logging.disable(logging.WARNING)
         with contextlib.redirect_stdout(io.StringIO()):  # Megatron's table of arguments and what it builds
-            self.args, store = prepare()
+            self.args, store = prepare(data_only=True)
             self.args.iteration = 0
             initialize_megatron(store=store)
+            update_train_iters(self.args)
             self.dataset = datasets_provider(list(get_train_valid_test_num_samples()))[0]
         if mpu.get_tensor_model_parallel_rank() == 0 and self.dataset is None:
             raise UsageError("--data-path: names no training data to look at")
@@ -40,8 +41,9 @@ class Streams:
             raise UsageError(
                 f"--digest: {end - first} samples are no multiple of micro batch x data-parallel size = {step}"
             )
-        if end > args.train_iters * args.global_batch_size and not args.train_samples:
-            raise UsageError(f"--digest: the run has {args.train_iters * args.global_batch_size} samples, not {end}")
+        samples = args.train_samples or args.train_iters * args.global_batch_size
+        if end > samples:
+            raise UsageError(f"--digest: the run has {samples} samples, not {end}")
         mine: dict[int, str] = {}
         if self.dataset is not None:
             loader = iter(build_pretraining_data_loader(self.dataset, first))
@@ -76,5 +78,8 @@ class Streams:
             figures = mask_statistics(self.dataset, statistics, args.meap_mask_token_id, args.meap_mask_ratio)
             print(figures, flush=True)
         if page_path is not None:
-            page_path.write_text(page(views, figures))
+            try:
+                page_path.write_text(page(views, figures))
+            except OSError as error:
+                raise UsageError(f"--html {page_path}: cannot be written: {error.strerror}") from error
             print(f"wrote {page_path}", flush=True)

@@ -61,8 +61,11 @@ def run() -> None:
         raise
 
 
-def prepare() -> tuple[Namespace, torch.distributed.Store | None]:
-    """Parse and check the command line: the arguments, and the store over which the ranks met to do so."""
+def prepare(data_only: bool = False) -> tuple[Namespace, torch.distributed.Store | None]:
+    """Parse and check the command line: the arguments, and the store over which the ranks met to do so.
+
+    `data_only` leaves `--save` and `--load` alone.
+    """
     _run_alone_without_launcher()
     compat.apply()
     if device.is_cpu():
@@ -71,7 +74,7 @@ def prepare() -> tuple[Namespace, torch.distributed.Store | None]:
         cpu.adapt_megatron()
         cpu_kernels.install()
     args = parse_arguments()
-    return args, preflight.check(args)
+    return args, preflight.check(args, data_only)
 
 
 def _pretrain(args: Namespace, store: torch.distributed.Store | None) -> None:
@@ -85,6 +88,8 @@ def _pretrain(args: Namespace, store: torch.distributed.Store | None) -> None:
             get_embedding_ranks=embedding_ranks,
             store=store,
         )
+    except UsageError:
+        raise
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         problem = latest.full_disk(Path(args.save)) if args.save else None
         if problem is None:

@@ -41,7 +41,7 @@ def main() -> None:
         if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
             raise UsageError(f"--digest {own.digest}: expected FIRST:END, such as 0:64")
         streams.print_digest(int(first), int(end))
-    if own.show or own.statistics:
+    if own.show or own.statistics or own.html:
         streams.print_samples(own.show, own.statistics, own.html)
 
 

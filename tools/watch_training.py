@@ -3,7 +3,7 @@
     python tools/watch_training.py runs/demo/train.log
     python tools/watch_training.py runs/demo/train.log --plot losses.png
 
-Works on the output of any Megatron run, finished or not; stop watching with Ctrl-C.
+Works on the output of any Megatron run that has logged a step, finished or not; stop watching with Ctrl-C.
 """
 
 import argparse

@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 if [ -x .venv/bin/torchrun ]; then PATH="$PWD/.venv/bin:$PATH"; fi
 
+export MEAP_DEVICE=${MEAP_DEVICE:-cpu}  # auto: the GPU, where there is one for each process
 RUN=${RUN:-runs/demo}                   # data, checkpoints and logs
 PROCESSES=${PROCESSES:-2}               # data-parallel ranks
 TRAIN_ITERS=${TRAIN_ITERS:-320}

@@ -90,6 +90,8 @@ def choose(folder: Path, step: int | None, refuse_damaged: bool) -> Choice | Non
         return None
     newest = pointer(folder)
     if newest == "release":
+        if wrong := damage(folder / "release"):
+            raise UsageError(f"checkpoint {folder / 'release'} is damaged: {wrong}; copy or convert it again")
         return Choice(0, folder / "release")
     if step is not None:
         if wrong := damage(directory(folder, step)):
@@ -125,9 +127,13 @@ def full_disk(folder: Path) -> str | None:
     was begun, and less space than one takes.
     """
     complete = pointer(folder)
-    begun = [each for each in iterations(folder) if complete is None or each > int(complete)]
-    sizes = [sum(file.stat().st_size for file in directory(folder, each).iterdir()) for each in iterations(folder)]
-    if not begun or shutil.disk_usage(folder).free > max(sizes):
+    try:
+        saved = iterations(folder)
+        begun = [each for each in saved if not (complete or "").isdigit() or each > int(complete or 0)]
+        sizes = [sum(file.stat().st_size for file in directory(folder, each).iterdir()) for each in saved]
+        if not begun or shutil.disk_usage(folder).free > max(sizes):
+            return None
+    except OSError:
         return None
     kept = f"the last complete checkpoint is that of iteration {complete}" if complete else "no checkpoint is complete"
     return f"the disk is full: {directory(folder, begun[-1])} could not be completed, {kept}"

@@ -188,6 +188,9 @@ class TestCheckpoints:
         message = refused(*flags, "--load", str(copy), "--meap-refuse-damaged-checkpoint")
         assert "iter_0000003 is damaged: __0_0.distcp" in message
         assert "__0_0.distcp" in refused(*flags, "--load", str(copy), "--ckpt-step", "3")
+        pretrained = refused(*flags, "--pretrained-checkpoint", str(copy), "--finetune")
+        assert pretrained.startswith(f"--pretrained-checkpoint {copy}: checkpoint ")
+        assert "iter_0000003 is damaged: __0_0.distcp" in pretrained
 
     def test_nothing_good_left(self, refused, flags, copy: Path) -> None:
         for folder in copy.glob("iter_*"):
