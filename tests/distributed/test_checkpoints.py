@@ -67,7 +67,16 @@ def saved(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return folder / "run", flags, done["run"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "torn pointer", "no integrity record"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "flipped",
+        "torn pointer",
+        pytest.param("truncated", marks=pytest.mark.slow),
+        pytest.param("missing", marks=pytest.mark.slow),
+        pytest.param("no integrity record", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path: Path, damage: str) -> None:
     """It is named, and the run goes on from the newest good one with the same losses."""
     run, flags, whole = saved
