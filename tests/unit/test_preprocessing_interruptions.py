@@ -45,6 +45,12 @@ def corpus(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def long_job(tmp_path_factory):
+    """A file that takes the reference tokenizer many seconds: no run is finished before its test interferes."""
+    return write_jsonl(tmp_path_factory.mktemp("long") / "long.jsonl", topics() * 100)
+
+
 def start(corpus: Path, prefix: Path, model: Path, *flags: str, **more) -> subprocess.Popen:
     """The tool as a process of its own, slowed down by the reference tokenizer."""
     command = [sys.executable, str(TOOL), "--input", str(corpus), "--output-prefix", str(prefix), "--append-eod"]
@@ -97,8 +103,8 @@ def kill_at(process: subprocess.Popen, seconds: float) -> bool:
     return process.returncode != 0
 
 
-def test_a_dead_worker_ends_the_job_with_its_reason(corpus, model, tmp_path):
-    process = start(corpus, tmp_path / "out" / "x", model)
+def test_a_dead_worker_ends_the_job_with_its_reason(long_job, model, tmp_path):
+    process = start(long_job, tmp_path / "out" / "x", model)
     wait_for(lambda: len(children(process.pid)) == 2)
     os.kill(children(process.pid)[0], signal.SIGKILL)
     begun = time.monotonic()
@@ -124,8 +130,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_finished(corpus, model, tmp_
     assert leftovers(tmp_path / "out") == []
 
 
-def test_interrupted_by_ctrl_c(corpus, model, tmp_path):
-    process = start(corpus, tmp_path / "out" / "x", model)
+def test_interrupted_by_ctrl_c(long_job, model, tmp_path):
+    process = start(long_job, tmp_path / "out" / "x", model)
     wait_for(lambda: len(children(process.pid)) == 2)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
