@@ -16,6 +16,7 @@ _KNOWN_WARNINGS = (
     ".*Only transformer-engine.*supports MoE experts.*",
     ".*torch.distributed is disabled, unavailable or uninitialized.*",  # one process reads a checkpoint
     ".*Could not determine rank.*",
+    ".*MimoModelConfig is experimental.*",
 )
 
 
