@@ -156,14 +156,16 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
 
 
 def loads_data(vp_stage: int | None = None) -> bool:
-    """Whether this rank reads the dataset: tensor-parallel rank 0 of the pipeline stages that need tokens or labels."""
+    """Whether this rank reads the dataset: tensor-parallel rank 0 of the pipeline stages that see a batch."""
     return mpu.get_tensor_model_parallel_rank() == 0 and needs_batch(vp_stage)
 
 
 def needs_batch(vp_stage: int | None) -> bool:
-    """Whether this (virtual) pipeline stage sees a batch: the first, the last, and those with MTP layers."""
+    """Whether this (virtual) pipeline stage sees a batch.
+
+    The first, the last and those with multi-token prediction do; with packed sequences all, for the document borders.
+    """
     args = get_args()
-    # The layout is needed by multi-token prediction only; asking costs a look at the configuration each step.
     return is_first_or_last_pipeline_stage(vp_stage) or _has_mtp(args, vp_stage) or has_packed_sequences(args)
 
 
@@ -173,7 +175,7 @@ def has_packed_sequences(args: Namespace) -> bool:
 
 
 def _has_mtp(args: Namespace, vp_stage: int | None) -> bool:
-    if args.mtp_num_layers is None:
+    if args.mtp_num_layers is None:  # building the configuration at every step would cost for nothing
         return False
     from megatron.training.arguments import core_transformer_config_from_args
 

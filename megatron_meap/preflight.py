@@ -115,7 +115,13 @@ def _check_data(args: Namespace) -> None:
     """Every dataset must be there, whole, long enough, and made with this tokenizer; the cache must be writable."""
     if args.mock_data:
         return
-    blend, per_split = get_blend_and_blend_per_split(args)
+    try:
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except (OSError, ValueError, KeyError) as error:
+        path = args.data_args_path or args.per_split_data_args_path or args.data_path
+        raise UsageError(f"{path}: cannot be read as a list of datasets ({error}); see Megatron's help") from error
+    if args.per_dataset_sequences_path is not None and not Path(args.per_dataset_sequences_path).is_file():
+        raise UsageError(f"--per-dataset-sequences-path {args.per_dataset_sequences_path}: no such file")
     prefixes = [prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]]
     if not prefixes:
         raise UsageError("--data-path: no data is named; give the prefix of a dataset (or --mock-data)")

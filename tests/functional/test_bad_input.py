@@ -83,6 +83,10 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--tokenizer-model nowhere", "--tokenizer-model nowhere: not a SentencePieceTokenizer tokenizer"),
         ("--data-cache-path /dev/null/cache", "--data-cache-path /dev/null/cache: cannot be written"),
         ("--save /dev/null/save --save-interval 5", "--save /dev/null/save: cannot be written"),
+        (
+            "--per-dataset-sequences-path nowhere.json",
+            "--per-dataset-sequences-path nowhere.json: no such file",
+        ),
         ("--sft", "--sft: Megatron's own fine-tuning data"),
     ],
 )
