@@ -1,6 +1,6 @@
 # make demo · make test · make lint: the first use creates .venv and installs the project there.
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all te lint clean
 .DEFAULT_GOAL := demo
 
 # Python >= 3.12 (megatron-core's own requirement): the first candidate that works. Override: make PYTHON=/path/to/python
@@ -29,6 +29,13 @@ test: .venv/installed
 test-all: .venv/installed
 	.venv/bin/python -m pytest -m ""
 
+# Transformer Engine, built without a GPU into an environment of its own, and its tests (docs/cluster.md).
+.venv-te/installed: .venv/installed tools/build_te.sh
+	bash tools/build_te.sh
+
+te: .venv-te/installed
+	.venv-te/bin/python -m pytest -p tests.te.visible tests/te
+
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -36,4 +43,4 @@ lint: .venv/installed
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -5,12 +5,19 @@
 Flags: `--help`; this project's own stand in the group MEAP. Without a GPU the CPU trains, with no further flag.
 """
 
+import sys
+
 from megatron_meap import device
 from megatron_meap.errors import run
 
 
 def main() -> None:
-    """Choose the device, then hand over to Megatron's trainer."""
+    """Choose the device, then hand over to Megatron's trainer; or show what it would do."""
+    if "--dry-run" in sys.argv:
+        device.prepare_to_look()
+        from megatron_meap import dry_run
+
+        return dry_run.run()
     device.prepare()  # before anything imports Megatron
     from megatron_meap import training
 

@@ -10,6 +10,8 @@ VERSION = next(
     for line in (HERE / "megatron_meap" / "__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
+# SciPy: intervals and tests; Jinja: the report; httpx: the judge's endpoint.
+EVALUATION = ["lm_eval[ruler]>=0.4.13", "scipy>=1.15", "jinja2", "httpx"]
 
 setup(
     name="megatron-meap",
@@ -19,7 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.12",  # as megatron-core 0.19
     packages=find_packages(include=["megatron_meap", "megatron_meap.*"]),
-    package_data={"megatron_meap": ["py.typed"]},
+    package_data={"megatron_meap": ["py.typed", "evaluation/tasks/*.yaml", "evaluation/*.jinja"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core[training]>=0.19.2,<0.20",
@@ -42,8 +44,8 @@ setup(
     extras_require={
         # NVIDIA Apex, where wanted, is a source build (README.md): PyPI's "apex" is an unrelated package.
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.9"],
-        "eval": ["lm_eval[ruler]>=0.4.13"],
+        "eval": EVALUATION,
         "logging": ["tensorboard", "wandb"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "tensorboard"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "tensorboard", *EVALUATION],
     },
 )

@@ -92,12 +92,14 @@ class Trainer:
         return float(report["lm loss"])
 
 
-def random_batches(batch: int, length: int) -> Iterator[dict[str, torch.Tensor]]:
+def random_batches(
+    batch: int, length: int, vocabulary: int = SHAPE["vocabulary"] - 64
+) -> Iterator[dict[str, torch.Tensor]]:
     """The same random tokens for every contender, in the form of Megatron's data loader."""
     generator = torch.Generator().manual_seed(0)
     positions = torch.arange(length).repeat(batch, 1)
     while True:
-        tokens = torch.randint(0, SHAPE["vocabulary"] - 64, (batch, length + 1), generator=generator)
+        tokens = torch.randint(0, vocabulary, (batch, length + 1), generator=generator)
         yield {
             "tokens": tokens[:, :-1].contiguous(),
             "labels": tokens[:, 1:].contiguous(),

@@ -8,10 +8,14 @@ import traceback
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable
 
-from megatron_meap import device
+from megatron_meap import connections, device, official, retrieval_probe
 from megatron_meap.errors import UsageError
 from megatron_meap.masking import STRATEGIES, Masking, RatioSchedule
+from megatron_meap.sft import flags as sft
 from megatron_meap.tokenizer import MASK_TOKEN, resolve_mask_token
+
+MASK_RATIO = 0.15
+"""Of the input tokens in pretraining, as in the paper."""
 
 LOCAL_LAYERS = {
     "transformer_impl": "local",
@@ -31,10 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--meap-mask-ratio",
         type=float,
-        default=0.15,
         metavar="P",
         help="share of the input tokens replaced by the mask token, in [0, 1); 0 is next-token prediction, exactly "
-        "Megatron's own pipeline (default: %(default)s)",
+        f"Megatron's own pipeline (default: {MASK_RATIO}; with --meap-sft {sft.MASK_RATIO}, of the answer tokens)",
     )
     group.add_argument(
         "--meap-mask-strategy",
@@ -105,12 +108,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="ITERATIONS",
         help="with --meap-keep-last: keep the checkpoints at multiples of this for good",
     )
+    retrieval_probe.add_arguments(group)
+    official.add_arguments(group)
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, show what would run on WORLD_SIZE ranks, and end: one process, without a GPU",
+    )
+    connections.add_arguments(group)
     group.add_argument(
         "--fp32",
         action="store_true",
         help="train in 32-bit floats (a GPU does so without --bf16 or --fp16; on a CPU with bf16 matrix units bf16 is "
         "the default)",
     )
+    sft.add_arguments(parser)
     parser.set_defaults(
         eval_interval=1000,
         create_attention_mask_in_dataloader=False,  # attention is causal without it
@@ -125,7 +137,7 @@ def _local_defaults() -> dict[str, object]:
     """Defaults that make Megatron run with what is installed here; the user's own flags still win."""
     if device.is_cpu():
         defaults: dict[str, object] = {"distributed_backend": "gloo", "use_cpu_initialization": True}
-    elif importlib.util.find_spec("transformer_engine"):
+    elif device.plans_for_gpu() or importlib.util.find_spec("transformer_engine"):
         return {}
     else:
         defaults = {}
@@ -138,24 +150,42 @@ def parse_arguments() -> Namespace:
     Raises:
         UsageError: a flag, or a combination of flags, cannot be used; one line that says which and why.
     """
-    from megatron.training.arguments import parse_args, validate_args
-    from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
+
+    args = parse_flags()
+    check(args)
+    _explain(lambda: set_global_variables(args, build_tokenizer=False))
+    set_tokenizer(args)
+    return args
+
+
+def parse_flags() -> Namespace:
+    """What the command line says, not yet checked."""
+    from megatron.training.arguments import parse_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
 
     args = parse_args(add_arguments)
     _choose_precision(args)
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
         load_args_from_checkpoint(args)
+    return args
+
+
+def check(args: Namespace) -> None:
+    """Check the flags by our rules and by Megatron's, which completes them as well.
+
+    Raises:
+        UsageError: as `parse_arguments`.
+    """
+    from megatron.training.arguments import validate_args
+
     _validate_meap(args)
     _refuse_what_this_device_cannot(args)
     args.verify_integrity &= args.ckpt_format == "torch_dist"  # Megatron records hashes for no other format
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
     args.create_attention_mask_in_dataloader |= args.reset_attention_mask  # then it is more than the causal one
     _explain(lambda: validate_args(args))
-    _explain(lambda: set_global_variables(args, build_tokenizer=False))
-    _set_tokenizer(args)
-    return args
 
 
 def _explain(validate: Callable[[], None]) -> None:
@@ -186,6 +216,9 @@ def _choose_precision(args: Namespace) -> None:
 
 def _validate_meap(args: Namespace) -> None:
     """Check this project's flags, alone and against Megatron's."""
+    connections.validate(args)
+    if args.meap_mask_ratio is None:
+        args.meap_mask_ratio = sft.MASK_RATIO if args.meap_sft else MASK_RATIO
     if not 0.0 <= args.meap_mask_ratio < 1.0:
         raise UsageError(f"--meap-mask-ratio {args.meap_mask_ratio}: must be at least 0 and below 1")
     if args.meap_span_length < 1:
@@ -201,11 +234,13 @@ def _validate_meap(args: Namespace) -> None:
     if args.meap_protect_special_tokens is None:
         args.meap_protect_special_tokens = args.meap_mask_strategy != "official"
     if args.sft:
-        raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; run Megatron's pretrain_gpt.py")
+        raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; use --meap-sft")
+    sft.validate(args)
     if args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:
         raise UsageError(
             f"--micro-batch-size {args.micro_batch_size}: Megatron passes packed documents between pipeline stages "
-            "only with --micro-batch-size 1 (--dataloader-inter-document-masking with --pipeline-model-parallel-size)"
+            "only with --micro-batch-size 1 (--meap-sft, or --dataloader-inter-document-masking, with "
+            "--pipeline-model-parallel-size)"
         )
     if args.meap_keep_last is not None and args.meap_keep_last < 1:
         raise UsageError(f"--meap-keep-last {args.meap_keep_last}: must be at least 1")
@@ -215,6 +250,8 @@ def _validate_meap(args: Namespace) -> None:
         raise UsageError("--meap-keep-every: needs --meap-keep-last, without which all checkpoints are kept")
     if args.meap_keep_last is not None and args.save_retain_interval is not None:
         raise UsageError("--meap-keep-last: contradicts --save-retain-interval; use --meap-keep-every instead")
+    retrieval_probe.validate(args)
+    official.validate(args)
     if args.meap_mask_ratio == 0:
         return
     if args.dataloader_type not in (None, "single"):
@@ -241,7 +278,7 @@ def _refuse_what_this_device_cannot(args: Namespace) -> None:
         raise UsageError(f"{flag}: cannot work on a CPU: {reason}; drop it, or train on a GPU")
 
 
-def _set_tokenizer(args: Namespace) -> None:
+def set_tokenizer(args: Namespace) -> None:
     """Build the tokenizer, find or append the mask token, and pad the vocabulary that holds them both."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
     from megatron.training import global_vars

@@ -23,8 +23,10 @@ from megatron.training import get_args, get_tokenizer
 from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_meap import connections, disks
 from megatron_meap.arguments import masking_from
 from megatron_meap.dataset import MaskedInputDataset
+from megatron_meap.sft import data as sft
 from megatron_meap.tokenizer import special_token_ids
 
 BATCH_KEYS = [
@@ -53,9 +55,15 @@ def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None
         The three datasets, None on ranks that load no data; validation may be a list of datasets.
     """
     args = get_args()
+    if args.meap_sft:
+        return tuple(sft.datasets(args, num_samples)) if loads_data(vp_stage) else (None, None, None)  # type: ignore[return-value]
     config = dataset_config(args)
     kind = MockGPTDataset if args.mock_data else StatelessFIMDataset if args.fim_data else GPTDataset
-    built = BlendedMegatronDatasetBuilder(kind, num_samples, partial(loads_data, vp_stage), config).build()
+    builds_here = partial(loads_data, vp_stage)
+    alone = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config)
+    disks.prepare(args, builds_here(), alone.build)
+    built = BlendedMegatronDatasetBuilder(kind, num_samples, builds_here, config).build()
+    connections.watch(args.meap_lost_host_seconds)  # the trainer has made all its connections by now
     return tuple(  # type: ignore[return-value]
         [_masked(part, split, args) for part in dataset] if isinstance(dataset, list) else _masked(dataset, split, args)
         for dataset, split in zip(built, (Split.train, Split.valid, Split.test), strict=True)
@@ -201,7 +209,8 @@ def get_batch(
             tokens of its own.
 
     Returns:
-        The keys of `BATCH_KEYS`, None where this stage needs no such tensor, and `input_masked`, bool [b, s] or None.
+        The keys of `BATCH_KEYS`, None where this stage needs no such tensor, and `input_masked`, bool [b, s] or None;
+        in fine-tuning it tells which *labels* are masked where they are inputs, for those are what is learned.
     """
     args = get_args()
     if not needs_batch(vp_stage):
@@ -233,6 +242,8 @@ def get_batch(
     batch["input_masked"] = None
     if want_masked and batch["labels"] is not None:
         batch["input_masked"] = _input_masked(tokens if tokens is not None else batch["tokens"], batch["labels"])
+        if args.meap_sft:  # a row begins with its prompt, so that no mask is carried over from the next one
+            batch["input_masked"] = torch.roll(batch["input_masked"], -1, dims=-1)
     if has_packed_sequences(args):
         batch = flatten_batch_for_packed_sequences(batch)
         if batch["input_masked"] is not None:

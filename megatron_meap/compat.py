@@ -3,10 +3,11 @@
 A mend that a later release no longer needs is deleted here and nowhere else.
 """
 
+import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def apply() -> None:
     _use_shipped_dataset_helpers()
     _verify_checkpoints_once()
     _resume_distributed_optimizer_without_te()
+    _decay_all_parameters_on_request()
 
 
 def _use_shipped_dataset_helpers() -> None:
@@ -103,6 +105,33 @@ def _verify_checkpoints_once() -> None:
     serialization.verify_integrity_manifest = lambda _: None
 
 
+def _decay_all_parameters_on_request() -> None:
+    """Which parameters have no weight decay is fixed in a function that takes no flags: see `official`."""
+    from megatron.training import training
+
+    from megatron_meap.official import without_exemptions
+
+    configure = getattr(training.get_megatron_optimizer_config, "meap_original", training.get_megatron_optimizer_config)
+
+    def configure_on_request(args: Any) -> tuple[Any, dict]:
+        config, overrides = configure(args)
+        return config, without_exemptions(overrides) if args.meap_decay_all_parameters else overrides
+
+    configure_on_request.meap_original = configure  # type: ignore[attr-defined]
+    training.get_megatron_optimizer_config = configure_on_request
+
+
+@contextlib.contextmanager
+def outside_the_job() -> Iterator[None]:
+    """Megatron's dataset classes build their caches on rank 0 alone, or where there is no job: let there be none."""
+    is_initialized = torch.distributed.is_initialized
+    torch.distributed.is_initialized = lambda: False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized = is_initialized
+
+
 def after_each_save(follow_up: Callable[[], object]) -> None:
     """Call `follow_up` on rank 0 whenever the trainer has saved a checkpoint: Megatron has no hook there."""
     from megatron.training import training
@@ -117,3 +146,22 @@ def after_each_save(follow_up: Callable[[], object]) -> None:
 
     save_and_follow_up.meap_original = save  # type: ignore[attr-defined]
     training.save_checkpoint = save_and_follow_up
+
+
+def after_each_step(follow_up: Callable[[Any, Any, int], None]) -> None:
+    """Call `follow_up(model chunks, optimizer, iteration)` on every rank after each training step.
+
+    Megatron has no hook there. It comes after the step's log and evaluation, and before its checkpoint.
+    """
+    from megatron.training import training
+
+    callbacks = getattr(training.post_training_step_callbacks, "meap_original", training.post_training_step_callbacks)
+
+    @functools.wraps(callbacks)
+    def call_back_and_follow_up(model: Any, optimizer: Any, scheduler: Any, iteration: int, *args: Any) -> Any:
+        result = callbacks(model, optimizer, scheduler, iteration, *args)
+        follow_up(model, optimizer, iteration)
+        return result
+
+    call_back_and_follow_up.meap_original = callbacks  # type: ignore[attr-defined]
+    training.post_training_step_callbacks = call_back_and_follow_up

@@ -56,7 +56,7 @@ def build_corpus(
     """
     if not 0 < valid_share < 1:
         raise UsageError(f"valid_share {valid_share}: give a number between 0 and 1")
-    documents, size = {True: 0, False: 0}, {True: 0, False: 0}
+    count, size = {True: 0, False: 0}, {True: 0, False: 0}
     seen: set[bytes] = set()
     paths = {True: Path(valid), False: Path(train)}
     partial = {side: path.with_name(path.name + ".partial") for side, path in paths.items()}
@@ -64,7 +64,7 @@ def build_corpus(
         for path in paths.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial[True], "w") as valid_file, open(partial[False], "w") as train_file:
-            for source, text in _documents():
+            for source, text in documents():
                 raw = text.encode()
                 digest = hashlib.sha256(raw).digest()
                 if digest in seen:
@@ -74,9 +74,9 @@ def build_corpus(
                 seen.add(digest)
                 side = _share_of(source) < valid_share
                 print(json.dumps({"text": text, "source": source}), file=valid_file if side else train_file)
-                documents[side] += 1
+                count[side] += 1
                 size[side] += len(raw)
-        if not all(documents.values()):
+        if not all(count.values()):
             raise UsageError(f"{max_bytes} bytes leave nothing to train on or to validate; raise the limit")
         for side, path in paths.items():
             partial[side].replace(path)
@@ -86,7 +86,7 @@ def build_corpus(
         for path in partial.values():
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-    return CorpusSummary(documents[False], documents[True], size[False], size[True])
+    return CorpusSummary(count[False], count[True], size[False], size[True])
 
 
 def _share_of(source: str) -> float:
@@ -94,8 +94,8 @@ def _share_of(source: str) -> float:
     return int.from_bytes(hashlib.sha256(source.encode()).digest()[:8]) / 2**64
 
 
-def _documents() -> Iterator[tuple[str, str]]:
-    """Pairs of (topic or module, text), in the order of the module's docstring."""
+def documents() -> Iterator[tuple[str, str]]:
+    """Pairs of (topic or module, text), in the order that this file's docstring tells."""
     from pydoc_data.topics import topics  # 0.7 MB, needed here only
 
     for name in sorted(topics):

@@ -8,6 +8,7 @@ It is written for megatron-core 0.19 and must run before Megatron is imported. O
 import contextlib
 import functools
 import os
+import sys
 import time
 import types
 import warnings
@@ -57,6 +58,7 @@ def install() -> None:
             f"megatron-core {version}: training on a CPU is written for {WRITTEN_FOR}x; "
             "install that version (pip install 'megatron-core[training]~=0.19.2') or train on a GPU"
         )
+    _hide_transformer_engine()
     _use_threads()
     _answer_for_the_device()
     _redirect_cuda_placement()
@@ -79,6 +81,14 @@ def describe() -> str:
 def has_bf16_units() -> bool:
     """Whether the processor multiplies bf16 matrices natively (AVX512_BF16 or AMX): there bf16 is the faster type."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _hide_transformer_engine() -> None:
+    """Megatron takes its fused optimizer wherever it is installed, but that is made of CUDA kernels alone.
+
+    It stays where it has been imported before, by who only builds a model with it.
+    """
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]  # an import of it fails now
 
 
 def _use_threads() -> None:

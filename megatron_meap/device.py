@@ -7,6 +7,8 @@ import torch
 from megatron_meap import compat
 from megatron_meap.errors import UsageError
 
+_plans_for_gpu = False
+
 
 def prepare() -> bool:
     """Make Megatron importable and trainable on this machine; call it before anything imports Megatron.
@@ -29,6 +31,24 @@ def prepare() -> bool:
     return True
 
 
+def prepare_to_look() -> None:
+    """Make Megatron importable without using a GPU, to look at a run rather than to do it.
+
+    The run is one for GPUs, whatever this machine has, unless `MEAP_DEVICE=cpu` says that a CPU will train.
+    """
+    global _plans_for_gpu
+    compat.silence_known_warnings()
+    _plans_for_gpu = os.environ.get("MEAP_DEVICE", "auto") != "cpu"
+    from megatron_meap import cpu
+
+    cpu.install()
+
+
+def plans_for_gpu() -> bool:
+    """Whether this process only looks at a run that is meant for GPUs."""
+    return _plans_for_gpu
+
+
 def is_cpu() -> bool:
-    """Whether `prepare` has put the CPU in the accelerator's place."""
-    return getattr(torch.cuda, "meap_cpu_adaptation", False)
+    """Whether the CPU trains, in the accelerator's place."""
+    return getattr(torch.cuda, "meap_cpu_adaptation", False) and not _plans_for_gpu

@@ -17,10 +17,14 @@ class UsageError(Exception):
     """
 
 
+class JobError(Exception):
+    """What ends a job through no fault of its input or of this code, as a host that is gone; one line says it."""
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a command's ``main``; turn what a user can mend into one line and a non-zero exit status.
 
-    Exit status: 0 success, 2 a `UsageError`, 130 interrupted by Ctrl-C. Other exceptions pass through.
+    Exit status: 0 success, 1 a `JobError`, 2 a `UsageError`, 130 interrupted by Ctrl-C. Other exceptions pass through.
     """
     try:
         main()
@@ -31,6 +35,9 @@ def run(main: Callable[[], None]) -> None:
         message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UsageError: ")
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_meap.dataset import MaskedInputDataset
 from megatron_meap.masking import num_masks
 from megatron_meap.tokenizer import special_id
 
@@ -93,15 +94,17 @@ def view(dataset: Any, index: int, tokenizer: Any, mask_token_id: int) -> View:
     """Look at one sample of a (masked) training dataset.
 
     Args:
-        dataset: the training dataset; its own `dataset`, where it has one, holds the clean inputs.
+        dataset: the training dataset, masked or not.
         index: global sample index.
         tokenizer: Megatron's.
         mask_token_id: what a masked input holds.
     """
     sample = dataset[index]
-    clean = getattr(dataset, "dataset", dataset)[index]["tokens"].tolist()
+    clean = (dataset.dataset if isinstance(dataset, MaskedInputDataset) else dataset)[index]["tokens"].tolist()
     eod = tokenizer.eod
     starts = {position + 1 for position, token in enumerate(clean[:-1]) if token == eod}
+    if "cu_seqlens" in sample:  # the rows of fine-tuning do not end with EOD as an input
+        starts = set(sample["cu_seqlens"].tolist()) - {0, len(clean)}
     return View(
         index,
         list(token_texts(tokenizer, clean)),

@@ -249,8 +249,11 @@ def _with_local_modules(spec: ModuleSpec, config: TransformerConfig, modules: _M
     if config.qk_layernorm and not config.qk_l2_norm:
         names = ("q_layernorm", "kv_layernorm") if config.multi_latent_attention else ("q_layernorm", "k_layernorm")
         inner |= dict.fromkeys(names, modules.norm)
-    if getattr(mlp, "func", None) == MLP.as_mlp_submodule:  # a dense layer, not a mixture of experts
+    keys = dict(layer.sharded_state_dict_keys_map)
+    if getattr(mlp, "func", None) == MLP.as_mlp_submodule:
         mlp = functools.partial(modules.mlp.as_mlp_submodule, **mlp.keywords)
+    else:  # a mixture of experts, where Transformer Engine keeps the norm, and its checkpoint key, apart from the MLP
+        keys.pop("pre_mlp_layernorm.", None)
     return dataclasses.replace(
         spec,
         submodules=dataclasses.replace(
@@ -258,6 +261,7 @@ def _with_local_modules(spec: ModuleSpec, config: TransformerConfig, modules: _M
             input_layernorm=modules.norm,
             pre_mlp_layernorm=modules.norm,
             mlp=mlp,
+            sharded_state_dict_keys_map=keys,
             self_attention=dataclasses.replace(
                 attention, submodules=dataclasses.replace(attention.submodules, **inner)
             ),

@@ -17,6 +17,7 @@ from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.index import read_index
 from megatron_meap.preprocessing.manifest import check_manifest, tokenizer_fingerprint
+from megatron_meap.sft import data as sft
 
 MODEL_SHAPE = [
     "num_layers",
@@ -46,6 +47,13 @@ MEAP_SETTINGS = {
     "meap_span_length": "--meap-span-length",
     "meap_protect_special_tokens": "--meap-protect-special-tokens",
     "meap_mask_warmup_samples": "--meap-mask-warmup-samples",
+    "meap_sft": "--meap-sft",
+    "meap_sft_rows": "--meap-sft-rows",
+    "meap_sft_combined_loss": "--meap-sft-combined-loss",
+    "meap_sft_threshold": "--meap-sft-threshold",
+    "meap_sft_no_packing": "--meap-sft-no-packing",
+    "meap_sft_ntp_budget": "--meap-sft-ntp-budget",
+    "meap_sft_train_digest": "the conversations or their template (a digest)",
 }
 """Settings that decide the masks, and their flags."""
 
@@ -66,17 +74,30 @@ def check(args: Namespace, data_only: bool = False) -> torch.distributed.Store |
         UsageError: on every rank alike, with what rank 0 found.
     """
     args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
-
-    def look() -> dict[str, Any]:
-        _check_data(args)
-        if data_only:
-            return {"iteration": args.ckpt_step}
-        _lock_save_directory(args)
-        return _check_checkpoint(args)
-
-    found, store = _on_rank_zero(args, look)
+    found, store = _on_rank_zero(args, lambda: look(args, data_only))
     args.ckpt_step = found["iteration"]
+    args.meap_sft_digests, args.meap_sft_train_digest = found["digests"], found["train"]
     return store
+
+
+def look(args: Namespace, data_only: bool = False) -> dict[str, Any]:
+    """The checks themselves, by one process; with `--dry-run` they leave no trace.
+
+    Returns:
+        `iteration`, for `ckpt_step`, and `start`: the checkpoint that the run starts from, None where it starts anew;
+        `digests` and `train`, which name the conversations of a fine-tuning.
+    """
+    args.meap_sft_digests, args.meap_sft_train_digest = {}, None
+    if args.meap_sft:
+        sft.check(args)
+    else:
+        _check_data(args)
+    found = {"digests": args.meap_sft_digests, "train": args.meap_sft_train_digest}
+    if data_only:
+        return found | {"iteration": args.ckpt_step}
+    if not args.dry_run:
+        _lock_save_directory(args)
+    return found | _check_checkpoint(args)
 
 
 def _on_rank_zero(
@@ -115,20 +136,13 @@ def _check_data(args: Namespace) -> None:
     """Every dataset must be there, whole, long enough, and made with this tokenizer; the cache must be writable."""
     if args.mock_data:
         return
-    try:
-        blend, per_split = get_blend_and_blend_per_split(args)
-    except (OSError, ValueError, KeyError) as error:
-        path = args.data_args_path or args.per_split_data_args_path or args.data_path
-        raise UsageError(f"{path}: cannot be read as a list of datasets ({error}); see Megatron's help") from error
+    prefixes = data_prefixes(args)
     if args.per_dataset_sequences_path is not None and not Path(args.per_dataset_sequences_path).is_file():
         raise UsageError(f"--per-dataset-sequences-path {args.per_dataset_sequences_path}: no such file")
-    prefixes = [prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]]
-    if not prefixes:
-        raise UsageError("--data-path: no data is named; give the prefix of a dataset (or --mock-data)")
-    for prefix in dict.fromkeys(prefixes):
+    for prefix in prefixes:
         if not prefix.startswith(("s3://", "msc://")):
             _check_dataset(prefix, args)
-    cache = Path(args.data_cache_path) if args.data_cache_path else Path(prefixes[0]).parent / "cache"
+    cache = cache_directory(args)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
@@ -139,6 +153,24 @@ def _check_data(args: Namespace) -> None:
         ) from error
 
 
+def data_prefixes(args: Namespace) -> list[str]:
+    """The prefixes of all datasets that the flags name, each once."""
+    try:
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except (OSError, ValueError, KeyError) as error:
+        path = args.data_args_path or args.per_split_data_args_path or args.data_path
+        raise UsageError(f"{path}: cannot be read as a list of datasets ({error}); see Megatron's help") from error
+    prefixes = [prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]]
+    if not prefixes:
+        raise UsageError("--data-path: no data is named; give the prefix of a dataset (or --mock-data)")
+    return list(dict.fromkeys(prefixes))
+
+
+def cache_directory(args: Namespace) -> Path:
+    """Where Megatron keeps the indices of the samples."""
+    return Path(args.data_cache_path) if args.data_cache_path else Path(data_prefixes(args)[0]).parent / "cache"
+
+
 def _check_dataset(prefix: str, args: Namespace) -> None:
     """Check one .bin/.idx pair."""
     tokens = read_index(prefix).tokens
@@ -147,7 +179,27 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
             f"{prefix}: holds {tokens} tokens, less than one sample of {args.seq_length} + 1; "
             "use more data or a shorter --seq-length"
         )
+    if args.split is not None:
+        _check_split(prefix, args)
     check_manifest(prefix, tokenizer_sha256=args.meap_tokenizer_sha256, vocab_size=args.meap_tokenizer_vocab_size)
+
+
+def _check_split(prefix: str, args: Namespace) -> None:
+    """Refuse a split without a document that samples are wanted of: Megatron would look for them without end."""
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    documents = len(read_index(prefix).lengths)
+    shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+    for name, share in zip(("training", "validation", "test"), shares, strict=True):
+        wanted = name == "training" or args.eval_iters > 0
+        if share is not None and wanted and round(share[0] * documents) == round(share[1] * documents):
+            raise UsageError(
+                f"--split {args.split}: gives {name} none of the {documents} documents of {prefix}; "
+                "give it a larger share, or 0 for none"
+            )
 
 
 def _lock_save_directory(args: Namespace) -> None:
@@ -183,7 +235,7 @@ def _check_checkpoint(args: Namespace) -> dict[str, Any]:
         choice = latest.choose(Path(args.load), args.ckpt_step, args.meap_refuse_damaged_checkpoint)
         if choice is not None:
             _compare("--load", choice.path, args)
-            return _settle(choice, args)
+            return {**_settle(choice, args), "start": str(choice.path)}
         if args.save is None or Path(args.load).resolve() != Path(args.save).resolve():
             raise UsageError(f"--load {args.load}: holds no checkpoint; check the path, or drop the flag to start anew")
     if args.pretrained_checkpoint is not None:  # Megatron starts from it where --load holds none yet
@@ -194,7 +246,8 @@ def _check_checkpoint(args: Namespace) -> dict[str, Any]:
         if choice.warning is not None:
             raise UsageError(f"{flag}: {choice.warning.partition(';')[0]}; copy or convert it again")
         _compare("--pretrained-checkpoint", choice.path, args)
-    return {"iteration": args.ckpt_step}
+        return {"iteration": args.ckpt_step, "start": str(choice.path)}
+    return {"iteration": args.ckpt_step, "start": None}
 
 
 def _settle(choice: latest.Choice, args: Namespace) -> dict[str, Any]:
@@ -202,7 +255,7 @@ def _settle(choice: latest.Choice, args: Namespace) -> dict[str, Any]:
     if choice.warning is None:
         return {"iteration": args.ckpt_step}
     print(f"warning: {choice.warning}", flush=True)
-    if args.save is not None and Path(args.load).resolve() == Path(args.save).resolve():
+    if not args.dry_run and args.save is not None and Path(args.load).resolve() == Path(args.save).resolve():
         latest.set_pointer(Path(args.load), choice.iteration)
     return {"iteration": choice.iteration}
 

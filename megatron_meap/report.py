@@ -13,11 +13,17 @@ from megatron_meap.preprocessing.index import read_index
 
 MASKED_LOSS = "lm loss masked inputs"
 CLEAN_LOSS = "lm loss clean inputs"
+PROBE = "retrieval probe"
+MASKED_ANSWER_LOSS = "lm loss masked answers"
+CLEAN_ANSWER_LOSS = "lm loss clean answers"
 
 _STEP = re.compile(r"\] iteration +(?P<step>\d+)/ *(?P<total>\d+) \|(?P<values>.*)")
 _VALUE = re.compile(r" ([^|:]+): +([-+.\deE]+|nan|inf) \|")
 _VALIDATION = re.compile(
     r"validation loss at iteration (?P<step>\d+) (?:on validation set )?\| lm loss value: (?P<loss>\S+)"
+)
+_PROBE = re.compile(
+    rf"{PROBE} at iteration (?P<step>\d+) \|.* accuracy: (?P<accuracy>\S+) % \(chance (?P<chance>\S+) %\)"
 )
 _ARGUMENT = re.compile(r"^ +(?P<name>seq_length) \.+ (?P<value>\d+)$")
 
@@ -39,6 +45,8 @@ class History:
     steps: dict[int, Step] = field(default_factory=dict)
     validation: dict[int, float] = field(default_factory=dict)
     """Validation loss by step, in nats per token."""
+    retrieval: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Accuracy of the retrieval probe by step, and that of chance, in percent."""
     seq_length: int | None = None
     """Tokens per sample."""
 
@@ -51,6 +59,8 @@ class History:
             return step
         if match := _VALIDATION.search(line):
             self.validation[int(match["step"])] = float(match["loss"])
+        elif match := _PROBE.search(line):
+            self.retrieval[int(match["step"])] = float(match["accuracy"]), float(match["chance"])
         elif match := _ARGUMENT.match(line):
             self.seq_length = int(match["value"])
         return None
@@ -91,6 +101,9 @@ def progress_line(history: History, step: Step) -> str:
         parts.append(loss)
     if history.validation:
         parts.append(f"validation {list(history.validation.values())[-1]:.3f}")
+    if history.retrieval:
+        accuracy, chance = list(history.retrieval.values())[-1]
+        parts.append(f"retrieval {accuracy:.0f}% (chance {chance:.0f}%)")
     if seconds and history.seq_length:
         parts.append(f"{values['global batch size'] * history.seq_length / seconds:,.0f} tokens/s")
     if seconds:

@@ -15,15 +15,17 @@ EXIT_STOPPED = 75
 """Exit status of a rank stopped by a signal, after its checkpoint is saved (EX_TEMPFAIL: run it again later)."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_SAME_REQUEST_S = 1.0  # a Ctrl-C reaches the ranks from the terminal and once more from torchrun
+# A Ctrl-C reaches the ranks from the terminal and once more from torchrun, and so may a signal that Slurm passes on; on
+# a busy machine torchrun takes its time.
+_SAME_REQUEST_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
     """Takes the place of Megatron's signal handler, which knows one signal; its trainer asks it after every step.
 
-    The first SIGTERM, SIGUSR1 or SIGINT asks for a checkpoint and an orderly end; a second one, later than a second
-    after it, ends the process at once with status 128 + signal.
+    The first SIGTERM, SIGUSR1 or SIGINT asks for a checkpoint and an orderly end; a second one, later than five
+    seconds after it, ends the process at once with status 128 + signal.
     """
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ from megatron.training.training import get_train_valid_test_num_samples, update_
 from megatron_meap.batches import datasets_provider
 from megatron_meap.errors import UsageError
 from megatron_meap.inspection import mask_statistics, page, sample_digest, stream_digest, view
+from megatron_meap.sft.data import describe
 from megatron_meap.training import prepare
 
 
@@ -75,7 +76,10 @@ class Streams:
             print(each.for_terminal(), flush=True)
         figures = ""
         if statistics:
-            figures = mask_statistics(self.dataset, statistics, args.meap_mask_token_id, args.meap_mask_ratio)
+            if args.meap_sft:
+                figures = describe(self.dataset, args)
+            else:
+                figures = mask_statistics(self.dataset, statistics, args.meap_mask_token_id, args.meap_mask_ratio)
             print(figures, flush=True)
         if page_path is not None:
             try:

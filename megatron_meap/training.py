@@ -17,7 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
-from megatron.training import get_args, get_timers, global_vars, pretrain
+from megatron.training import get_args, get_timers, get_tokenizer, global_vars, pretrain
 from megatron.training.argument_utils import (
     gpt_config_from_args,
     hybrid_config_from_args,
@@ -27,15 +27,17 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_meap import compat, device, preflight
+from megatron_meap import compat, connections, device, official, preflight
 from megatron_meap.arguments import parse_arguments
 from megatron_meap.batches import datasets_provider, get_batch
 from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError
 from megatron_meap.hybrid import local_stack_spec
 from megatron_meap.layers import local_block_spec
-from megatron_meap.report import CLEAN_LOSS, MASKED_LOSS
+from megatron_meap.report import CLEAN_ANSWER_LOSS, CLEAN_LOSS, MASKED_ANSWER_LOSS, MASKED_LOSS
+from megatron_meap.retrieval_probe import RetrievalProbe
 from megatron_meap.signals import EXIT_STOPPED, StopRequest
+from megatron_meap.tokenizer import special_token_ids
 
 stimer = StragglerDetector()
 
@@ -49,6 +51,8 @@ def run() -> None:
     args.exit_signal_handler = True  # the trainer asks it after every step
     if args.meap_keep_last is not None:
         compat.after_each_save(partial(latest.prune, Path(args.save), args.meap_keep_last, args.meap_keep_every))
+    if args.meap_probe_interval is not None:
+        compat.after_each_step(RetrievalProbe(args, special_token_ids(get_tokenizer())).after_step)
     if args.rank == 0 and device.is_cpu():
         from megatron_meap.cpu import describe
 
@@ -92,6 +96,8 @@ def _pretrain(args: Namespace, store: torch.distributed.Store | None) -> None:
         raise
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         problem = latest.full_disk(Path(args.save)) if args.save else None
+        if problem is None and (lost := connections.explain(error)) is not None:
+            raise lost from error
         if problem is None:
             raise
         raise UsageError(f"--save {args.save}: {problem}; free some space and run the same command again") from error
@@ -133,6 +139,7 @@ def model_config(args: Namespace) -> Any:
         config = gpt_config_from_args(args)
         config.transformer_layer_spec = local_block_spec if local else config.transformer_layer_spec
         config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19 leaves this flag unused
+    official.initialise(config.transformer, args)
     return config
 
 
@@ -199,11 +206,11 @@ def _packed_seq_params(batch: dict[str, Any], args: Namespace) -> PackedSeqParam
 def loss_func(
     loss_mask: torch.Tensor, input_masked: torch.Tensor | None, output_tensor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Next-token loss over all positions, and its parts at masked and at clean inputs.
+    """Next-token loss over all positions, and its parts at masked and at clean inputs (or answers, in fine-tuning).
 
     Args:
         loss_mask: [b, s], 1 where the label counts.
-        input_masked: bool [b, s], True where the position's own input is the mask token; None for no such report.
+        input_masked: bool [b, s], as `get_batch` gives it; None for no such report.
         output_tensor: losses [b, s].
 
     Returns:
@@ -218,8 +225,9 @@ def loss_func(
     report = {"lm loss": total}
     if input_masked is not None:
         masked = input_masked.reshape(-1)
-        report[MASKED_LOSS] = torch.stack([weighted.detach()[masked].sum(), weights[masked].sum()])
-        report[CLEAN_LOSS] = total - report[MASKED_LOSS]
+        names = (MASKED_ANSWER_LOSS, CLEAN_ANSWER_LOSS) if get_args().meap_sft else (MASKED_LOSS, CLEAN_LOSS)
+        report[names[0]] = torch.stack([weighted.detach()[masked].sum(), weights[masked].sum()])
+        report[names[1]] = total - report[names[0]]
     _refuse_bad_loss(loss)
     return loss, count.detach().to(torch.int), report
 

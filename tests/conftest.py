@@ -89,3 +89,17 @@ def huggingface_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("huggingface")
     PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def character_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face tokenizer whose tokens are characters, so that lengths can be counted by hand."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {piece: i for i, piece in enumerate(["<unk>", "</s>", "\n", *map(chr, range(32, 127))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    folder = tmp_path_factory.mktemp("characters")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    return folder

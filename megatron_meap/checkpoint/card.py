@@ -18,7 +18,7 @@ tags: [meap, megatron-core]
 
 *This card is a stub, written by `tools/convert_checkpoint.py export`: describe the data and the intended use here.*
 
-A causal language model of {parameters:.1f}M parameters, pretrained with {objective} on NVIDIA Megatron Core.
+A causal language model of {parameters:.1f}M parameters, {objective} on NVIDIA Megatron Core.
 
 | | |
 |---|---|
@@ -64,11 +64,12 @@ def write_card(directory: Path, name: str, model: Architecture, parameters: int,
     }
     for dataset, digest, manifest in manifests(args):
         rows[f"Data `{dataset}`"] = f"{manifest.get('tokens', '?'):,} tokens, manifest sha256 `{digest}`"
-    objective = f"MEAP (arXiv 2502.07490, {ratio:.0%} of the input tokens masked)" if ratio else "next-token prediction"
+    verb, masked = ("fine-tuned", "answer") if get("meap_sft") else ("pretrained", "input")
+    method = f"MEAP (arXiv 2502.07490, {ratio:.0%} of the {masked} tokens masked)" if ratio else "next-token prediction"
     text = TEMPLATE.format(
         name=name,
         parameters=parameters / 1e6,
-        objective=objective,
+        objective=f"{verb} with {method}",
         table="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         mask=get("meap_mask_token"),
         mask_id=get("meap_mask_token_id"),

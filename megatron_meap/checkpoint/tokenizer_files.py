@@ -54,6 +54,7 @@ def tokenizer_of(args: Namespace, add_bos: bool | None = None) -> Any | None:
     tokenizer = _load(args)
     add_mask_token(tokenizer, getattr(args, "meap_mask_token", "[MASK]"))
     _agree_with_training(tokenizer, args)
+    tokenizer.chat_template = getattr(args, "meap_sft_template_text", None) or tokenizer.chat_template
     if add_bos is None:
         add_bos = tokenizer.bos_token is not None and documents_begin_with(args) == [tokenizer.bos_token_id]
     if add_bos:

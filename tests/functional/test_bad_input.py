@@ -57,6 +57,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
     ("extra", "message"),
     [
         ("--meap-mask-ratio 1.5", "--meap-mask-ratio 1.5: must be"),
+        ("--eval-iters 1 --split 999,1,0", "--split 999,1,0: gives validation none of the"),
         ("--meap-mask-ratio -0.1", "--meap-mask-ratio -0.1: must be"),
         ("--meap-span-length 0", "--meap-span-length 0"),
         ("--meap-clean-final-share 2", "--meap-clean-final-share 2.0"),

@@ -1,0 +1,120 @@
+"""Fine-tune a tiny model to answer from documents, with and without masks, and see where it finds the answers.
+
+    python examples/sft/demo.py
+
+On a CPU, in about ten minutes, nothing downloaded: people are made up, a tokenizer and a model are trained on
+descriptions of them, and the model is fine-tuned on questions twice from there: next-token prediction on as many rows
+as MEAP has (`ntp`), and MEAP. Each is asked questions whose answer stands in document 1 to 5.
+Everything goes below `runs/sft`; steps that are done are not repeated.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from facts import DOCUMENTS, questions, write_conversations, write_texts
+from scoring import Scores, draw_picture, score
+
+from megatron_meap.checkpoint import latest
+from megatron_meap.errors import UsageError, run
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+VARIANTS = {
+    "ntp": ["--meap-mask-ratio", "0", "--meap-sft-ntp-budget", "equal"],
+    "meap": ["--meap-mask-ratio", "0.10"],
+}
+MODEL = shlex.split("""
+    --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 2 --init-method-std 0.02
+    --seq-length 512 --max-position-embeddings 512 --position-embedding-type rope --normalization RMSNorm --swiglu
+    --disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --make-vocab-size-divisible-by 64
+""")
+TRAINING = shlex.split("""
+    --micro-batch-size 8 --global-batch-size 8 --lr-decay-style cosine --weight-decay 0 --clip-grad 1.0
+    --adam-beta2 0.95 --eval-iters 0 --log-interval 50 --num-workers 1
+""")
+
+
+def main() -> None:
+    """Do what is not yet done, then sum up."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/sft"), help="folder of the run (default: %(default)s)")
+    parser.add_argument("--pretrain-iters", type=int, default=200, help="steps of pretraining (default: %(default)s)")
+    parser.add_argument("--train-iters", type=int, default=800, help="steps of fine-tuning (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=400, help="to ask each model (default: %(default)s)")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    started = time.monotonic()
+    tokenizer = prepare_data(args.run)
+    pretrained = pretrain(args.run, tokenizer, args.pretrain_iters)
+    scores: dict[str, Scores] = {}
+    for name, flags in VARIANTS.items():
+        checkpoints = finetune(args.run, tokenizer, pretrained, name, flags, args.train_iters)
+        scores[name] = score(checkpoints, questions(seed=3, count=args.questions), DOCUMENTS)
+    picture = args.run / "by_position.png"
+    draw_picture(scores, picture)
+    print("\ntokens of the answer right, and its log-probability in nats per token, by the document it stands in")
+    for name, each in scores.items():
+        print(f"{name:>10}  {each}")
+    print(f"\npicture {picture}; {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def prepare_data(folder: Path) -> list[str]:
+    """Texts, tokenizer, dataset and conversations; the tokenizer's flags."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts, asked, model = folder / "texts.jsonl", folder / "train.jsonl", folder / "tokenizer.model"
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
+    if not (folder / "texts_text_document.idx").exists():
+        write_texts(texts, seed=1, count=4000)
+        write_conversations(asked, seed=2, count=20000)
+        sizes = ["--vocab-size", 1856, "--max-mb", 2]
+        call("tools/train_tokenizer.py", "--input", asked, texts, "--output", model, *sizes)
+        call("tools/preprocess_data.py", "--input", texts, "--output-prefix", folder / "texts", "--append-eod", *flags)
+    return flags
+
+
+def pretrain(folder: Path, tokenizer: list[str], iterations: int) -> Path:
+    """The model that all variants start from."""
+    data = ["--data-path", f"{folder}/texts_text_document", "--split", "100,0,0", "--meap-mask-ratio", "0"]
+    rates = ["--lr", "3e-3", "--min-lr", "3e-4", "--lr-warmup-iters", "20"]
+    return train(folder / "pretrained", [*tokenizer, *data, *rates], iterations)
+
+
+def finetune(
+    folder: Path, tokenizer: list[str], pretrained: Path, name: str, flags: list[str], iterations: int
+) -> Path:
+    """One variant; answers of more than 5 tokens get masked copies, because here they are short."""
+    sft = ["--meap-sft", "--meap-sft-template", "vicuna", "--meap-sft-threshold", "5"]
+    data = ["--train-data-path", f"{folder}/train.jsonl", "--pretrained-checkpoint", str(pretrained)]
+    rates = ["--lr", "3e-3", "--min-lr", "3e-5", "--lr-warmup-iters", "50"]
+    return train(folder / name, [*tokenizer, *sft, *data, *rates, *flags], iterations)
+
+
+def train(checkpoints: Path, flags: list[str], iterations: int) -> Path:
+    """Train to a checkpoint, unless it is there; the log goes to a file beside it."""
+    if latest.pointer(checkpoints) == str(iterations):
+        return checkpoints
+    save = ["--save", checkpoints, "--load", checkpoints, "--save-interval", iterations, "--train-iters", iterations]
+    log = checkpoints.with_suffix(".log")
+    with open(log, "w") as output:
+        call("pretrain_gpt_meap.py", *MODEL, *TRAINING, *flags, *save, output=output, log=f"; its log: {log}")
+    return checkpoints
+
+
+def call(script: str, *arguments: object, output=None, log: str = "") -> None:
+    """Show a command of this project, run it, and stop where it fails."""
+    command = [script, *map(str, arguments)]
+    print(f"$ python {' '.join(command)}", flush=True)
+    environment = {**os.environ, "MEAP_DEVICE": os.environ.get("MEAP_DEVICE", "cpu")}
+    if status := subprocess.run(
+        [sys.executable, *command], stdout=output, stderr=output and subprocess.STDOUT, env=environment
+    ).returncode:
+        raise UsageError(f"{script} ended with status {status}{log}")
+
+
+if __name__ == "__main__":
+    run(main)

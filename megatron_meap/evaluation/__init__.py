@@ -1,0 +1,1 @@
+"""Measuring what MEAP is for: retrieval, long context, attention."""

@@ -1,0 +1,46 @@
+"""Input files of the tasks: text or JSON Lines, plain or compressed; whatever is wrong in them is named by its line."""
+
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.streams import DAMAGED, decompressed
+
+
+def lines(path: str, flag: str) -> Iterator[tuple[str, str]]:
+    """Places (`file:line`) and lines of a UTF-8 file.
+
+    Args:
+        path: the file; gzip, zstd, xz and bzip2 are recognised by their content.
+        flag: what to call it in an error.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as raw, io.TextIOWrapper(decompressed(raw)[0], encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                yield f"{path}:{number}", line
+    except (OSError, UnicodeDecodeError, *DAMAGED) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{flag} {path}: cannot be read ({reason})") from error
+
+
+def rows(path: str, flag: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Places (`file:line`) and objects of a JSON Lines file; empty lines are passed over.
+
+    Raises:
+        UsageError: it cannot be read, or a line is no JSON object.
+    """
+    for place, line in lines(path, flag):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{flag} {place}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{flag} {place}: expected a JSON object")
+        yield place, row

@@ -1,0 +1,175 @@
+"""Faithfulness of summaries: a judge behind an OpenAI-compatible endpoint says whether a summary adds anything.
+
+A binary judgement, as in the evaluation that the paper follows (Differential Transformer, arXiv 2410.05258, section
+3.4); the wording is this project's own. The endpoint stands in the environment, so that the task runs under lm-eval's
+own command as well: `MEAP_JUDGE_URL` (up to and including `/v1`), `MEAP_JUDGE_MODEL`, `MEAP_JUDGE_KEY` where it asks
+for one, and `MEAP_JUDGE_LOG`, a file that keeps every verdict at once, and is not asked for twice.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_meap.errors import UsageError
+from megatron_meap.evaluation.files import rows
+from megatron_meap.evaluation.options import NoRoom, Options, as_dataset, counter
+
+PROMPT = """Below are a document and a summary of it. Does the summary say anything that the document does not support?
+
+Document:
+{document}
+
+Summary:
+{summary}
+
+Answer with one word: FAITHFUL if everything in the summary is supported by the document, HALLUCINATED otherwise."""
+ENVIRONMENT = ("MEAP_JUDGE_URL", "MEAP_JUDGE_MODEL")
+_VERDICT = re.compile(r"\b(FAITHFUL|HALLUCINATED)\b", re.IGNORECASE)
+TRIES = 5
+FIRST_WAIT = 1.0
+"""Seconds before the second try; doubled each time."""
+TIMEOUT = 120.0
+"""Seconds for one answer."""
+GENERATED_TOKENS = 128
+"""Room for a summary."""
+
+
+class JudgeUnavailable(UsageError):
+    """The endpoint does not answer, or not as it should; what it has said so far is kept."""
+
+
+def dataset(**metadata: Any) -> dict[str, Any]:
+    """Documents to summarise, as lm-eval's `custom_dataset`; see `Options` for the metadata.
+
+    Raises:
+        UsageError: no file is given, or a line has no `document`.
+    """
+    return as_dataset(samples(Options.from_metadata(metadata)))
+
+
+def samples(options: Options) -> list[dict[str, Any]]:
+    """The first `options.samples` documents, cut to fit the longest context length.
+
+    Returns:
+        Rows with `prompt`, `document` as the model and the judge see it, `shortened` (whether it was cut) and `tokens`.
+    """
+    if options.summaries_file is None:
+        raise UsageError("--summaries-file: needed for meap_faithfulness; give JSON Lines with the field document")
+    found = []
+    for place, row in rows(options.summaries_file, "--summaries-file"):
+        if not isinstance(row.get("document"), str) or not row["document"].strip():
+            raise UsageError(f"--summaries-file {place}: expected a JSON object with the field document")
+        found.append(_sample(row["document"].strip(), options))
+        if len(found) == options.samples:
+            break
+    if not found:
+        raise UsageError(f"--summaries-file {options.summaries_file}: is empty")
+    return found
+
+
+def _sample(document: str, options: Options) -> dict[str, Any]:
+    count, limit = counter(options.tokenizer), max(options.max_seq_lengths)
+    words = document.split(" ")
+    kept = len(words)
+    while (tokens := count(_prompt(words[:kept])) + GENERATED_TOKENS) > limit:
+        kept = int(kept * 0.95 * limit / tokens)
+        if kept < 1:
+            raise NoRoom(f"context length {limit}: no room for a document and a summary; use longer contexts")
+    return {
+        "prompt": _prompt(words[:kept]),
+        "document": " ".join(words[:kept]),
+        "shortened": kept < len(words),
+        "tokens": tokens,
+    }
+
+
+def _prompt(words: list[str]) -> str:
+    return f"{' '.join(words)}\n\nSummary of the text above:"
+
+
+def judged(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """`process_results` of the task: 1 for a faithful summary, 0 for an unfaithful or an empty one."""
+    summary = results[0].strip()
+    faithful = bool(summary) and Judge.from_environment().faithful(doc["document"], summary)
+    return {"faithful": float(faithful), "words": float(len(summary.split()))}
+
+
+class Judge:
+    """An OpenAI-compatible chat endpoint that compares summaries with documents.
+
+    Args:
+        url: up to and including `/v1`.
+        model: its name there.
+        key: bearer token.
+        log: JSON Lines file of verdicts; those in it are not asked for again.
+    """
+
+    def __init__(self, url: str, model: str, key: str | None = None, log: str | None = None) -> None:
+        self.url, self.model, self.key = url.rstrip("/"), model, key
+        self.log = Path(log) if log else None
+
+    @classmethod
+    def from_environment(cls) -> "Judge":
+        """The judge that the environment names.
+
+        Raises:
+            UsageError: it names none.
+        """
+        url, model = (os.environ.get(name) for name in ENVIRONMENT)
+        if not url or not model:
+            raise UsageError(
+                "--judge-url and --judge-model (or MEAP_JUDGE_URL, MEAP_JUDGE_MODEL): needed for the judge"
+            )
+        return cls(url, model, os.environ.get("MEAP_JUDGE_KEY"), os.environ.get("MEAP_JUDGE_LOG"))
+
+    def faithful(self, document: str, summary: str) -> bool:
+        """Whether the summary says nothing that the document does not.
+
+        Raises:
+            JudgeUnavailable: no usable answer after `TRIES` tries.
+        """
+        prompt = PROMPT.format(document=document, summary=summary)
+        digest = hashlib.sha256(f"{self.model}\n{prompt}".encode()).hexdigest()
+        known = self._known().get(digest)
+        if known is not None:
+            return known
+        verdict = self._ask(prompt)
+        if self.log:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.log, "a") as file:
+                print(json.dumps({"sha256": digest, "faithful": verdict, "summary": summary}), file=file)
+        return verdict
+
+    def _known(self) -> dict[str, bool]:
+        if self.log is None or not self.log.exists():
+            return {}
+        return {row["sha256"]: row["faithful"] for _, row in rows(str(self.log), "MEAP_JUDGE_LOG")}
+
+    def _ask(self, prompt: str) -> bool:
+        import httpx
+
+        request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        reason = ""
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
+            try:
+                answer = httpx.post(f"{self.url}/chat/completions", json=request, headers=headers, timeout=TIMEOUT)
+                answer.raise_for_status()
+                said = answer.json()["choices"][0]["message"]["content"]
+                if match := _VERDICT.search(said):
+                    return match[1].upper() == "FAITHFUL"
+                reason = f"it said {said[:60]!r}"
+            except httpx.HTTPStatusError:
+                reason = f"HTTP status {answer.status_code}"
+            except httpx.HTTPError as error:
+                reason = str(error) or type(error).__name__
+            except (KeyError, IndexError, TypeError, ValueError):
+                reason = f"not a chat completion: {answer.text[:60]!r}"
+        kept = f"; verdicts so far are kept in {self.log}: the same command goes on from there" if self.log else ""
+        raise JudgeUnavailable(f"--judge-url {self.url}: no verdict after {TRIES} tries ({reason}){kept}")

@@ -1,0 +1,165 @@
+"""The models to evaluate: Hugging Face directories, and Megatron checkpoints that are exported to a cache first."""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_meap import device
+from megatron_meap.checkpoint import latest
+from megatron_meap.checkpoint.reader import open_checkpoint
+from megatron_meap.errors import UsageError
+
+_SPEC = re.compile(r"(?:(?P<name>[^=/]+)=)?(?P<path>[^@]+)(?:@(?P<iteration>\d+|all))?")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of a comparison."""
+
+    name: str
+    """What it is called in tables and pictures."""
+    directory: Path
+    """Hugging Face directory."""
+    source: str
+    """What the user named."""
+    run: str
+    """The checkpoints of one run share it: they are one curve."""
+    tokens: int | None = None
+    """Tokens it was trained on; None where that is not known."""
+
+
+def open_models(specs: list[str], cache: Path) -> list[Model]:
+    """The models named on the command line.
+
+    Args:
+        specs: `[NAME=]PATH[@ITERATION]`; `@all` is every checkpoint of the directory.
+        cache: folder for exports of Megatron checkpoints.
+
+    Raises:
+        UsageError: a path holds no model, an iteration is not there, or two models have the same name.
+    """
+    models = [model for spec in specs for model in _open(spec, cache)]
+    names = [model.name for model in models]
+    for model in models:
+        if names.count(model.name) > 1:
+            raise UsageError(f"{model.source}: two models are called {model.name!r}; name them: NAME=PATH")
+    return models
+
+
+def parse(spec: str) -> tuple[str, Path, str | None]:
+    """Name, path and iteration (as written) of a model named on the command line as `[NAME=]PATH[@ITERATION]`.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise UsageError(f"{spec}: expected [NAME=]PATH[@ITERATION]")
+    path = Path(match["path"])
+    return match["name"] or _default_name(path), path, match["iteration"]
+
+
+def _open(spec: str, cache: Path) -> list[Model]:
+    name, path, wanted = parse(spec)
+    if (path / "config.json").is_file():
+        if wanted:
+            raise UsageError(f"{spec}: a Hugging Face directory has no iterations; leave out @{wanted}")
+        return [Model(name, path, str(path), name)]
+    if wanted == "all":
+        steps = latest.iterations(path) if path.is_dir() else []
+        if not steps:
+            raise UsageError(f"{path}: holds no checkpoint; name a --save directory or a Hugging Face directory")
+        return [replace(_export(path, step, name, cache), name=f"{name}@{step}") for step in steps]
+    return [_export(path, int(wanted) if wanted else None, name, cache)]
+
+
+def _default_name(path: Path) -> str:
+    """The last part of a path that says something."""
+    parts = [part for part in path.resolve().parts if part not in ("checkpoints", "checkpoint", "hf")]
+    return parts[-1]
+
+
+def _export(path: Path, iteration: int | None, name: str, cache: Path) -> Model:
+    """A Megatron checkpoint as a Hugging Face directory in the cache, made there unless it is there already."""
+    checkpoint = open_checkpoint(path, iteration)
+    written = (checkpoint.directory / ".metadata").stat().st_mtime_ns
+    identity = f"{checkpoint.directory.resolve()}\n{written}"
+    directory = cache / f"{checkpoint.directory.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    if not (directory / "config.json").is_file():
+        print(f"{checkpoint.directory}: exporting to {directory}", flush=True)
+        # In a process of its own: the export's self-check runs Megatron on the CPU, whatever this machine has.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(_export_here, str(path), str(directory), iteration).result()
+    samples = getattr(checkpoint.args, "consumed_train_samples", 0) or 0
+    tokens = samples * checkpoint.args.seq_length or None
+    source = str(path) if iteration is None else f"{path}@{iteration}"
+    return Model(name, directory, source, name, tokens)
+
+
+def _export_here(load: str, output: str, iteration: int | None) -> None:
+    os.environ["MEAP_DEVICE"] = "cpu"
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    device.prepare()
+    from megatron_meap.checkpoint.export import ExportJob, export
+
+    export(ExportJob(load=load, output=output, iteration=iteration, overwrite=True))
+
+
+def default_cache() -> Path:
+    """Where exports are kept: `$MEAP_CACHE`, or `megatron_meap` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MEAP_CACHE") or Path(home) / "megatron_meap") / "exports"
+
+
+def context_length(model: Model) -> int:
+    """Tokens of the model's context.
+
+    Raises:
+        UsageError: its configuration does not say.
+    """
+    try:
+        config = json.loads((model.directory / "config.json").read_text())
+        return int(config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{model.directory}/config.json: has no max_position_embeddings ({error})") from error
+
+
+def load(model: Model, batch_size: int | str, where: str | None, dtype: str | None) -> Any:
+    """The model as lm-eval's `HFLM`.
+
+    Args:
+        model: which.
+        batch_size: samples at once, or `auto`.
+        where: device, as PyTorch names it; a GPU where there is one, if not given.
+        dtype: as PyTorch names it; if not given, fp32 on a CPU, elsewhere what the weights are stored in.
+
+    Raises:
+        UsageError: transformers cannot load it, or its tokenizer has neither BOS nor EOS.
+    """
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    chosen = where or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        loaded = HFLM(
+            pretrained=str(model.directory),
+            batch_size=batch_size,
+            device=chosen,
+            dtype=dtype or ("float32" if chosen == "cpu" else "auto"),
+            max_length=context_length(model),
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{model.source}: cannot be loaded ({reason})") from error
+    if loaded.tokenizer.eos_token_id is None and loaded.tokenizer.bos_token_id is None:
+        raise UsageError(f"{model.source}: its tokenizer has neither BOS nor EOS, which lm-eval needs to score text")
+    return loaded

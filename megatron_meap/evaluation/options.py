@@ -1,0 +1,130 @@
+"""Settings of the tasks: one place for what lm-evaluation-harness hands over as `--metadata`."""
+
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+from megatron_meap.errors import UsageError
+
+GENERATED_TOKENS = 32
+"""Room that every prompt leaves for the model's answer; the task files ask for as many tokens."""
+
+
+class NoRoom(UsageError):
+    """A context length holds no sample of a task; a suite then leaves the task out."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the samples of the generated tasks, beside the tokenizer; the same options, the same samples."""
+
+    tokenizer: str
+    """Hugging Face directory (or hub name) whose tokenizer measures the prompts."""
+    max_seq_lengths: tuple[int, ...] = (1024,)
+    """Context lengths, in tokens: prompt, BOS and the room for the answer together."""
+    samples: int = 10
+    """Samples of each cell: a length and depth, a position, a number of needles."""
+    seed: int = 1234
+    haystack: str | None = None
+    """Text file or JSON Lines with `text`; Python's own documentation where not given."""
+    depths: tuple[float, ...] = (0, 25, 50, 75, 100)
+    """Percent of the context that stand before the needle."""
+    needle: str = "The special magic number for {key} is {value}."
+    question: str = "What is the special magic number for {key}? The special magic number for {key} is"
+    answer: str = "{value}"
+    needles: tuple[int, ...] = (2, 3, 4, 5)
+    """Lengths of the kinship chains."""
+    kv_pairs: int | None = None
+    """Pairs of a key-value sample; as many as fit into each context length where not given."""
+    kv_digits: int | None = None
+    """Hexadecimal digits of keys and values; UUIDs, as in the original, where not given."""
+    kv_positions: int = 5
+    """Gold positions, spread evenly from the first pair to the last."""
+    kv_instruction: bool = True
+    """Ask as the original does; otherwise the prompt is the JSON object and the key again, for small base models."""
+    kv_file: str | None = None
+    """A file of the original (`ordered_kv_records`, `key`, `value`), which then decides pairs and values."""
+    qa_file: str | None = None
+    """Questions with documents, in the format of lost-in-the-middle."""
+    qa_positions: tuple[int, ...] | None = None
+    """Gold positions, from 0; the original's where not given."""
+    qa_documents: int = 5
+    """Documents of a question in `meap_multidoc`; the other tasks have their number in their names."""
+    piqa_file: str | None = None
+    """PIQA's validation set as its authors ship it."""
+    summaries_file: str | None = None
+    """Texts to summarise: JSON Lines with `document`."""
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any]) -> "Options":
+        """Pick the options out of what lm-eval hands to a task: its metadata and the model's arguments.
+
+        Raises:
+            UsageError: there is no tokenizer to measure with, or a value cannot be used.
+        """
+        known = {field.name for field in fields(cls)}
+        given = {name: value for name, value in metadata.items() if name in known and value is not None}
+        given.setdefault("tokenizer", metadata.get("pretrained") or metadata.get("model"))
+        if not isinstance(given["tokenizer"], str):
+            raise UsageError("the tasks need a tokenizer to measure prompts: give pretrained=... or tokenizer=...")
+        lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+        options = cls(**{**given, **lists})
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        checks = [
+            (self.samples >= 1, f"samples {self.samples}: must be at least 1"),
+            (bool(self.max_seq_lengths), "context lengths: give at least one"),
+            (all(0 <= depth <= 100 for depth in self.depths), f"depths {self.depths}: must lie between 0 and 100"),
+            (all(n >= 2 for n in self.needles), f"needles {self.needles}: a chain has at least 2"),
+            (self.kv_pairs is None or self.kv_pairs >= 2, f"key-value pairs {self.kv_pairs}: must be at least 2"),
+            (self.kv_digits is None or 2 <= self.kv_digits <= 32, f"digits {self.kv_digits}: must be from 2 to 32"),
+            (self.qa_documents >= 2, f"--qa-documents {self.qa_documents}: must be at least 2"),
+            (self.kv_positions >= 1, f"key-value positions {self.kv_positions}: must be at least 1"),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise UsageError(message)
+
+
+class TokenCounter:
+    """Counts tokens as the model will see them: special tokens that the tokenizer adds by itself included."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str) -> int:
+        """Tokens of a prompt."""
+        return len(self.tokenizer(text)["input_ids"])
+
+    def each(self, texts: list[str]) -> list[int]:
+        """Tokens of each of many texts, without added special tokens."""
+        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+
+
+@cache
+def counter(tokenizer: str) -> TokenCounter:
+    """The counter of a tokenizer's directory (or hub name).
+
+    Raises:
+        UsageError: nothing there can be loaded, or it gives no tokens for text.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{tokenizer}: holds no tokenizer that transformers can load ({reason})") from error
+    found = TokenCounter(loaded)
+    if found("The quick brown fox.") == 0:
+        raise UsageError(f"{tokenizer}: its tokenizer gives no tokens for text; is tokenizer.json complete?")
+    return found
+
+
+def as_dataset(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Samples in the form that lm-eval expects of a task's `custom_dataset`."""
+    import datasets
+
+    return {"test": datasets.Dataset.from_list(rows)}

@@ -1,0 +1,158 @@
+"""Runs tasks on models through lm-evaluation-harness, one after the other, and keeps what is finished."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_meap.errors import UsageError
+from megatron_meap.evaluation import models
+from megatron_meap.evaluation.commonsense import HUB_TASKS, from_folder
+from megatron_meap.evaluation.models import Model
+from megatron_meap.evaluation.options import NoRoom, counter
+from megatron_meap.evaluation.results import ModelResults
+from megatron_meap.evaluation.suites import TASKS, Plan
+
+JUDGED = "meap_faithfulness"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how models run."""
+
+    batch_size: int | str = 8
+    device: str | None = None
+    dtype: str | None = None
+
+
+def load_tasks(plan: Plan, tokenizer: str) -> dict[str, Any]:
+    """lm-eval's task objects by name, with their samples; every model gets the same ones.
+
+    Args:
+        plan: which; a suite's task whose data cannot be loaded moves to `plan.left_out`.
+        tokenizer: directory of the tokenizer that measures the prompts.
+
+    Raises:
+        UsageError: there is no such task, or it cannot load its data.
+    """
+    from lm_eval.tasks import TaskManager
+
+    ours = {path.stem for path in TASKS.glob("*.yaml")}
+    manager = TaskManager(
+        include_path=str(TASKS),
+        include_defaults=not ours.issuperset(plan.tasks),  # indexing lm-eval's own takes seconds
+        metadata=plan.metadata | {"pretrained": tokenizer, "tokenizer": tokenizer},
+    )
+    tasks: dict[str, Any] = {}
+    folder = plan.metadata.get("commonsense_data")
+    for name in plan.tasks:
+        if name not in ours and name not in manager.all_tasks:
+            raise UsageError(f"--tasks {name}: neither of ours ({', '.join(sorted(ours))}) nor of lm-eval's")
+        try:
+            print(f"preparing {name}", flush=True)
+            local = None
+            if folder and name in HUB_TASKS:
+                local = from_folder(name, Path(folder), Path(manager.task_index[name].yaml_path))
+            tasks |= {name: local} if local else manager.load(name)["tasks"]
+        except NoRoom as error:
+            if plan.suite is None:
+                raise
+            plan.left_out[name] = str(error)
+        except UsageError:
+            raise
+        except Exception as error:  # the libraries below raise many things where the hub is out of reach
+            reason = " ".join(str(error).split())[:150]
+            if plan.suite is None:
+                raise UsageError(f"--tasks {name}: its data cannot be loaded ({reason})") from error
+            plan.left_out[name] = f"its data cannot be loaded ({reason})"
+    return tasks
+
+
+def evaluate(
+    chosen: list[Model], tasks: dict[str, Any], machine: Machine, finished: Callable[[list[ModelResults]], None]
+) -> list[ModelResults]:
+    """Run all tasks on all models.
+
+    Args:
+        chosen: the models; the first is the baseline of comparisons.
+        tasks: as `load_tasks` returns them.
+        machine: where.
+        finished: called with what there is whenever a model is done, and before an error leaves this function.
+
+    Raises:
+        UsageError: a model cannot be loaded, or the judge does not answer.
+    """
+    found: list[ModelResults] = []
+    for number, model in enumerate(chosen, 1):
+        loaded = models.load(model, machine.batch_size, machine.device, machine.dtype)
+        found.append(ModelResults(model))
+        judged = [task for task in tasks.values() if task.task_name == JUDGED]
+        others = [task for task in tasks.values() if task.task_name != JUDGED]
+        try:
+            for group in filter(None, (others, judged)):  # the judge last: it may fail
+                names = ", ".join(task.task_name for task in group)
+                print(f"model {number}/{len(chosen)}, {model.name}: {names}", flush=True)
+                add_tasks(found[-1], group, loaded)
+        finally:
+            finished([result for result in found if result.samples])
+        del loaded
+    return found
+
+
+def add_tasks(result: ModelResults, tasks: list[Any], loaded: Any) -> None:
+    """Run tasks on a model, and add what came out to its results."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    # Without a manager it would index all of lm-eval's task files, each time.
+    manager = TaskManager(include_defaults=False)
+    outcome = simple_evaluate(loaded, tasks=tasks, batch_size=getattr(loaded, "batch_size", None), task_manager=manager)
+    assert outcome is not None
+    result.samples |= outcome.pop("samples")
+    for key, value in outcome.items():
+        if isinstance(value, dict) and isinstance(result.results.get(key), dict):
+            result.results[key] |= value
+        else:
+            result.results[key] = value
+
+
+def check_lengths(tasks: dict[str, Any], plan: Plan, chosen: list[Model]) -> dict[str, Any]:
+    """The tasks whose prompts fit into every model's context: lm-eval would cut off their beginning silently.
+
+    Raises:
+        UsageError: the prompts of a task that the user named do not fit; those of a suite move to `plan.left_out`.
+    """
+    fitting = {}
+    for name, task in tasks.items():
+        problem = next(filter(None, (_too_long(name, task, model) for model in chosen)), None)
+        if problem is None:
+            fitting[name] = task
+        elif plan.suite is None:
+            raise UsageError(f"{name}: {problem}; use shorter --context-lengths, or meap_multidoc with --qa-documents")
+        else:
+            plan.left_out[name] = problem
+    return fitting
+
+
+def _too_long(name: str, task: Any, model: Model) -> str | None:
+    """What is too long for the model among the samples of a task.
+
+    Of lm-eval's own tasks only the texts that are scored must fit; it is their way to cut prompts from the left.
+    """
+    count, context = counter(str(model.directory)), models.context_length(model)
+    ours = name.startswith("meap_") and "prompt" in task.features
+    room = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
+    for doc in task.eval_docs:
+        needed = max([room, *count.each([f" {text}" for text in _scored(task, doc)])])
+        needed += count(doc["prompt"]) if ours else 0
+        if needed > context:
+            what = "a prompt takes {} tokens with its answer" if ours else "a text to score has {} tokens"
+            return f"{what.format(needed)}, the context of {model.source} is {context}"
+    return None
+
+
+def _scored(task: Any, doc: dict[str, Any]) -> list[str]:
+    """Texts of a sample whose likelihood is asked for."""
+    if task.OUTPUT_TYPE == "multiple_choice":
+        return task.doc_to_choice(doc)
+    return [task.doc_to_target(doc)] if task.OUTPUT_TYPE == "loglikelihood" else []

@@ -1,0 +1,70 @@
+"""What an answer is worth. These are the `process_results` of the task files.
+
+Every sample names its cell (`length=4096 depth=50`, `position=9`, ...); each metric is reported over all samples and,
+under its name and the cell, over each cell.
+"""
+
+import re
+import string
+from typing import Any
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def contains(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """1 where the answer stands in the generated text, ignoring case: a base model may write on past it."""
+    return _with_cell(doc, {"acc": float(doc["answer"].lower() in results[0].lower())})
+
+
+def ranked(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+    """Whether the right choice is the likeliest, and how likely the answer is.
+
+    Args:
+        doc: `gold` is the index of the right choice.
+        results: log-likelihood of each choice (nats) and whether greedy decoding would write it.
+
+    Returns:
+        `acc`; `logprob`, the log-likelihood of the right choice; `greedy`, 1 where greedy decoding writes it.
+    """
+    likelihoods = [likelihood for likelihood, _ in results]
+    gold = doc["gold"]
+    best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+    return _with_cell(
+        doc,
+        {"acc": float(best == gold), "logprob": likelihoods[gold], "greedy": float(results[gold][1])},
+    )
+
+
+def subspan(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Lost-in-the-middle's `best_subspan_em` over the first line of the answer."""
+    return _with_cell(doc, {"best_subspan_em": best_subspan_em(results[0].strip().split("\n")[0], doc["answers"])})
+
+
+def gold_logprob(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+    """Log-likelihood of the gold answer (nats), whole and per token, and whether greedy decoding writes it."""
+    likelihood, greedy = results[0]
+    return _with_cell(
+        doc,
+        {
+            "logprob": likelihood,
+            "logprob_per_token": likelihood / doc["answer_tokens"],
+            "greedy": float(greedy),
+        },
+    )
+
+
+def best_subspan_em(prediction: str, answers: list[str]) -> float:
+    """1 if any answer is part of the prediction, both normalised (Liu et al. 2023, arXiv 2307.03172)."""
+    normalised = normalise(prediction)
+    return float(any(normalise(answer) in normalised for answer in answers))
+
+
+def normalise(text: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def _with_cell(doc: dict[str, Any], metrics: dict[str, float]) -> dict[str, float]:
+    cell = doc.get("cell")
+    return metrics | ({f"{name} {cell}": value for name, value in metrics.items()} if cell else {})

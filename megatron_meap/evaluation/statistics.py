@@ -1,0 +1,67 @@
+"""Intervals and significance, by resampling; SciPy does it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 9999
+CONFIDENCE = 0.95
+SEED = 1234
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over samples."""
+
+    mean: float
+    low: float
+    """Lower end of the bootstrap percentile interval of `CONFIDENCE`."""
+    high: float
+    samples: int
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean with its bootstrap interval (Efron 1979, percentile method); one sample has an interval of no width.
+
+    Where all samples agree so do all resamples, and the interval has no width either: with few samples that says
+    little.
+    """
+    array = np.asarray(values, dtype=float)
+    mean = float(array.mean())
+    if len(array) < 2 or np.ptp(array) == 0:
+        return Estimate(mean, mean, mean, len(array))
+    interval = stats.bootstrap(
+        (array,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="percentile",
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval  # fmt: skip
+    return Estimate(mean, float(interval.low), float(interval.high), len(array))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a model differs from the baseline on the same samples."""
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    """Two-sided paired permutation test: the probability of such a difference if the models' names were drawn."""
+
+
+def difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """The paired difference of two models over the same samples, in the same order."""
+    gaps = np.asarray(values, dtype=float) - np.asarray(baseline, dtype=float)
+    interval = estimate(gaps.tolist())
+    if len(gaps) < 2 or not gaps.any():
+        return Difference(interval.mean, interval.low, interval.high, 1.0)
+    test = stats.permutation_test(
+        (gaps,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=np.random.default_rng(SEED)
+    )
+    return Difference(interval.mean, interval.low, interval.high, float(test.pvalue))
+
+
+def adjusted(p_values: Sequence[float]) -> list[float]:
+    """The same p-values for many comparisons at once: false discovery rate (Benjamini and Hochberg 1995)."""
+    return stats.false_discovery_control(p_values).tolist() if p_values else []

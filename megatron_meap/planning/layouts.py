@@ -1,0 +1,162 @@
+"""Which layouts of a run are possible on given GPUs, and which of them look best."""
+
+import contextlib
+import copy
+import io
+import itertools
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
+from megatron_meap import arguments
+from megatron_meap.errors import UsageError
+from megatron_meap.planning.compute import Work, work
+from megatron_meap.planning.memory import ModelMemory, bytes_per_parameter, measure
+
+RECOMPUTATION: dict[str, dict[str, object]] = {
+    "none": {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout, checked by Megatron, and what it needs."""
+
+    args: Namespace
+    memory: ModelMemory
+    work: Work
+
+    @property
+    def recomputation(self) -> str:
+        """none, selective or full."""
+        return self.args.recompute_granularity or "none"
+
+    @property
+    def bubble(self) -> float:
+        """Idle time of the pipeline as a share of its busy time."""
+        args = self.args
+        micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+        virtual = args.virtual_pipeline_model_parallel_size or 1
+        return (args.pipeline_model_parallel_size - 1) / (micro_batches * virtual)
+
+    @property
+    def slowdown(self) -> float:
+        """Time a step takes beside an ideal one: recomputation and pipeline bubble; communication is not in it."""
+        return self.work.hardware_flops / self.work.model_flops * (1 + self.bubble)
+
+
+def plan(flags: Namespace, **changes: object) -> Plan:
+    """Plan a run.
+
+    Args:
+        flags: of the command line, not yet checked (`arguments.parse_flags`); left as they are.
+        changes: arguments to set differently.
+
+    Raises:
+        UsageError: Megatron refuses the layout, with its reason; or its memory cannot be planned.
+    """
+    args = copy.deepcopy(flags)
+    vars(args).update(changes)
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            arguments.check(args)
+            arguments.set_tokenizer(args)
+            if args.global_batch_size % (args.micro_batch_size * args.data_parallel_size):
+                raise UsageError(
+                    f"--global-batch-size {args.global_batch_size}: no multiple of --micro-batch-size "
+                    f"{args.micro_batch_size} x {args.data_parallel_size} data-parallel ranks"
+                )
+            return Plan(args, measure(args), work(args))
+        finally:
+            destroy_num_microbatches_calculator()
+
+
+def best(base: Plan, flags: Namespace, per_node: int, memory: float, count: int) -> list[Plan]:
+    """The most promising layouts of these GPUs that fit, each planned in full; the fastest first.
+
+    Args:
+        base: the plan of the flags as they are.
+        flags: of the command line, not yet checked.
+        per_node: GPUs of a node; tensor parallelism stays within one.
+        memory: bytes a rank may use.
+        count: of layouts.
+    """
+    found: list[Plan] = []
+    for layout in sorted(_candidates(base, per_node, memory), key=lambda each: each.order(base)):
+        with contextlib.suppress(UsageError):  # Megatron refuses it
+            candidate = plan(flags, **layout.changes)
+            if candidate.memory.largest.total <= memory:
+                found.append(candidate)
+        if len(found) == count:
+            break
+    return found
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A layout that divides the model and the batch."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    micro: int
+    recomputation: str
+
+    @property
+    def changes(self) -> dict[str, object]:
+        """The arguments that make it."""
+        return {
+            "tensor_model_parallel_size": self.tensor,
+            "sequence_parallel": self.tensor > 1,
+            "pipeline_model_parallel_size": self.pipeline,
+            "num_layers_per_virtual_pipeline_stage": None,
+            "num_virtual_stages_per_pipeline_rank": None,
+            "context_parallel_size": self.context,
+            "micro_batch_size": self.micro,
+            "use_distributed_optimizer": True,
+            **RECOMPUTATION[self.recomputation],
+        }
+
+    def micro_batches(self, args: Namespace) -> float:
+        """Of a step, on a data-parallel rank."""
+        data_parallel = args.world_size / (self.tensor * self.pipeline * self.context)
+        return args.global_batch_size / (self.micro * data_parallel)
+
+    def at_least(self, base: Plan) -> float:
+        """Bytes of a rank that no layout comes below: a cheap sieve before the real count."""
+        args, each = base.args, bytes_per_parameter(base.args)
+        part = self.tensor * self.pipeline
+        kept = each["weights"] + each["gradients"] + each["optimizer"] * part / args.world_size
+        width = args.hidden_size
+        if self.recomputation == "none":
+            width = 4 * args.hidden_size + (3 if args.swiglu else 2) * args.ffn_hidden_size
+        # The first stage keeps as many micro batches as there are stages: all layers' worth of activations.
+        flying = min(1.0, self.micro_batches(args) / self.pipeline)
+        tokens = self.micro * args.seq_length / (self.tensor * self.context)
+        return base.memory.parameters / part * kept + 2 * tokens * width * args.num_layers * flying
+
+    def order(self, base: Plan) -> tuple:
+        """Small is good: expected slowdown; then communication; then many small pieces."""
+        work, args = base.work, base.args
+        logits = 6 * work.tokens * args.hidden_size * args.padded_vocab_size
+        repeated = (work.model_flops - logits) / 3 if self.recomputation == "full" else 0.0
+        slowdown = (1 + repeated / work.model_flops) * (1 + (self.pipeline - 1) / self.micro_batches(args))
+        return round(slowdown, 2), self.tensor * self.context, self.pipeline, -self.micro
+
+
+def _candidates(base: Plan, per_node: int, memory: float) -> Iterator[_Layout]:
+    """Layouts of powers of two that divide and are not out of the question."""
+    args, powers = base.args, [1, 2, 4, 8, 16, 32]
+    for tensor, pipeline, context, micro in itertools.product(powers, powers, powers, powers[:4]):
+        groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+        if args.world_size % (tensor * pipeline * context) or args.num_layers % pipeline:
+            continue
+        if tensor > per_node or groups % tensor or (context > 1 and args.seq_length // context < 4096):
+            continue
+        for recomputation in RECOMPUTATION:
+            layout = _Layout(tensor, pipeline, context, micro, recomputation)
+            if layout.micro_batches(args) % 1 == 0 and layout.at_least(base) <= memory:
+                yield layout

@@ -1,0 +1,134 @@
+"""From the command line to the datasets of fine-tuning: files, splits, and what rank 0 says about them."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_meap.errors import UsageError
+from megatron_meap.sft.dataset import BOTH, COPY, RowSettings, SFTDataset
+from megatron_meap.sft.packing import shuffled
+from megatron_meap.sft.store import TurnStore, open_store
+
+_SPLIT_DRAW = 2**62  # a draw of the order's generator that no epoch reaches
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The turns of one split."""
+
+    store: TurnStore
+    turns: npt.NDArray[np.int64]
+    digest: str
+
+
+def datasets(args: Namespace, num_samples: list[int | None]) -> list[SFTDataset | None]:
+    """Train, validation and test datasets; None where a split has no conversations or no samples are wanted.
+
+    Args:
+        args: validated; `data_path` and `split`, or the paths of the splits, name the files.
+        num_samples: samples wanted of each split; None means one epoch.
+
+    Raises:
+        UsageError: files that cannot be used.
+    """
+    from megatron.core.datasets.utils import Split
+
+    from megatron_meap.arguments import masking_from
+
+    parts = _parts(args)
+    made: list[SFTDataset | None] = []
+    for split, samples in zip((Split.train, Split.valid, Split.test), num_samples, strict=True):
+        part = parts.get(split.name)
+        if part is None or samples == 0 or len(part.turns) == 0:
+            made.append(None)
+            continue
+        settings = RowSettings(
+            args.seq_length,
+            masking_from(args, split.name),
+            args.meap_mask_token_id,
+            concat=args.meap_sft_rows == "concat",
+            combined=args.meap_sft_combined_loss,
+            threshold=args.meap_sft_threshold,
+            budget=args.meap_sft_ntp_budget if split is Split.train else "single",
+            seed=args.seed,
+            pack=not args.meap_sft_no_packing,
+        )
+        dataset = SFTDataset(part.store, part.turns, settings, split, samples)
+        if len(dataset.rows) == 0:
+            raise UsageError(
+                f"--seq-length {args.seq_length}: the prompts alone of all {len(part.turns)} answers ({split.name}) "
+                "fill it, so there is nothing to learn; use a longer one"
+            )
+        made.append(dataset)
+    return made
+
+
+def check(args: Namespace) -> None:
+    """Tokenize what is not yet tokenized, say what there is, and record in `args` the digests that name it."""
+    parts = _parts(args)
+    if "train" not in parts:
+        raise UsageError("--data-path: no conversations are named; give JSON lines files (or --train-data-path)")
+    for dataset in datasets(args, [None, None, None]):
+        if dataset is not None:
+            print(describe(dataset, args), flush=True)
+    args.meap_sft_train_digest = parts["train"].digest
+
+
+def describe(dataset: SFTDataset, args: Namespace) -> str:
+    """What a split holds and what an epoch of it is, in two lines."""
+    rows, store, settings = dataset.rows, dataset.store, dataset.settings
+    copies = int(np.isin(rows.kinds, (COPY, BOTH)).sum())
+    batch = args.global_batch_size or args.micro_batch_size * args.data_parallel_size
+    iterations = f" = {dataset.epoch_samples / batch:.1f} iterations" if dataset.split.name == "train" else ""
+    cut = f"; {rows.cut_copies:,} masked copies cut or left out" if rows.cut_copies else ""
+    skipped = f", {store.skipped} bad lines skipped" if store.skipped else ""
+    return (
+        f"fine-tuning data ({dataset.split.name}): {len(np.unique(rows.turns)):,} answers of {store.conversations:,} "
+        f"conversations read{skipped}; {rows.truncated:,} answers cut to {settings.max_length:,} tokens, "
+        f"{rows.dropped:,} left out (their prompt fills it){cut}\n"
+        f"  {len(rows):,} rows, {copies:,} of them with masks; an epoch is {dataset.epoch_samples:,} samples of "
+        f"{settings.seq_length:,} tokens{iterations}, {100 * dataset.padding_share:.1f}% of it padding"
+    )
+
+
+def _parts(args: Namespace) -> dict[str, _Part]:
+    """The turns of every split that is named."""
+    named = {"train": args.train_data_path, "valid": args.valid_data_path, "test": args.test_data_path}
+    if args.data_path:
+        store, digest = _open("--data-path", args.data_path, args)
+        return {name: _Part(store, turns, digest) for name, turns in _split(store, args).items()}
+    parts = {}
+    for name, paths in named.items():
+        if paths:
+            store, digest = _open(f"--{name}-data-path", paths, args)
+            parts[name] = _Part(store, np.arange(len(store)), digest)
+    return parts
+
+
+def _open(flag: str, paths: list[str], args: Namespace) -> tuple[TurnStore, str]:
+    for path in paths:
+        if path.replace(".", "", 1).isdigit():
+            raise UsageError(f"{flag} {path}: weights are not supported in fine-tuning; name files only")
+    try:
+        store, args.meap_sft_digests[flag] = open_store(list(paths), args, args.meap_sft_digests.get(flag))
+        return store, args.meap_sft_digests[flag]
+    except UsageError as error:
+        raise UsageError(str(error).replace("--input", flag, 1)) from error
+
+
+def _split(store: TurnStore, args: Namespace) -> dict[str, npt.NDArray[np.int64]]:
+    """Turns of each split by `--split`: whole conversations, drawn by the seed."""
+    try:
+        weights = [float(each) for each in (args.split or "969,30,1").split(",")]
+        if not 1 <= len(weights) <= 3 or min(weights) < 0 or sum(weights) == 0:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"--split {args.split}: expected up to three shares such as 98,2,0") from None
+    weights += [0.0] * (3 - len(weights))
+    place = np.argsort(shuffled(store.conversations, args.seed, _SPLIT_DRAW))  # of each conversation in random order
+    ends = np.round(np.cumsum(weights) / sum(weights) * store.conversations).astype(np.int64)
+    part = np.searchsorted(ends, place, side="right")
+    of_turn = part[store.table[:, 3]]
+    return {name: np.flatnonzero(of_turn == number) for number, name in enumerate(("train", "valid", "test"))}

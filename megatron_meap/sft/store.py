@@ -1,0 +1,161 @@
+"""Tokenized turns on disk: made once, by one process, and mapped into memory by all that train on them."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from argparse import Namespace
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.readers import find_inputs
+from megatron_meap.sft.conversations import BadConversation, Conversation, read_conversations
+from megatron_meap.sft.templates import Rendered
+from megatron_meap.sft.turns import Turn, TurnEncoder
+
+_VERSION = 1  # of the files' layout and of everything that decides their content
+_BATCH = 512  # conversations that are tokenized at once
+_SHOWN = 5  # bad lines that are named one by one
+
+
+@dataclass(frozen=True)
+class TurnStore:
+    """The turns of some files."""
+
+    ids: npt.NDArray[np.int32]
+    """int32 [tokens]: all turns, one after the other."""
+    table: npt.NDArray[np.int64]
+    """int64 [turns, 4]: first token, tokens of the prompt, tokens of the answer, number of the conversation."""
+    conversations: int
+    skipped: int
+    """Bad lines passed over."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def turn(self, number: int) -> Turn:
+        """One turn."""
+        start, prompt, answer, _ = self.table[number].tolist()
+        end = int(self.table[number + 1, 0]) if number + 1 < len(self.table) else len(self.ids)
+        return Turn(self.ids[start:end], prompt, answer)
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of every turn, int64 [turns]."""
+        return np.diff(self.table[:, 0], append=len(self.ids))
+
+
+def open_store(paths: list[str], args: Namespace, digest: str | None = None) -> tuple[TurnStore, str]:
+    """The turns of some files with this run's tokenizer and template, and the digest that names them.
+
+    They are tokenized where the cache does not hold them yet: `--data-cache-path`, or `cache` beside the first file.
+
+    Args:
+        paths: files, globs or folders.
+        args: validated.
+        digest: where it is known already; reading all files for it takes a while.
+
+    Raises:
+        UsageError: files that are not there or cannot be read; bad lines, without `--skip-bad-lines`.
+    """
+    files = find_inputs(paths)
+    digest = digest or _digest(files, args)
+    folder = cache_folder(files, args) / f"meap-sft-{digest[:16]}"
+    if not (folder / "facts.json").exists():
+        _build(files, args, folder)
+    facts = json.loads((folder / "facts.json").read_text())
+    ids = np.memmap(folder / "ids.bin", np.int32, "r")
+    return TurnStore(ids, np.load(folder / "turns.npy"), facts["conversations"], facts["skipped"]), digest
+
+
+def cache_folder(files: list[str], args: Namespace) -> Path:
+    """Where tokenized turns are kept."""
+    return Path(args.data_cache_path) if args.data_cache_path else Path(files[0]).parent / "cache"
+
+
+def _digest(files: list[str], args: Namespace) -> str:
+    """sha256 of all that decides the turns: the files' content, the tokenizer, the template."""
+    whole = hashlib.sha256()
+    facts: list[Any] = [_VERSION, args.meap_tokenizer_sha256, args.meap_mask_token_id, args.meap_sft_template_text]
+    facts += [args.meap_sft_no_history, args.skip_bad_lines]
+    whole.update(json.dumps(facts).encode())
+    for name in files:
+        try:
+            with open(name, "rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise UsageError(f"{name}: cannot be read: {error.strerror}") from error
+    return whole.hexdigest()
+
+
+def _build(files: list[str], args: Namespace, folder: Path) -> None:
+    """Tokenize the files into a folder that appears whole or not at all."""
+    from megatron_meap.checkpoint.tokenizer_files import tokenizer_of
+
+    tokenizer = tokenizer_of(args, add_bos=False)
+    if tokenizer is None:
+        raise UsageError("--meap-sft: needs a tokenizer; a NullTokenizer has no text")
+    encoder = TurnEncoder(tokenizer, args.meap_sft_template_text, history=not args.meap_sft_no_history)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UsageError(
+            f"{folder.parent}: cannot be written ({error.strerror}); name a writable --data-cache-path"
+        ) from error
+    try:
+        _tokenize(files, encoder, temporary, args.skip_bad_lines)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not (folder / "facts.json").exists():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tokenize(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bool) -> None:
+    """Write the turns of all conversations, in order."""
+    bad: list[str] = []
+
+    def pass_over(error: UsageError) -> None:
+        if not skip_bad:
+            raise error
+        bad.append(str(error))
+        if len(bad) <= _SHOWN:
+            print(f"skipped: {str(error).partition('; mend it')[0]}", flush=True)
+
+    conversations, tokens = 0, 0
+    table: list[tuple[int, int, int, int]] = []
+    source = (conversation for name in files for conversation in read_conversations(name, pass_over))
+    with open(folder / "ids.bin", "wb") as output:
+        while batch := list(islice(source, _BATCH)):
+            rendered: list[Rendered] = []
+            numbers: list[int] = []
+            for conversation in batch:
+                try:
+                    texts = list(encoder.turns(conversation.messages))
+                except BadConversation as error:
+                    pass_over(_refused(conversation, error))
+                    continue
+                rendered += texts
+                numbers += [conversations] * len(texts)
+                conversations += 1
+            for turn, number in zip(encoder.encode(rendered), numbers, strict=True):
+                turn.ids.tofile(output)
+                table.append((tokens, turn.prompt, turn.answer, number))
+                tokens += len(turn.ids)
+    if not table:
+        raise UsageError(f"{files[0]}: holds no conversation to train on ({len(bad)} bad lines skipped)")
+    np.save(folder / "turns.npy", np.array(table, np.int64))
+    (folder / "facts.json").write_text(json.dumps({"conversations": conversations, "skipped": len(bad)}))
+
+
+def _refused(conversation: Conversation, error: BadConversation) -> UsageError:
+    return UsageError(f"{conversation.place}: {error}; mend it, or pass such lines over with --skip-bad-lines")

@@ -1,0 +1,262 @@
+"""Fine-tuning up to the first step: losses of packed rows, the cache of tokenized turns, what is refused."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.utils import flatten_batch_for_packed_sequences
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from megatron_meap import training
+from megatron_meap.checkpoint import megatron_model
+from megatron_meap.checkpoint.export import ExportJob, export
+from megatron_meap.checkpoint.importer import ImportJob, import_model
+from megatron_meap.checkpoint.tokenizer_files import tokenizer_of
+from megatron_meap.errors import UsageError
+from megatron_meap.sft import data
+from megatron_meap.sft.rows import shifted
+from megatron_meap.sft.templates import TEMPLATES
+from tests.conftest import REPOSITORY, Corpus
+from tests.launch import MODEL, TRAINING, environment, launch
+from tests.sft import conversations, prepare, write_jsonl
+
+LENGTH = ["--seq-length", "320", "--max-position-embeddings", "320"]
+
+
+@pytest.fixture
+def prepared():
+    """Everything up to the start of training, in this process."""
+    return prepare
+
+
+@pytest.fixture
+def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
+    path = write_jsonl(tmp_path / "train.jsonl", conversations(corpus.documents, 40, longest=12))
+    tokenizer = corpus.data_flags[: corpus.data_flags.index("--data-path")]
+    sft = ["--meap-sft", "--meap-sft-template", "vicuna", "--meap-sft-threshold", "10", "--train-data-path", str(path)]
+    return [*MODEL, *LENGTH, *TRAINING, *tokenizer, *sft]
+
+
+@pytest.mark.parametrize("concat", [False, True])
+def test_packed_rows_have_the_losses_of_rows_alone(prepared, flags: list[str], concat: bool) -> None:
+    """Every label of every row: in a sample with others, and in a forward pass of its own."""
+    args = prepared(*flags, "--meap-mask-ratio", "0.2", *(["--meap-sft-rows", "concat"] if concat else []))
+    dataset = data.datasets(args, [None, None, None])[0]
+    assert dataset is not None
+    with megatron_model.one_process(), torch.inference_mode():
+        model = megatron_model.build(args, torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.2 if parameter.dim() > 1 else 1))
+        compared = 0
+        for index in range(8):
+            batch = {key: value.unsqueeze(0) for key, value in dataset[index].items()}
+            batch |= {"cu_seqlens_padded": None, "local_cp_size": None, "hybrid_cp_group": None}
+            batch = flatten_batch_for_packed_sequences(batch)
+            packing = training._packed_seq_params(batch, args)
+            tokens, positions, labels = batch["tokens"], batch["position_ids"], batch["labels"]
+            together = model(tokens, positions, None, labels=labels, packed_seq_params=packing)[0]
+            start = 0
+            for row in dataset._plan(0)[index]:
+                inputs, targets, learned = (torch.from_numpy(part) for part in shifted(dataset.row(int(row), 0)))
+                places = torch.arange(len(inputs)).unsqueeze(0)
+                alone = model(inputs.unsqueeze(0), places, None, labels=targets.unsqueeze(0))[0]
+                assert torch.allclose(together[start : start + len(inputs)], alone, rtol=0, atol=1e-5)
+                assert torch.equal(batch["loss_mask"][0, start : start + len(inputs)], learned)
+                start += len(inputs)
+                compared += 1
+        assert compared > 8
+
+
+def test_turns_are_tokenized_once_for_the_same_settings(prepared, flags: list[str], tmp_path: Path, capsys) -> None:
+    cache = tmp_path / "cache"
+
+    def stores() -> dict[str, float]:
+        return {path.name: (path / "ids.bin").stat().st_mtime_ns for path in cache.iterdir()}
+
+    args = prepared(*flags)
+    said = capsys.readouterr().out
+    assert re.search(r"fine-tuning data \(train\): \d+ answers of 40 conversations read; 0 answers cut", said)
+    assert re.search(r"an epoch is \d+ samples of 320 tokens = [\d.]+ iterations, [\d.]+% of it padding", said)
+    first = stores()
+    assert len(first) == 1
+    assert prepared(*flags, "--seq-length", "200", "--meap-mask-ratio", "0").meap_sft_digests == args.meap_sft_digests
+    assert stores() == first
+    assert "answers cut to 201 tokens" in capsys.readouterr().out
+    assert prepared(*flags, "--meap-sft-template", "chatml").meap_sft_train_digest != args.meap_sft_train_digest
+    path = Path(flags[-1])
+    path.write_text(path.read_text() + path.read_text().splitlines()[0])
+    assert prepared(*flags).meap_sft_train_digest != args.meap_sft_train_digest
+    assert len(stores()) == 3
+
+
+def test_resuming_with_other_conversations_is_refused(prepared, flags: list[str], tmp_path: Path) -> None:
+    resume = [*flags, "--save", str(tmp_path / "saved"), "--load", str(tmp_path / "saved"), "--save-interval", "5"]
+    args = prepared(*resume)
+    with megatron_model.one_process():
+        model = megatron_model.build(args, torch.float32)
+        for parameter in model.parameters():
+            parameter.detach().zero_()
+        megatron_model.save(model, args, tmp_path / "saved" / "iter_0000002")
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("2")
+    prepared(*resume)
+    for extra, said in (
+        (["--meap-sft-threshold", "11"], "--meap-sft-threshold 10 there, 11 here"),
+        (["--meap-sft-template", "chatml"], "the conversations or their template (a digest)"),
+        (
+            ["--train-data-path", str(write_jsonl(tmp_path / "other.jsonl", [{"instruction": "a", "output": "b"}]))],
+            "the",
+        ),
+    ):
+        with pytest.raises(UsageError, match=re.escape(f"was trained with other masks: {said}")):
+            prepared(*resume, *extra)
+
+
+def test_splits_are_of_whole_conversations(prepared, flags: list[str]) -> None:
+    flags = [*flags[:-2], "--data-path", flags[-1], "--split", "70,20,10"]
+    made = data.datasets(prepared(*flags), [None, 5, None])
+    parts = [set(each.store.table[each.rows.turns, 3].tolist()) for each in made if each is not None]
+    assert [len(part) for part in parts] == [28, 8, 4]
+    assert len(set.union(*parts)) == 40
+    again = data.datasets(prepared(*flags, "--data-parallel-random-init"), [None, 5, None])
+    assert all(np.array_equal(one.rows.turns, two.rows.turns) for one, two in zip(made, again, strict=True))
+    assert len(made[1]) == 5
+    masked = [bool((dataset[0]["tokens"] == 3).any()) for dataset in made]
+    assert masked[0] or made[0].rows.kinds.any()
+    assert not made[1].rows.kinds.any()  # validation is clean
+
+
+BAD_LINES = [
+    ('{"messages": [{"role": "assistant", "content": "x"}]}', "roles out of order"),
+    ('{"conversations": [{"from": "human"}]}', "has no 'value'"),
+    ('{"messages": []}', "'messages' is empty"),
+    ('{"instruction": "x", "output": 5}', "has a number as 'output'"),
+    ("{broken", "not JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES)
+def test_bad_lines_are_named(prepared, flags: list[str], line: str, message: str) -> None:
+    path = Path(flags[-1])
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], line, *lines[2:]]))
+    with pytest.raises(UsageError, match=rf"train.jsonl, line 3: .*{message}.*--skip-bad-lines"):
+        prepared(*flags)
+    assert not any((path.parent / "cache").iterdir())  # nothing half-written
+
+
+def test_bad_lines_are_skipped_and_counted(prepared, flags: list[str], capsys) -> None:
+    path = Path(flags[-1])
+    path.write_text(path.read_text() + "\n".join(line for line, _ in BAD_LINES))
+    prepared(*flags, "--skip-bad-lines")
+    said = capsys.readouterr().out
+    assert "40 conversations read, 5 bad lines skipped" in said
+    assert said.count("skipped: ") == 5
+    path.write_text(BAD_LINES[0][0])
+    with pytest.raises(UsageError, match=r"holds no conversation to train on \(1 bad lines skipped\)"):
+        prepared(*flags, "--skip-bad-lines")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--meap-sft-template llama-9", "--meap-sft-template llama-9: no such template; use alpaca"),
+        ("--train-data-path /nonexistent.jsonl", "--train-data-path /nonexistent.jsonl: nothing there"),
+        ("--train-data-path 0.5 /nonexistent.jsonl", "--train-data-path 0.5: weights are not supported"),
+        ("--data-path x.jsonl", "Megatron refuses these flags: A single data source must be provided"),
+        ("--mock-data", "--mock-data: not possible with --meap-sft"),
+        ("--fim-data", "--fim-data: not possible"),
+        ("--dataloader-type cyclic", "--dataloader-type: not possible with --meap-sft"),
+        ("--meap-mask-strategy official", "--meap-mask-strategy official: not possible"),
+        ("--meap-sft-ntp-budget double", "--meap-sft-ntp-budget: not possible with --meap-sft: it is about next-token"),
+        ("--meap-sft-threshold -1", "--meap-sft-threshold -1: must not be negative"),
+        ("--seq-length 8", "--seq-length 8: the prompts alone of all"),
+        ("--pipeline-model-parallel-size 2", "--micro-batch-size 2: Megatron passes packed documents"),
+        ("--tokenizer-type NullTokenizer --vocab-size 100", "needs a tokenizer"),
+    ],
+)
+def test_flags_that_cannot_be_used(prepared, flags: list[str], extra: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)) as refusal:
+        prepared(*flags, *extra.split(), world_size=2 if "pipeline" in extra else 1)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("extra", ["--meap-sft-rows concat", "--skip-bad-lines", "--meap-sft-template chatml"])
+def test_flags_of_fine_tuning_need_it(prepared, corpus: Corpus, extra: str) -> None:
+    with pytest.raises(UsageError, match=f"{extra.split()[0]}: belongs to fine-tuning; add --meap-sft"):
+        prepared(*MODEL, *TRAINING, *corpus.data_flags, *extra.split())
+
+
+def test_mask_ratio_is_the_papers_for_each(prepared, flags: list[str], corpus: Corpus) -> None:
+    assert prepared(*flags).meap_mask_ratio == 0.10
+    assert prepared(*MODEL, *TRAINING, *corpus.data_flags).meap_mask_ratio == 0.15
+
+
+def test_the_template_travels_with_the_checkpoint(prepared, flags: list[str]) -> None:
+    assert tokenizer_of(prepared(*flags)).chat_template == TEMPLATES["vicuna"]
+
+
+def test_the_tokenizers_own_template_is_the_default(
+    prepared, flags: list[str], huggingface_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(huggingface_folder))
+    own = [*flags, "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / "tokenizer")]
+    del own[own.index("--meap-sft-template") : own.index("--meap-sft-template") + 2]
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UsageError, match="no chat template of its own; name one of alpaca"):
+        prepared(*own)
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    dataset = data.datasets(prepared(*own), [None, None, None])[0]
+    assert "<|im_start|>user" in tokenizer.decode(dataset.store.turn(0).ids)
+
+
+def test_samples_can_be_looked_at(flags: list[str]) -> None:
+    tool = [sys.executable, str(REPOSITORY / "tools" / "inspect_batches.py"), "--show", "0", "--statistics", "1"]
+    done = subprocess.run(
+        [*tool, "--digest", "0:8", *flags], env=environment(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "-- next document --" in done.stdout
+    assert "fine-tuning data (train)" in done.stdout
+    assert "digest of samples 0 to 7" in done.stdout
+
+
+@pytest.mark.slow  # a launch and two conversions, each with its self-check
+def test_an_imported_model_is_fine_tuned_and_exported(
+    flags: list[str], huggingface_folder: Path, tmp_path: Path
+) -> None:
+    """From Hugging Face and back: the tokenizer's own chat template is used, and is there again at the end."""
+    tokenizer = AutoTokenizer.from_pretrained(str(huggingface_folder))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=320,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "original")
+    tokenizer.save_pretrained(tmp_path / "original")
+    import_model(ImportJob(str(tmp_path / "original"), str(tmp_path / "imported")))
+    model = shlex.split((tmp_path / "imported" / "megatron_flags.txt").read_text())
+    saved = ["--save", str(tmp_path / "saved"), "--save-interval", "4", "--train-iters", "4"]
+    start = [
+        "--pretrained-checkpoint",
+        str(tmp_path / "imported"),
+        "--seq-length",
+        "320",
+        "--train-data-path",
+        flags[-1],
+    ]
+    done = launch(1, [*model, *TRAINING, "--meap-sft", "--meap-sft-threshold", "10", *start, *saved])
+    assert len(done.steps) == 4, done.output[-3000:]
+    export(ExportJob(str(tmp_path / "saved"), str(tmp_path / "exported")))
+    exported = AutoTokenizer.from_pretrained(str(tmp_path / "exported"))
+    assert exported.chat_template == TEMPLATES["chatml"]
+    assert exported.apply_chat_template([{"role": "user", "content": "x"}], return_dict=False)[0] == (
+        tokenizer.convert_tokens_to_ids("<|im_start|>")
+    )

@@ -1,0 +1,93 @@
+"""Scoring, against models whose scores are known: all, chance, and a bias that shows where it was planted."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_meap.evaluation.models import Model
+from megatron_meap.evaluation.results import ModelResults, compare
+from megatron_meap.evaluation.run import add_tasks, load_tasks
+from megatron_meap.evaluation.scoring import best_subspan_em
+from megatron_meap.evaluation.statistics import adjusted, difference, estimate
+from megatron_meap.evaluation.suites import Plan
+from tests.fake_models import RuleModel, look_up, nothing
+
+GENERATED = ["meap_needle", "meap_kv", "meap_kinship"]
+RANKED = [f"{task}_logprob" for task in GENERATED]
+
+
+@pytest.fixture(scope="module")
+def tasks(character_tokenizer: Path) -> dict:
+    metadata = {"max_seq_lengths": [1024], "samples": 20, "kv_digits": 6, "kv_pairs": 10}
+    return load_tasks(Plan([*GENERATED, *RANKED], metadata), str(character_tokenizer))
+
+
+def scores(tasks: dict, rule, name: str = "model") -> ModelResults:
+    result = ModelResults(Model(name, Path(), "", name))
+    add_tasks(result, list(tasks.values()), RuleModel(rule))
+    return result
+
+
+def mean(result: ModelResults, task: str, cell: str | None = None) -> float:
+    found = result.estimate(task, "acc", cell)
+    assert found is not None
+    return found.mean
+
+
+def test_an_oracle_scores_everything_and_ignorance_scores_chance(tasks: dict) -> None:
+    oracle, ignorant = scores(tasks, look_up, "oracle"), scores(tasks, nothing, "ignorant")
+    for task in [*GENERATED, *RANKED]:
+        assert mean(oracle, task) == 1.0, task
+        assert oracle.results["results"][task]["acc,none"] == 1.0
+    assert all(mean(ignorant, task) == 0.0 for task in GENERATED)
+    chance = {
+        "meap_needle_logprob": 0.1,
+        "meap_kv_logprob": 0.1,
+        "meap_kinship_logprob": (1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 4,
+    }
+    for task, expected in chance.items():
+        samples = len(ignorant.samples[task])
+        assert abs(mean(ignorant, task) - expected) < 4 * np.sqrt(expected * (1 - expected) / samples), task
+    found = compare([ignorant, oracle])
+    assert all(one.adjusted_p < 0.001 and one.found.mean > 0.5 for one in found.values())
+    assert oracle.estimate("meap_needle_logprob", "logprob").mean == -0.5
+
+
+def test_a_planted_position_bias_shows_at_its_positions(tasks: dict) -> None:
+    def forgets_the_middle(prompt: str) -> str | None:
+        answer = look_up(prompt)
+        place = prompt.index(answer) / len(prompt) if answer else 0.0
+        return answer if place < 0.4 or place > 0.6 else None
+
+    biased = scores({"meap_kv": tasks["meap_kv"], "meap_needle": tasks["meap_needle"]}, forgets_the_middle)
+    assert [mean(biased, "meap_needle", f"length=1024 depth={depth}") for depth in (0, 50, 100)] == [1.0, 0.0, 1.0]
+    assert [mean(biased, "meap_kv", f"pairs=10 position={place}") for place in (0, 4, 9)] == [1.0, 0.0, 1.0]
+    assert biased.results["results"]["meap_kv"]["acc pairs=10 position=0,none"] == 1.0  # lm-eval's own table has it
+
+
+def test_best_subspan_em() -> None:
+    assert best_subspan_em("It was the Wilhelm Röntgen!", ["wilhelm röntgen"]) == 1.0
+    assert best_subspan_em("An apple, a day", ["the apple day"]) == 1.0  # articles and punctuation do not count
+    assert best_subspan_em("Wilhelm", ["Wilhelm Röntgen", "Conrad"]) == 0.0
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    generator = random.Random(0)
+    covered = 0
+    for _ in range(200):
+        found = estimate([float(generator.random() < 0.3) for _ in range(80)])
+        covered += found.low <= 0.3 <= found.high
+    assert 180 <= covered <= 199  # 95% of 200 is 190
+
+
+def test_differences_are_paired_and_adjusted() -> None:
+    generator = random.Random(1)
+    base = [generator.gauss(0, 10) for _ in range(60)]
+    shifted = [value + generator.gauss(0.5, 0.5) for value in base]  # small beside the spread, clear in pairs
+    found = difference(shifted, base)
+    assert found.p_value < 0.001
+    assert 0.2 < found.low < found.mean < found.high < 0.8
+    assert difference(base, base).p_value == 1.0
+    assert adjusted([0.01, 0.02, 0.9]) == pytest.approx([0.03, 0.03, 0.9])
