@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from megatron.training import get_args, get_tokenizer
 from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_meap import connections, disks
+from megatron_meap import connections, disks, preflight
 from megatron_meap.arguments import masking_from
 from megatron_meap.dataset import MaskedInputDataset
 from megatron_meap.sft import data as sft
@@ -55,22 +55,39 @@ def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None
         The three datasets, None on ranks that load no data; validation may be a list of datasets.
     """
     args = get_args()
-    if args.meap_sft:
-        return tuple(sft.datasets(args, num_samples)) if loads_data(vp_stage) else (None, None, None)  # type: ignore[return-value]
-    config = dataset_config(args)
-    kind = MockGPTDataset if args.mock_data else StatelessFIMDataset if args.fim_data else GPTDataset
-    builds_here = partial(loads_data, vp_stage)
-    alone = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config)
-    disks.prepare(args, builds_here(), alone.build)
-    built = BlendedMegatronDatasetBuilder(kind, num_samples, builds_here, config).build()
+    provide = _conversations if args.meap_sft else _documents
+    datasets = provide(args, num_samples, partial(loads_data, vp_stage))
     connections.watch(args.meap_lost_host_seconds)  # the trainer has made all its connections by now
-    return tuple(  # type: ignore[return-value]
-        [_masked(part, split, args) for part in dataset] if isinstance(dataset, list) else _masked(dataset, split, args)
-        for dataset, split in zip(built, (Split.train, Split.valid, Split.test), strict=True)
-    )
+    return tuple(datasets)  # type: ignore[return-value]
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, not TP rank 0 alone
+
+
+def _documents(args: Namespace, num_samples: list[int | None], loads_here: Callable[[], bool]) -> list[Any]:
+    """Megatron's datasets of documents, their inputs masked."""
+    config = dataset_config(args)
+    kind = MockGPTDataset if args.mock_data else StatelessFIMDataset if args.fim_data else GPTDataset
+    caches = None
+    if not args.mock_data:
+        alone = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config)
+        caches = disks.Caches(
+            partial(preflight.cache_directory, args), partial(preflight.data_facts, args), alone.build
+        )
+    disks.prepare(args, loads_here(), caches)
+    built = BlendedMegatronDatasetBuilder(kind, num_samples, loads_here, config).build()
+    return [
+        [_masked(part, split, args) for part in dataset] if isinstance(dataset, list) else _masked(dataset, split, args)
+        for dataset, split in zip(built, (Split.train, Split.valid, Split.test), strict=True)
+    ]
+
+
+def _conversations(args: Namespace, num_samples: list[int | None], loads_here: Callable[[], bool]) -> list[Any]:
+    """The datasets of fine-tuning, whose rows are masked already."""
+    build = partial(sft.datasets, args, num_samples)
+    caches = disks.Caches(partial(sft.cache_directory, args), partial(sft.data_facts, args), build)
+    disks.prepare(args, loads_here(), caches)
+    return build() if loads_here() else [None, None, None]
 
 
 class StatelessFIMDataset(GPTFIMDataset):

@@ -16,9 +16,20 @@ from typing import Any
 
 import torch
 
-from megatron_meap import compat, preflight
+from megatron_meap import compat
 from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing.index import read_index
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Files that are made from the data before training, on each disk once."""
+
+    directory: Callable[[], Path]
+    """Where they are; asked on rank 0, the only one that surely has the data."""
+    facts: Callable[[], dict[str, str]]
+    """What must be the same on every host: a few words on the data, by what names them."""
+    build: Callable[[], Any]
+    """Makes them where they are missing."""
 
 
 @dataclass(frozen=True)
@@ -31,45 +42,46 @@ class _View:
     """Whether it sees what rank 0 writes to --save, and to the data cache."""
 
 
-def prepare(args: Namespace, loads_data: bool, build: Callable[[], Any]) -> None:
+def prepare(args: Namespace, loads_data: bool, caches: Caches | None) -> None:
     """Make the data caches on hosts that do not share rank 0's; nothing where they do. All ranks call it together.
 
     Args:
         args: the run's arguments.
         loads_data: whether this rank loads data.
-        build: builds the datasets, and their caches with them.
+        caches: None where the data needs none.
 
     Raises:
         UsageError: on all ranks alike, for a host without the data, with other data, or without the --save directory.
     """
     if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
         return  # one host
-    views = _views(args, loads_data)
+    views = _views(args, loads_data, caches)
     blind = sorted({view.host for view in views if not view.sees[0]})
     if blind:
         raise UsageError(
             f"--save {args.save}: {', '.join(blind)} does not see what {views[0].host} writes there; checkpoints need "
             "a directory on a disk that all hosts share"
         )
-    if args.mock_data or all(view.sees[1] for view in views):
+    if caches is None or all(view.sees[1] for view in views):
         return
-    tokens = _from_rank_zero(_tokens(args) if args.rank == 0 else None)
-    problems = _gathered(_build_alone(tokens, build) if args.rank in _builders(views) else "")
+    facts = _from_rank_zero(caches.facts() if args.rank == 0 else None)
+    problems = _gathered(_build_alone(caches, facts) if args.rank in _builders(views) else "")
     if any(problems):
         raise UsageError("; ".join(sorted(filter(None, problems))))
 
 
-def _views(args: Namespace, loads_data: bool) -> list[_View]:
+def _views(args: Namespace, loads_data: bool, caches: Caches | None) -> list[_View]:
     """What each rank sees of files that rank 0 makes for this purpose, by rank."""
-    directories = [args.save, None if args.mock_data else preflight.cache_directory(args)]
     with contextlib.ExitStack() as stack:
-        marks = [
-            stack.enter_context(tempfile.NamedTemporaryFile(dir=directory, prefix=".seen-by-all-")).name
-            for directory in directories
-            if args.rank == 0 and directory is not None
-        ]
+
+        def mark(directory: str | Path) -> str:
+            return stack.enter_context(tempfile.NamedTemporaryFile(dir=directory, prefix=".seen-by-all-")).name
+
+        marks: tuple[str | None, ...] = ()
+        if args.rank == 0:
+            marks = args.save and mark(args.save), mark(caches.directory()) if caches else None
         marks = _from_rank_zero(marks)
-        sees = [directory is None or Path(marks.pop(0)).exists() for directory in directories]
+        sees = [made is None or Path(made).exists() for made in marks]
         host = f"{socket.gethostname()} (node {os.environ.get('GROUP_RANK', '?')})"
         return _gathered(_View(host, loads_data, sees))
 
@@ -83,28 +95,24 @@ def _builders(views: list[_View]) -> set[int]:
     return {0, *first.values()}
 
 
-def _build_alone(tokens: dict[str, int], build: Callable[[], Any]) -> str:
+def _build_alone(caches: Caches, expected: dict[str, str]) -> str:
     """Build the caches on this host, without the other ranks: what went wrong, or nothing.
 
     Args:
-        tokens: how many there are in each dataset, on rank 0's disk.
-        build: builds the datasets.
+        caches: to be built.
+        expected: their facts where rank 0 is.
     """
     host = socket.gethostname()
     print(f"{host}: builds its own data caches, as the hosts do not share their directory", flush=True)
     try:
-        for prefix, wanted in tokens.items():
-            if (found := read_index(prefix).tokens) != wanted:
-                return f"{prefix}: {found} tokens on {host}, {wanted} where rank 0 is; copy the same data to all hosts"
+        for name, found in caches.facts().items():
+            if found != expected[name]:
+                return f"{name}: {found} on {host}, {expected[name]} where rank 0 is; copy the same data to all hosts"
         with compat.outside_the_job():
-            build()
+            caches.build()
     except (UsageError, OSError) as error:
         return f"on {host}: {error}"
     return ""
-
-
-def _tokens(args: Namespace) -> dict[str, int]:
-    return {prefix: read_index(prefix).tokens for prefix in preflight.data_prefixes(args)}
 
 
 def _from_rank_zero(value: Any) -> Any:

@@ -166,6 +166,11 @@ def data_prefixes(args: Namespace) -> list[str]:
     return list(dict.fromkeys(prefixes))
 
 
+def data_facts(args: Namespace) -> dict[str, str]:
+    """What tells the datasets of one host from those of another, by prefix."""
+    return {prefix: f"{read_index(prefix).tokens} tokens" for prefix in data_prefixes(args)}
+
+
 def cache_directory(args: Namespace) -> Path:
     """Where Megatron keeps the indices of the samples."""
     return Path(args.data_cache_path) if args.data_cache_path else Path(data_prefixes(args)[0]).parent / "cache"

@@ -1,15 +1,19 @@
 """From the command line to the datasets of fine-tuning: files, splits, and what rank 0 says about them."""
 
+import contextlib
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.readers import find_inputs
 from megatron_meap.sft.dataset import BOTH, COPY, RowSettings, SFTDataset
 from megatron_meap.sft.packing import shuffled
-from megatron_meap.sft.store import TurnStore, open_store
+from megatron_meap.sft.store import TurnStore, cache_folder, digest_of, open_store
 
 _SPLIT_DRAW = 2**62  # a draw of the order's generator that no epoch reaches
 
@@ -93,17 +97,36 @@ def describe(dataset: SFTDataset, args: Namespace) -> str:
     )
 
 
+def data_facts(args: Namespace) -> dict[str, str]:
+    """What tells the conversations of one host from those of another, by flag."""
+    facts = {}
+    for flag, paths in _named(args).items():
+        with _said_of(flag):
+            facts[flag] = f"files of digest {digest_of(find_inputs(paths), args)[:16]}"
+    return facts
+
+
+def cache_directory(args: Namespace) -> Path:
+    """Where the tokenized turns are kept; where files in several directories have theirs beside them, the first."""
+    return cache_folder(find_inputs(next(iter(_named(args).values()))), args)
+
+
+def _named(args: Namespace) -> dict[str, list[str]]:
+    """The files, globs and folders that are named, by flag; `--data-path` is for all splits."""
+    if args.data_path:
+        return {"--data-path": args.data_path}
+    named = {f"--{name}-data-path": getattr(args, f"{name}_data_path") for name in ("train", "valid", "test")}
+    return {flag: paths for flag, paths in named.items() if paths}
+
+
 def _parts(args: Namespace) -> dict[str, _Part]:
     """The turns of every split that is named."""
-    named = {"train": args.train_data_path, "valid": args.valid_data_path, "test": args.test_data_path}
-    if args.data_path:
-        store, digest = _open("--data-path", args.data_path, args)
-        return {name: _Part(store, turns, digest) for name, turns in _split(store, args).items()}
     parts = {}
-    for name, paths in named.items():
-        if paths:
-            store, digest = _open(f"--{name}-data-path", paths, args)
-            parts[name] = _Part(store, np.arange(len(store)), digest)
+    for flag, paths in _named(args).items():
+        store, digest = _open(flag, paths, args)
+        if flag == "--data-path":
+            return {name: _Part(store, turns, digest) for name, turns in _split(store, args).items()}
+        parts[flag.removeprefix("--").removesuffix("-data-path")] = _Part(store, np.arange(len(store)), digest)
     return parts
 
 
@@ -111,9 +134,16 @@ def _open(flag: str, paths: list[str], args: Namespace) -> tuple[TurnStore, str]
     for path in paths:
         if path.replace(".", "", 1).isdigit():
             raise UsageError(f"{flag} {path}: weights are not supported in fine-tuning; name files only")
-    try:
+    with _said_of(flag):
         store, args.meap_sft_digests[flag] = open_store(list(paths), args, args.meap_sft_digests.get(flag))
-        return store, args.meap_sft_digests[flag]
+    return store, args.meap_sft_digests[flag]
+
+
+@contextlib.contextmanager
+def _said_of(flag: str) -> Iterator[None]:
+    """Errors about input files name this flag; preprocessing, whose functions find them, calls them `--input`."""
+    try:
+        yield
     except UsageError as error:
         raise UsageError(str(error).replace("--input", flag, 1)) from error
 

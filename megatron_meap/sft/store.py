@@ -65,8 +65,8 @@ def open_store(paths: list[str], args: Namespace, digest: str | None = None) -> 
         UsageError: files that are not there or cannot be read; bad lines, without `--skip-bad-lines`.
     """
     files = find_inputs(paths)
-    digest = digest or _digest(files, args)
-    folder = cache_folder(files, args) / f"meap-sft-{digest[:16]}"
+    digest = digest or digest_of(files, args)
+    folder = cache_folder(files, args) / f".meap-sft-{digest[:16]}"  # hidden: files may be named by their folder
     if not (folder / "facts.json").exists():
         _build(files, args, folder)
     facts = json.loads((folder / "facts.json").read_text())
@@ -79,7 +79,7 @@ def cache_folder(files: list[str], args: Namespace) -> Path:
     return Path(args.data_cache_path) if args.data_cache_path else Path(files[0]).parent / "cache"
 
 
-def _digest(files: list[str], args: Namespace) -> str:
+def digest_of(files: list[str], args: Namespace) -> str:
     """sha256 of all that decides the turns: the files' content, the tokenizer, the template."""
     whole = hashlib.sha256()
     facts: list[Any] = [_VERSION, args.meap_tokenizer_sha256, args.meap_mask_token_id, args.meap_sft_template_text]

@@ -95,6 +95,15 @@ def test_turns_are_tokenized_once_for_the_same_settings(prepared, flags: list[st
     assert len(stores()) == 3
 
 
+def test_a_folder_does_not_take_its_cache_for_conversations(prepared, flags: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Path(flags[-1]).rename(folder / "train.jsonl")
+    flags[-1] = str(folder)
+    assert prepared(*flags).meap_sft_digests == prepared(*flags).meap_sft_digests
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["cache"]
+
+
 def test_resuming_with_other_conversations_is_refused(prepared, flags: list[str], tmp_path: Path) -> None:
     resume = [*flags, "--save", str(tmp_path / "saved"), "--load", str(tmp_path / "saved"), "--save-interval", "5"]
     args = prepared(*resume)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests.conftest import Corpus
 from tests.hosts.multihost import MultiHostJob
 from tests.launch import ENTRY, MODEL, TRAINING
 from tests.network import Network, network_or_skip
+from tests.sft import conversations, write_jsonl
 
 RUN_MANY = Path(__file__).parent.parent / "run_many.py"
 LOST_HOST_S = 8
@@ -95,6 +97,29 @@ def test_a_host_cut_off_and_back(network: Network, flags: list[str], tmp_path: P
     repeated = sorted((before.keys() & after.keys()) - {saved + 2})
     assert len(repeated) >= 2
     assert [after[step]["lm loss"] for step in repeated] == [before[step]["lm loss"] for step in repeated]
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_hosts_with_disks_of_their_own(
+    network: Network, flags: list[str], corpus: Corpus, tmp_path: Path, cache: Path
+) -> None:
+    """Each host tokenizes the conversations once; without them on one of them nothing starts."""
+    other = tmp_path / "other"
+    other.mkdir()
+    path = write_jsonl(other / "train.jsonl", conversations(corpus.documents, 40, longest=12))
+    place = flags.index("--data-path")
+    flags = [*flags[:place], *flags[place + 4 :], "--meap-sft", "--meap-sft-template", "vicuna"]
+    flags += ["--train-data-path", str(path), "--seq-length", "256", "--max-position-embeddings", "256"]
+    job = MultiHostJob(network, ENTRY, [*flags, "--train-iters", "3"], tmp_path / "first", private=cache)
+    assert job.wait(100) == [0, 0], job.output()[-8000:]
+    assert job.output().count("builds its own data caches") == 2
+    assert len(job.run().steps) == 3
+    job = MultiHostJob(network, ENTRY, [*flags, "--data-cache-path", str(other)], tmp_path / "second", private=other)
+    assert job.wait(100) == [1, 1]
+    lines = {line for line in job.output().splitlines() if line.startswith("error:")}
+    assert lines == {
+        f"error: on {socket.gethostname()}: --train-data-path {path}: nothing there; give a file, a glob or a folder"
+    }
 
 
 @pytest.mark.slow
