@@ -24,6 +24,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "context-lengths": ("max_seq_lengths", {"type": int, "nargs": "+"}, "tokens of the generated prompts"),
     "samples": ("samples", {"type": int}, "samples of each cell (a length and depth, a position, ...)"),
     "seed": ("seed", {"type": int}, "of all samples"),
+    "chat-template": (
+        "chat_template",
+        {"action": "store_true", "default": None},
+        "ask in the tokenizer's chat template, as fine-tuned models want it",
+    ),
     "haystack": ("haystack", {"metavar": "FILE"}, "text or JSON Lines with text (default: Python's documentation)"),
     "depths": ("depths", {"type": float, "nargs": "+"}, "percent of the context before the needle"),
     "needle": ("needle", {"metavar": "TEXT"}, "sentence to hide, with {key} and {value}"),
@@ -105,7 +110,7 @@ def main() -> None:
             report.write(found, plan, drawn, shlex.join(["python", *sys.argv]), flags.output / "report.html")
 
     batch_size = flags.batch_size if flags.batch_size == "auto" else int(flags.batch_size)
-    found = evaluate(chosen, tasks, Machine(batch_size, flags.device, flags.dtype), finished)
+    found = evaluate(chosen, tasks, Machine(batch_size, flags.device, flags.dtype, bool(flags.chat_template)), finished)
     print(report.summary(found))
     for task, reason in plan.left_out.items():
         print(f"not run: {task}: {reason}")

@@ -2,10 +2,10 @@
 
     python examples/sft/demo.py
 
-On a CPU, in about ten minutes, nothing downloaded: people are made up, a tokenizer and a model are trained on
-descriptions of them, and the model is fine-tuned on questions twice from there: next-token prediction on as many rows
-as MEAP has (`ntp`), and MEAP. Each is asked questions whose answer stands in document 1 to 5.
-Everything goes below `runs/sft`; steps that are done are not repeated.
+On a CPU, in minutes, nothing downloaded: people are made up, a tokenizer and a model are trained on descriptions of
+them, and from there the model is fine-tuned on questions twice: next-token prediction on as many rows as MEAP has
+(`ntp`), and MEAP (`meap`). tools/evaluate.py asks both questions over five documents and draws their accuracy by the
+place of the answer. Everything goes below `runs/sft`; steps that are done are not repeated.
 """
 
 import argparse
@@ -16,8 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from facts import DOCUMENTS, questions, write_conversations, write_texts
-from scoring import Scores, draw_picture, score
+from facts import DOCUMENTS, write_conversations, write_questions, write_texts
 
 from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError, run
@@ -28,48 +27,42 @@ VARIANTS = {
     "meap": ["--meap-mask-ratio", "0.10"],
 }
 MODEL = shlex.split("""
-    --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 2 --init-method-std 0.02
+    --num-layers 2 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 --init-method-std 0.02
     --seq-length 512 --max-position-embeddings 512 --position-embedding-type rope --normalization RMSNorm --swiglu
     --disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
     --make-vocab-size-divisible-by 64
 """)
 TRAINING = shlex.split("""
     --micro-batch-size 8 --global-batch-size 8 --lr-decay-style cosine --weight-decay 0 --clip-grad 1.0
-    --adam-beta2 0.95 --eval-iters 0 --log-interval 50 --num-workers 1
+    --adam-beta2 0.95 --eval-iters 0 --log-interval 20 --num-workers 1
 """)
 
 
 def main() -> None:
-    """Do what is not yet done, then sum up."""
+    """Do what is not yet done, then evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/sft"), help="folder of the run (default: %(default)s)")
-    parser.add_argument("--pretrain-iters", type=int, default=200, help="steps of pretraining (default: %(default)s)")
-    parser.add_argument("--train-iters", type=int, default=800, help="steps of fine-tuning (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=400, help="to ask each model (default: %(default)s)")
+    parser.add_argument("--pretrain-iters", type=int, default=300, help="steps of pretraining (default: %(default)s)")
+    parser.add_argument("--train-iters", type=int, default=300, help="steps of fine-tuning (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=60, help="for each place of the answer (default: %(default)s)")
     args = parser.parse_args()
     os.chdir(ROOT)
     started = time.monotonic()
-    tokenizer = prepare_data(args.run)
+    tokenizer = prepare_data(args.run, args.questions)
     pretrained = pretrain(args.run, tokenizer, args.pretrain_iters)
-    scores: dict[str, Scores] = {}
-    for name, flags in VARIANTS.items():
-        checkpoints = finetune(args.run, tokenizer, pretrained, name, flags, args.train_iters)
-        scores[name] = score(checkpoints, questions(seed=3, count=args.questions), DOCUMENTS)
-    picture = args.run / "by_position.png"
-    draw_picture(scores, picture)
-    print("\ntokens of the answer right, and its log-probability in nats per token, by the document it stands in")
-    for name, each in scores.items():
-        print(f"{name:>10}  {each}")
-    print(f"\npicture {picture}; {(time.monotonic() - started) / 60:.1f} minutes")
+    models = [f"{name}={finetune(args.run, tokenizer, pretrained, name, args.train_iters)}" for name in VARIANTS]
+    evaluate(args.run, models, args.questions)
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
 
 
-def prepare_data(folder: Path) -> list[str]:
-    """Texts, tokenizer, dataset and conversations; the tokenizer's flags."""
+def prepare_data(folder: Path, questions: int) -> list[str]:
+    """Texts, conversations, questions, tokenizer and dataset; the tokenizer's flags."""
     folder.mkdir(parents=True, exist_ok=True)
     texts, asked, model = folder / "texts.jsonl", folder / "train.jsonl", folder / "tokenizer.model"
     flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
+    write_questions(folder / "questions.jsonl", seed=3, count=questions)
     if not (folder / "texts_text_document.idx").exists():
-        write_texts(texts, seed=1, count=4000)
+        write_texts(texts, seed=1, count=8000)
         write_conversations(asked, seed=2, count=20000)
         sizes = ["--vocab-size", 1856, "--max-mb", 2]
         call("tools/train_tokenizer.py", "--input", asked, texts, "--output", model, *sizes)
@@ -78,20 +71,18 @@ def prepare_data(folder: Path) -> list[str]:
 
 
 def pretrain(folder: Path, tokenizer: list[str], iterations: int) -> Path:
-    """The model that all variants start from."""
+    """The model that both variants start from."""
     data = ["--data-path", f"{folder}/texts_text_document", "--split", "100,0,0", "--meap-mask-ratio", "0"]
     rates = ["--lr", "3e-3", "--min-lr", "3e-4", "--lr-warmup-iters", "20"]
     return train(folder / "pretrained", [*tokenizer, *data, *rates], iterations)
 
 
-def finetune(
-    folder: Path, tokenizer: list[str], pretrained: Path, name: str, flags: list[str], iterations: int
-) -> Path:
+def finetune(folder: Path, tokenizer: list[str], pretrained: Path, name: str, iterations: int) -> Path:
     """One variant; answers of more than 5 tokens get masked copies, because here they are short."""
-    sft = ["--meap-sft", "--meap-sft-template", "vicuna", "--meap-sft-threshold", "5"]
+    sft = ["--meap-sft", "--meap-sft-template", "vicuna", "--meap-sft-threshold", "5", *VARIANTS[name]]
     data = ["--train-data-path", f"{folder}/train.jsonl", "--pretrained-checkpoint", str(pretrained)]
-    rates = ["--lr", "3e-3", "--min-lr", "3e-5", "--lr-warmup-iters", "50"]
-    return train(folder / name, [*tokenizer, *sft, *data, *rates, *flags], iterations)
+    rates = ["--lr", "1e-3", "--min-lr", "1e-5", "--lr-warmup-iters", "20"]
+    return train(folder / name, [*tokenizer, *sft, *data, *rates], iterations)
 
 
 def train(checkpoints: Path, flags: list[str], iterations: int) -> Path:
@@ -103,6 +94,14 @@ def train(checkpoints: Path, flags: list[str], iterations: int) -> Path:
     with open(log, "w") as output:
         call("pretrain_gpt_meap.py", *MODEL, *TRAINING, *flags, *save, output=output, log=f"; its log: {log}")
     return checkpoints
+
+
+def evaluate(folder: Path, models: list[str], questions: int) -> None:
+    """Both models on the same questions, with the answer in each of the documents, in the template they know."""
+    tasks = [f"meap_multidoc{kind}{form}" for form in ("", "_logprob") for kind in ("", "_closedbook", "_oracle")]
+    asked = ["--qa-file", folder / "questions.jsonl", "--qa-documents", DOCUMENTS, "--samples", questions]
+    output = ["--output", folder / "results", "--overwrite", "--cache", folder / "exported", "--batch-size", 32]
+    call("tools/evaluate.py", *models, "--tasks", ",".join(tasks), "--chat-template", *asked, *output)
 
 
 def call(script: str, *arguments: object, output=None, log: str = "") -> None:

@@ -1,11 +1,14 @@
-"""A world of made-up people: text to pretrain on, questions with distractor documents to fine-tune on and to ask."""
+"""A world of made-up people: texts to pretrain on, questions with distractor documents to fine-tune on and to ask."""
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-SYSTEM = "Answer from the documents."
+from megatron_meap.evaluation.documents import Document, open_book
+
 DOCUMENTS = 5
 """Documents of a question: one holds the answer, the others are about other people."""
 
@@ -24,49 +27,67 @@ TRAITS = [line.split() for line in _WORDS.strip().splitlines()]
 NAMES = [f"{a}{b}{c}{d}" for a in "BDFGKLMNPRSTVZ" for b in "aeiou" for c in "dnl" for d in "ao"]
 
 
-def people(draw: random.Random, count: int) -> list[str]:
-    """Descriptions of that many people who have nothing in common; what is true of them holds in one text only."""
+@dataclass(frozen=True)
+class Person:
+    """Somebody whom one document describes."""
+
+    name: str
+    description: str
+    """The name and the traits."""
+
+    @property
+    def document(self) -> Document:
+        """As it stands in a prompt."""
+        return Document(self.name, self.description)
+
+
+def people(draw: random.Random, count: int) -> list[Person]:
+    """That many people who have nothing in common: what is true of one holds in one document only."""
     columns = [draw.sample(words, count) for words in (NAMES, *TRAITS)]
-    return [f"{' '.join(words)}." for words in zip(*columns, strict=True)]
+    return [Person(words[0], " ".join(words)) for words in zip(*columns, strict=True)]
 
 
-def question(group: list[str], gold: int) -> list[dict[str, str]]:
-    """A question about person number `gold` of the group, whom the documents describe in this order."""
-    documents = "\n".join(f"Document [{number}] {each}" for number, each in enumerate(group, 1))
-    return [
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": f"{documents}\nQuestion: {group[gold].split()[0]}?"},
-        {"role": "assistant", "content": group[gold]},
-    ]
-
-
-def questions(seed: int, count: int) -> Iterator[tuple[int, list[dict[str, str]]]]:
-    """Gold position and messages; the positions take turns."""
-    draw = random.Random(seed)
-    for number in range(count):
-        yield number % DOCUMENTS, question(people(draw, DOCUMENTS), number % DOCUMENTS)
+def question(person: Person) -> str:
+    """What is asked; the answer is the description."""
+    return f"who is {person.name}?"
 
 
 def write_texts(path: Path, seed: int, count: int) -> None:
     """Texts to pretrain on: people described, and some of them described again further on."""
     draw = random.Random(seed)
-    with open(path, "w") as file:
-        for _ in range(count):
-            group = people(draw, draw.randint(2, DOCUMENTS))
-            again = draw.choices(group, k=20)
-            file.write(json.dumps({"text": "\n".join([*group, *again])}) + "\n")
+    texts = []
+    for _ in range(count):
+        group = people(draw, draw.randint(2, DOCUMENTS))
+        texts.append({"text": "\n".join(each.description for each in [*group, *draw.choices(group, k=12)])})
+    _write(path, texts)
 
 
 def write_conversations(path: Path, seed: int, count: int) -> None:
-    """Questions to fine-tune on, as JSON lines; `text` is there for the tokenizer to learn their words from.
-
-    They have 1 to `DOCUMENTS` documents: a model this small learns to look up from the short ones first.
-    """
+    """Questions to fine-tune on, over 1 to `DOCUMENTS` documents; their prompts are those of the evaluation."""
     draw = random.Random(seed)
-    with open(path, "w") as file:
-        for _ in range(count):
-            group = people(draw, draw.randint(1, DOCUMENTS))
-            messages = question(group, draw.randrange(len(group)))
-            system, asked, answer = (message["content"] for message in messages)
-            text = f"{system} USER: {asked} ASSISTANT: {answer}"
-            file.write(json.dumps({"messages": messages, "text": text}) + "\n")
+    conversations = []
+    for _ in range(count):
+        group = people(draw, draw.randint(1, DOCUMENTS))
+        gold = draw.choice(group)
+        prompt = open_book(question(gold), [each.document for each in group])
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": gold.description}]
+        conversations.append({"messages": messages, "text": f"{prompt} {gold.description}"})  # for the tokenizer
+    _write(path, conversations)
+
+
+def write_questions(path: Path, seed: int, count: int) -> None:
+    """Questions to evaluate on, in the format of lost-in-the-middle: `tools/evaluate.py --qa-file`."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        gold, *others = people(draw, DOCUMENTS)
+        documents = [
+            {"title": each.name, "text": each.description, "isgold": each is gold, "hasanswer": each is gold}
+            for each in (gold, *others)
+        ]
+        rows.append({"question": question(gold), "answers": [gold.description], "ctxs": documents})
+    _write(path, rows)
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))

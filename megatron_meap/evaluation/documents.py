@@ -14,7 +14,7 @@ from megatron_meap.errors import UsageError
 from megatron_meap.evaluation.files import rows
 from megatron_meap.evaluation.haystack import generator_of
 from megatron_meap.evaluation.keyvalue import positions
-from megatron_meap.evaluation.options import GENERATED_TOKENS, Options, as_dataset, counter
+from megatron_meap.evaluation.options import GENERATED_TOKENS, Options, as_dataset
 from megatron_meap.evaluation.scoring import normalise
 
 ORIGINAL_POSITIONS = {10: (0, 4, 9), 20: (0, 4, 9, 14, 19), 30: (0, 4, 9, 14, 19, 24, 29)}
@@ -93,7 +93,7 @@ def _sample(
     if documents > 0:
         ordered = [*distractors[: max(position, 0)], question.gold, *distractors[max(position, 0) :]]
         prompt = open_book(question.question, ordered)
-    count = counter(options.tokenizer)
+    count = options.count
     target = f" {question.answers[0]}"
     return {
         "prompt": prompt,

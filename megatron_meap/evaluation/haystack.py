@@ -126,7 +126,7 @@ def bury(
     Raises:
         UsageError: the haystack is too short, or there is no room for any of it.
     """
-    haystack, count = load(options.haystack, options.tokenizer), counter(options.tokenizer)
+    haystack, count = load(options.haystack, options.tokenizer), options.count
     budget = length - GENERATED_TOKENS - count(build([]))
     if budget < 1:
         raise NoRoom(

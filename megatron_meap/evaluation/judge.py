@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_meap.errors import UsageError
 from megatron_meap.evaluation.files import rows
-from megatron_meap.evaluation.options import NoRoom, Options, as_dataset, counter
+from megatron_meap.evaluation.options import NoRoom, Options, as_dataset
 
 PROMPT = """Below are a document and a summary of it. Does the summary say anything that the document does not support?
 
@@ -72,7 +72,7 @@ def samples(options: Options) -> list[dict[str, Any]]:
 
 
 def _sample(document: str, options: Options) -> dict[str, Any]:
-    count, limit = counter(options.tokenizer), max(options.max_seq_lengths)
+    count, limit = options.count, max(options.max_seq_lengths)
     words = document.split(" ")
     kept = len(words)
     while (tokens := count(_prompt(words[:kept])) + GENERATED_TOKENS) > limit:

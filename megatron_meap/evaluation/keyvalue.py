@@ -8,7 +8,7 @@ from typing import Any
 from megatron_meap.errors import UsageError
 from megatron_meap.evaluation.files import rows
 from megatron_meap.evaluation.haystack import generator_of
-from megatron_meap.evaluation.options import NoRoom, Options, as_dataset, counter
+from megatron_meap.evaluation.options import NoRoom, Options, as_dataset
 
 GENERATED_TOKENS = 64
 """Room for the answer: a UUID takes some 35 tokens of Llama 2."""
@@ -93,7 +93,7 @@ def random_pairs(size: int, digits: int | None, generator: Random) -> Pairs:
 
 def _fitting(options: Options, length: int) -> int:
     """The largest number of pairs whose prompts surely fit into a context."""
-    count = counter(options.tokenizer)
+    count = options.count
 
     def tokens(size: int) -> int:
         pairs = random_pairs(size, options.kv_digits, generator_of(options, "fit", size))
@@ -140,6 +140,6 @@ def _sample(options: Options, pairs: Pairs, gold: int, position: int, generator:
         "gold": values.index(answer),
         "pairs": len(pairs),
         "position": position,
-        "tokens": counter(options.tokenizer)(text) + GENERATED_TOKENS,
+        "tokens": options.count(text) + GENERATED_TOKENS,
         "cell": f"pairs={len(pairs)} position={position}",
     }

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from megatron_meap.evaluation.haystack import bury, generator_of, insert
-from megatron_meap.evaluation.options import Options, as_dataset, counter
+from megatron_meap.evaluation.options import Options, as_dataset
 
 FIRST = (  # noqa: SIM905
     "Alice Anton Beatrice Boris Clara Conrad Diana David Elena Edgar Flora Felix Greta George Hilda Hugo Irene Ivan "
@@ -62,7 +62,7 @@ def _sample(options: Options, length: int, needles: int, generator: Random) -> d
         f"Question: In the text above, who is the eldest relative that {youngest} can be traced back to?\n"
         f"Answer: The eldest relative that {youngest} can be traced back to is"
     )
-    count = counter(options.tokenizer)
+    count = options.count
 
     def build(sentences: Any) -> str:
         return f"{insert(sentences, hidden, count)}\n\n{question}"

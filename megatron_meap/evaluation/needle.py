@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_meap.errors import UsageError
 from megatron_meap.evaluation.haystack import bury, generator_of, insert
-from megatron_meap.evaluation.options import Options, as_dataset, counter
+from megatron_meap.evaluation.options import Options, as_dataset
 
 KEYS = (  # noqa: SIM905
     "Amsterdam Athens Auckland Baghdad Bangkok Barcelona Beijing Berlin Bogota Boston Brussels Budapest Cairo Caracas "
@@ -54,7 +54,7 @@ def _sample(options: Options, length: int, depth: float, generator: Random) -> d
     )
     if answer.lower() not in needle.lower():
         raise UsageError(f"--needle {needle!r}: does not hold the answer {answer!r}; change one of the two")
-    count = counter(options.tokenizer)
+    count = options.count
 
     def build(sentences: Any) -> str:
         return f"{insert(sentences, [(depth, needle)], count)}\n\n{question}"

@@ -25,6 +25,8 @@ class Options:
     samples: int = 10
     """Samples of each cell: a length and depth, a position, a number of needles."""
     seed: int = 1234
+    chat_template: bool = False
+    """Prompts are a user's message in the tokenizer's chat template, which counts among their tokens."""
     haystack: str | None = None
     """Text file or JSON Lines with `text`; Python's own documentation where not given."""
     depths: tuple[float, ...] = (0, 25, 50, 75, 100)
@@ -72,6 +74,11 @@ class Options:
         options._check()
         return options
 
+    @property
+    def count(self) -> "TokenCounter":
+        """Counts the tokens of prompts."""
+        return counter(self.tokenizer, self.chat_template)
+
     def _check(self) -> None:
         checks = [
             (self.samples >= 1, f"samples {self.samples}: must be at least 1"),
@@ -89,14 +96,25 @@ class Options:
 
 
 class TokenCounter:
-    """Counts tokens as the model will see them: special tokens that the tokenizer adds by itself included."""
+    """Counts tokens as the model will see them: special tokens that the tokenizer adds by itself included.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        tokenizer: of transformers.
+        chat_template: whether a prompt is a user's message in its chat template.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: bool = False) -> None:
         self.tokenizer = tokenizer
+        self._chat_template = chat_template
 
     def __call__(self, text: str) -> int:
         """Tokens of a prompt."""
-        return len(self.tokenizer(text)["input_ids"])
+        if not self._chat_template:
+            return len(self.tokenizer(text)["input_ids"])
+        message = [{"role": "user", "content": text}]
+        rendered = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        begun = rendered.startswith(self.tokenizer.bos_token or "\0")  # as lm-eval: BOS comes once
+        return len(self.tokenizer(rendered, add_special_tokens=not begun)["input_ids"])
 
     def each(self, texts: list[str]) -> list[int]:
         """Tokens of each of many texts, without added special tokens."""
@@ -104,11 +122,11 @@ class TokenCounter:
 
 
 @cache
-def counter(tokenizer: str) -> TokenCounter:
+def counter(tokenizer: str, chat_template: bool = False) -> TokenCounter:
     """The counter of a tokenizer's directory (or hub name).
 
     Raises:
-        UsageError: nothing there can be loaded, or it gives no tokens for text.
+        UsageError: nothing there can be loaded, it gives no tokens for text, or it has no chat template.
     """
     from transformers import AutoTokenizer
 
@@ -117,7 +135,9 @@ def counter(tokenizer: str) -> TokenCounter:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{tokenizer}: holds no tokenizer that transformers can load ({reason})") from error
-    found = TokenCounter(loaded)
+    if chat_template and not loaded.chat_template:
+        raise UsageError(f"--chat-template: the tokenizer of {tokenizer} has none; leave the flag out")
+    found = TokenCounter(loaded, chat_template)
     if found("The quick brown fox.") == 0:
         raise UsageError(f"{tokenizer}: its tokenizer gives no tokens for text; is tokenizer.json complete?")
     return found

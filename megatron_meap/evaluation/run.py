@@ -23,6 +23,8 @@ class Machine:
     batch_size: int | str = 8
     device: str | None = None
     dtype: str | None = None
+    chat_template: bool = False
+    """Whether prompts go through the tokenizer's chat template."""
 
 
 def load_tasks(plan: Plan, tokenizer: str) -> dict[str, Any]:
@@ -92,21 +94,27 @@ def evaluate(
             for group in filter(None, (others, judged)):  # the judge last: it may fail
                 names = ", ".join(task.task_name for task in group)
                 print(f"model {number}/{len(chosen)}, {model.name}: {names}", flush=True)
-                add_tasks(found[-1], group, loaded)
+                add_tasks(found[-1], group, loaded, machine.chat_template)
         finally:
             finished([result for result in found if result.samples])
         del loaded
     return found
 
 
-def add_tasks(result: ModelResults, tasks: list[Any], loaded: Any) -> None:
+def add_tasks(result: ModelResults, tasks: list[Any], loaded: Any, chat_template: bool = False) -> None:
     """Run tasks on a model, and add what came out to its results."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     # Without a manager it would index all of lm-eval's task files, each time.
     manager = TaskManager(include_defaults=False)
-    outcome = simple_evaluate(loaded, tasks=tasks, batch_size=getattr(loaded, "batch_size", None), task_manager=manager)
+    outcome = simple_evaluate(
+        loaded,
+        tasks=tasks,
+        batch_size=getattr(loaded, "batch_size", None),
+        apply_chat_template=chat_template,
+        task_manager=manager,
+    )
     assert outcome is not None
     result.samples |= outcome.pop("samples")
     for key, value in outcome.items():
@@ -124,7 +132,8 @@ def check_lengths(tasks: dict[str, Any], plan: Plan, chosen: list[Model]) -> dic
     """
     fitting = {}
     for name, task in tasks.items():
-        problem = next(filter(None, (_too_long(name, task, model) for model in chosen)), None)
+        problems = (_too_long(name, task, model, plan.metadata.get("chat_template", False)) for model in chosen)
+        problem = next(filter(None, problems), None)
         if problem is None:
             fitting[name] = task
         elif plan.suite is None:
@@ -134,12 +143,12 @@ def check_lengths(tasks: dict[str, Any], plan: Plan, chosen: list[Model]) -> dic
     return fitting
 
 
-def _too_long(name: str, task: Any, model: Model) -> str | None:
+def _too_long(name: str, task: Any, model: Model, chat_template: bool) -> str | None:
     """What is too long for the model among the samples of a task.
 
     Of lm-eval's own tasks only the texts that are scored must fit; it is their way to cut prompts from the left.
     """
-    count, context = counter(str(model.directory)), models.context_length(model)
+    count, context = counter(str(model.directory), chat_template), models.context_length(model)
     ours = name.startswith("meap_") and "prompt" in task.features
     room = (task.config.generation_kwargs or {}).get("max_gen_toks", 0)
     for doc in task.eval_docs:

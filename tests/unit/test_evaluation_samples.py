@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_meap.errors import UsageError
 from megatron_meap.evaluation import documents, judge, keyvalue, kinship, needle
@@ -51,6 +52,29 @@ def test_needles_stand_where_they_should(options: Options) -> None:
         assert count(sample["prompt"]) + 32 == sample["tokens"] <= sample["length"]
         assert sample["tokens"] > sample["length"] - 210
         assert look_up(sample["prompt"]) == sample["answer"] == sample["choices"][sample["gold"]].strip()
+
+
+CHAT = "{% for message in messages %}</s>Question: {{ message.content }}{% endfor %}</s>Answer:"
+
+
+@pytest.fixture
+def chat_options(options: Options, tmp_path: Path) -> Options:
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer.chat_template, tokenizer.bos_token = CHAT, "</s>"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    return replace(options, tokenizer=str(tmp_path / "chat"), chat_template=True)
+
+
+def test_a_chat_template_takes_its_part_of_the_context(options: Options, chat_options: Options) -> None:
+    around = len("Question: Answer:") + 2  # </s> is one token
+    assert chat_options.count("abc") == around + 3
+    for samples in (needle.samples, keyvalue.samples, kinship.samples):
+        for sample in samples(replace(chat_options, max_seq_lengths=(1024,), samples=1, kv_digits=4)):
+            room = sample["tokens"] - len(sample["prompt"]) - around
+            assert room in (32, 64)
+            assert sample["tokens"] <= 1024
+    with pytest.raises(UsageError, match=r"--chat-template: the tokenizer of .* has none"):
+        needle.samples(replace(options, chat_template=True))
 
 
 def test_the_same_seed_gives_the_same_samples(options: Options) -> None:

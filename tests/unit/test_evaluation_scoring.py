@@ -67,6 +67,30 @@ def test_a_planted_position_bias_shows_at_its_positions(tasks: dict) -> None:
     assert biased.results["results"]["meap_kv"]["acc pairs=10 position=0,none"] == 1.0  # lm-eval's own table has it
 
 
+def test_a_chat_template_is_around_every_prompt(tasks: dict) -> None:
+    """The same scores as without it, from a model that answers within it only."""
+
+    class ChatModel(RuleModel):
+        tokenizer_name = "chat"
+
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            return "[{{ messages[0].content }}]"
+
+        def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+            (message,) = chat_history
+            assert message["role"] == "user"
+            return f"[{message['content']}]"
+
+    def look_up_inside(prompt: str) -> str | None:
+        return look_up(prompt[1:-1]) if prompt[0] + prompt[-1] == "[]" else None
+
+    for chat_template, expected in ((True, 1.0), (False, 0.0)):
+        result = ModelResults(Model("model", Path(), "", "model"))
+        add_tasks(result, list(tasks.values()), ChatModel(look_up_inside), chat_template)
+        assert all(mean(result, task) == 1.0 for task in tasks) == chat_template
+        assert mean(result, "meap_needle") == expected
+
+
 def test_best_subspan_em() -> None:
     assert best_subspan_em("It was the Wilhelm Röntgen!", ["wilhelm röntgen"]) == 1.0
     assert best_subspan_em("An apple, a day", ["the apple day"]) == 1.0  # articles and punctuation do not count
