@@ -7,13 +7,16 @@
 
 A model is a Hugging Face directory or a Megatron --save directory (exported to a cache first): [NAME=]PATH[@ITERATION];
 @all takes every checkpoint there is and draws curves over training tokens. The first model is the baseline.
+What was cut off goes on where it was: give the same command again.
 """
 
 import argparse
 import logging
 import os
 import shlex
+import shutil
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "depths": ("depths", {"type": float, "nargs": "+"}, "percent of the context before the needle"),
     "needle": ("needle", {"metavar": "TEXT"}, "sentence to hide, with {key} and {value}"),
     "question": ("question", {"metavar": "TEXT"}, "what is asked for, with {key}"),
-    "answer": ("answer", {"metavar": "TEXT"}, "what must be found, a part of the needle"),
+    "answer": (
+        "answer",
+        {"metavar": "TEXT"},
+        "what must be found, a part of the needle; to be ranked it needs {value}",
+    ),
     "needles": ("needles", {"type": int, "nargs": "+"}, "lengths of the kinship chains"),
     "kv-pairs": ("kv_pairs", {"type": int}, "pairs of an object (default: what fits)"),
     "kv-digits": ("kv_digits", {"type": int}, "hexadecimal digits of keys and values (default: UUIDs)"),
@@ -58,6 +65,10 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
 """Flags that decide the samples: their name among the tasks' options, how they are parsed, their help."""
 
 
+UNFINISHED = "unfinished.txt"
+"""Stands in the output folder until all is done."""
+
+
 def parse_flags() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,7 +76,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--suite", choices=("quick", "paper"), help="quick: minutes; paper: all that the paper reports")
     parser.add_argument("--tasks", default="", metavar="A,B", help="tasks by name, ours (meap_...) or lm-eval's")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier results there")
+    parser.add_argument("--overwrite", action="store_true", help="replace finished results there")
     parser.add_argument("--batch-size", default="8", metavar="N", help="samples at once, or auto (default %(default)s)")
     parser.add_argument("--device", help="as PyTorch names it (default: a GPU where there is one)")
     parser.add_argument(
@@ -94,14 +105,17 @@ def main() -> None:
     except ImportError as error:
         raise UsageError("lm-evaluation-harness is not installed: pip install -e '.[eval]'") from error
     from megatron_meap.evaluation import models, pictures, report, results
-    from megatron_meap.evaluation.run import Machine, check_lengths, evaluate, load_tasks
+    from megatron_meap.evaluation.run import Machine, check_lengths, evaluate, load_tasks, measuring_tokenizer
     from megatron_meap.evaluation.suites import make_plan
 
     chosen = models.open_models(flags.models, flags.cache or models.default_cache())
     given = {name: getattr(flags, name) for name, _, _ in OPTIONS.values()}
     context = min(models.context_length(model) for model in chosen)
     plan = make_plan(flags.suite, [task for task in flags.tasks.split(",") if task], given, context)
-    tasks = check_lengths(load_tasks(plan, str(chosen[0].directory)), plan, chosen)
+    tasks = check_lengths(load_tasks(plan, measuring_tokenizer(chosen)), plan, chosen)
+    if not tasks:
+        reasons = "; ".join(f"{task}: {reason}" for task, reason in plan.left_out.items())
+        raise UsageError(f"--suite {flags.suite}: nothing of it can be run ({reasons})")
 
     def finished(found: list[Any]) -> None:
         if found:
@@ -110,7 +124,13 @@ def main() -> None:
             report.write(found, plan, drawn, shlex.join(["python", *sys.argv]), flags.output / "report.html")
 
     batch_size = flags.batch_size if flags.batch_size == "auto" else int(flags.batch_size)
-    found = evaluate(chosen, tasks, Machine(batch_size, flags.device, flags.dtype, bool(flags.chat_template)), finished)
+    answers = flags.output / "answers"
+    machine = Machine(batch_size, flags.device, flags.dtype, bool(flags.chat_template), answers)
+    unfinished = flags.output / UNFINISHED
+    unfinished.write_text("an evaluation was begun here; the same command goes on with it\n")
+    found = evaluate(chosen, tasks, machine, finished)
+    shutil.rmtree(answers, ignore_errors=True)
+    unfinished.unlink()
     print(report.summary(found))
     for task, reason in plan.left_out.items():
         print(f"not run: {task}: {reason}")
@@ -121,10 +141,13 @@ def _prepare_output(flags: argparse.Namespace) -> None:
     """Refuse what cannot be written before hours are spent; tell the judge where to keep its verdicts."""
     if not (flags.batch_size == "auto" or (flags.batch_size.isdigit() and int(flags.batch_size) > 0)):
         raise UsageError(f"--batch-size {flags.batch_size}: must be a positive number or auto")
-    if (flags.output / "report.html").exists() and not flags.overwrite:
+    finished = (flags.output / "report.html").exists() and not (flags.output / UNFINISHED).exists()
+    if finished and not flags.overwrite:
         raise UsageError(f"--output {flags.output}: holds earlier results; add --overwrite, or name another folder")
     try:
         flags.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=flags.output):
+            pass
     except OSError as error:
         raise UsageError(f"--output {flags.output}: cannot be written ({error.strerror})") from error
     os.environ["MEAP_JUDGE_LOG"] = str(flags.output / "judge.jsonl")

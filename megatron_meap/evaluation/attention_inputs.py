@@ -96,8 +96,9 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def beginning(tokenizer: Any) -> list[int]:
-    """BOS, if this tokenizer puts it before a text."""
-    return tokenizer("a", split_special_tokens=True)["input_ids"][: -len(encode(tokenizer, "a"))]
+    """BOS, if this tokenizer puts it before a text; what it puts after one is left out."""
+    whole, text = tokenizer("a", split_special_tokens=True)["input_ids"], encode(tokenizer, "a")
+    return next(whole[:i] for i in range(len(whole)) if whole[i : i + len(text)] == text)
 
 
 def _packed(path: str, tokenizer: Any, samples: int, length: int) -> Tokens:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from megatron_meap.evaluation.attention_inputs import SEGMENTS
+from megatron_meap.evaluation.pictures import label as shown
 
 COLORS = ("tab:gray", "tab:red")
 """Of the first model, the baseline, and of the second."""
@@ -34,10 +35,11 @@ def _segments(pyplot: Any, report: dict[str, Any]) -> Any:
     for number, ((name, measures), color) in enumerate(zip(models.items(), COLORS, strict=False)):
         figures = [measures[f"{segment} mass"] for segment in SEGMENTS]
         heights = np.array([100 * each["mean"] for each in figures])
-        ends = np.array([each["interval"] for each in figures]).T * 100
+        ends = np.array([each["interval"] for each in figures], float).T * 100
         places = np.arange(len(SEGMENTS)) + (number - (len(models) - 1) / 2) * width
         errors = np.nan_to_num([heights - ends[0], ends[1] - heights])
-        bars = axes.bar(places, heights, width * 0.95, color=color, label=name, yerr=errors, capsize=3)
+        errors[:, [SEGMENTS.index("before"), SEGMENTS.index("after")]] = 0  # their spread is that of the chosen depths
+        bars = axes.bar(places, heights, width * 0.95, color=color, label=shown(name), yerr=errors, capsize=3)
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=9)
     uniform = [100 * report["uniform"][f"{segment} mass"] for segment in SEGMENTS]
     for place, height in enumerate(uniform):
@@ -61,7 +63,7 @@ def _layers(pyplot: Any, report: dict[str, Any]) -> Any:
     for axes, (measure, label, scale) in zip(row, panels, strict=True):
         for (name, measures), color in zip(report["models"].items(), COLORS, strict=False):
             values = scale * np.array(measures[measure]["by layer"])
-            axes.plot(np.arange(1, len(values) + 1), values, "o-", color=color, label=name, markersize=4)
+            axes.plot(np.arange(1, len(values) + 1), values, "o-", color=color, label=shown(name), markersize=4)
         if measure in report["uniform"]:
             axes.axhline(
                 scale * report["uniform"][measure], color="black", linestyle="--", linewidth=1, label="uniform"
@@ -96,6 +98,6 @@ def _heads(pyplot: Any, report: dict[str, Any]) -> Any:
             for axis, count in ((axes.xaxis, heads), (axes.yaxis, layers)):
                 step = max(1, count // 16)
                 axis.set_ticks(range(0, count, step), [str(i + 1) for i in range(0, count, step)])
-            axes.set(xlabel="head", ylabel="layer", title=name)
+            axes.set(xlabel="head", ylabel="layer", title=shown(name))
         figure.colorbar(image, ax=list(line), label=label)
     return figure

@@ -32,10 +32,13 @@ def by_name(measures: Measures) -> dict[str, Values]:
 def summary(values: Values) -> dict[str, Any]:
     """Mean of a measure [n, layers, heads], its 95% interval (1.96 standard errors over samples), its parts."""
     samples = values.mean(axis=(1, 2))
-    error = 1.96 * samples.std(ddof=1) / len(samples) ** 0.5 if len(samples) > 1 else float("nan")
+    mean, interval = float(samples.mean()), [None, None]  # one sample has no interval
+    if len(samples) > 1:
+        error = 1.96 * float(samples.std(ddof=1)) / len(samples) ** 0.5
+        interval = [mean - error, mean + error]
     return {
-        "mean": float(samples.mean()),
-        "interval": [float(samples.mean() - error), float(samples.mean() + error)],
+        "mean": mean,
+        "interval": interval,
         "by layer": values.mean(axis=(0, 2)).tolist(),
         "by layer and head": values.mean(axis=0).tolist(),
     }

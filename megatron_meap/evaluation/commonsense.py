@@ -56,19 +56,18 @@ def piqa(**metadata: Any) -> dict[str, Any]:
     options = Options.from_metadata(metadata)
     if options.piqa_file is None:
         raise UsageError("--piqa-file: needed for meap_piqa; give the original's valid.jsonl")
-    found = [(place, row) for place, row in rows(options.piqa_file, "--piqa-file")]
+    found = list(rows(options.piqa_file, "--piqa-file"))
+    for place, row in found:
+        if not all(isinstance(row.get(name), str) for name in ("goal", "sol1", "sol2")):
+            raise UsageError(f"--piqa-file {place}: expected goal, sol1 and sol2")
     labels = [row.get("label") for _, row in found]
     if None in labels:
         path = options.piqa_file.removesuffix(".jsonl")
         labels = [int(line) for _, line in lines(f"{path}_labels.lst", "--piqa-file: its labels")]
     if len(labels) != len(found):
         raise UsageError(f"--piqa-file {options.piqa_file}: has {len(found)} rows, but {len(labels)} labels")
-    for place, row in found:
-        if not all(isinstance(row.get(name), str) for name in ("goal", "sol1", "sol2")):
-            raise UsageError(f"--piqa-file {place}: expected goal, sol1 and sol2")
-    return as_dataset(
-        [
-            {name: row[name] for name in ("goal", "sol1", "sol2")} | {"label": label}
-            for (_, row), label in zip(found, labels, strict=True)
-        ]
-    )
+    chosen = [
+        {name: row[name] for name in ("goal", "sol1", "sol2")} | {"label": label}
+        for (_, row), label in zip(found, labels, strict=True)
+    ]
+    return as_dataset(chosen[: options.piqa_rows])

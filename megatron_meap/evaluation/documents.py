@@ -30,7 +30,7 @@ class Document:
     def mentions(self, answers: list[str]) -> bool:
         """Whether it holds one of the answers, both normalised."""
         text = normalise(f"{self.title} {self.text}")
-        return any(normalise(answer) in text for answer in answers)
+        return any(normalised in text for normalised in map(normalise, answers) if normalised)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def samples(options: Options, documents: int) -> list[dict[str, Any]]:
 
     Returns:
         Rows with `prompt`, `answers`, `target` (the first answer after a space), `answer_tokens`, `documents`,
-        `position` (from 0; -1 where there is none), `tokens` and `cell`.
+        `position` (from 0; -1 where there is none), `tokens`, `cell` and `meap_group` (the question).
 
     Raises:
         UsageError: no file is given, or it is of another format, or too small for so many documents.
@@ -73,7 +73,7 @@ def samples(options: Options, documents: int) -> list[dict[str, Any]]:
     for i, question in enumerate(chosen):
         distractors = _distractors(question, questions, documents - 1, generator_of(options, "qa", i))
         for position in _positions(options, documents):
-            found.append(_sample(options, question, distractors, documents, position))
+            found.append(_sample(options, question, distractors, documents, position) | {"meap_group": f"question {i}"})
     return found
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_meap.corpus import documents
 from megatron_meap.errors import UsageError
 from megatron_meap.evaluation.files import lines, rows
-from megatron_meap.evaluation.options import GENERATED_TOKENS, NoRoom, Options, TokenCounter, counter
+from megatron_meap.evaluation.options import GENERATED_TOKENS, Options, Unsuitable, counter
 
 FLAG = "--haystack"
 MAX_CHARACTERS = 4_000_000  # as much as 128K tokens need, several times over
@@ -23,21 +23,32 @@ _DEFAULT_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Consecutive sentences and their lengths in tokens, int64 [sentences]."""
+
+    sentences: Sequence[str]
+    tokens: np.ndarray
+
+    def shortened(self, count: int) -> "Piece":
+        """Without the last `count` sentences."""
+        kept = len(self.sentences) - count
+        return Piece(self.sentences[:kept], self.tokens[:kept])
+
+
+@dataclass(frozen=True)
 class Haystack:
-    """Sentences of one text and their lengths in tokens."""
+    """The sentences of one text."""
 
     name: str
-    sentences: tuple[str, ...]
-    tokens: np.ndarray
-    """Tokens of each sentence, int64 [sentences]."""
+    whole: Piece
 
-    def piece(self, budget: int, generator: Random) -> list[str]:
+    def piece(self, budget: int, generator: Random) -> Piece:
         """Consecutive sentences of at most `budget` tokens, from a random place.
 
         Raises:
             UsageError: the whole text is shorter than that.
         """
-        ends = np.concatenate([[0], np.cumsum(self.tokens)])
+        ends = np.concatenate([[0], np.cumsum(self.whole.tokens)])
         if ends[-1] < budget:
             raise UsageError(
                 f"--haystack {self.name}: holds about {ends[-1]} tokens, the context asked for needs {budget}; "
@@ -46,7 +57,7 @@ class Haystack:
         last_start = int(np.searchsorted(ends, ends[-1] - budget, side="right")) - 1
         start = generator.randrange(last_start + 1)
         end = int(np.searchsorted(ends, ends[start] + budget, side="right")) - 1
-        return list(self.sentences[start:end])
+        return Piece(self.whole.sentences[start:end], self.whole.tokens[start:end])
 
 
 @cache
@@ -62,7 +73,7 @@ def load(path: str | None, tokenizer: str) -> Haystack:
     if not sentences:
         raise UsageError(f"--haystack {path}: holds no text")
     lengths = np.array(counter(tokenizer).each(sentences), dtype=np.int64)
-    return Haystack(path or "(Python's documentation)", tuple(sentences), lengths)
+    return Haystack(path or "(Python's documentation)", Piece(sentences, lengths))
 
 
 def split(text: str) -> list[str]:
@@ -109,52 +120,49 @@ def _json_texts(path: str) -> Iterator[str]:
         yield row["text"]
 
 
-def bury(
-    build: Callable[[Sequence[str]], str], options: Options, length: int, generator: Random
-) -> tuple[list[str], int]:
-    """Sentences that make a prompt of (nearly) `length` tokens.
+def bury(build: Callable[[Piece], str], options: Options, length: int, generator: Random) -> tuple[str, int]:
+    """A prompt of (nearly) `length` tokens.
 
     Args:
-        build: the prompt around given sentences of the haystack, needles and question included.
+        build: the prompt around a piece of the haystack, needles and question included.
         options: tokenizer and haystack.
         length: tokens of the prompt and the room for the answer together.
         generator: chooses the place in the haystack.
 
     Returns:
-        The sentences, and the tokens that the prompt and the room take.
+        The prompt, and the tokens that it and the room take.
 
     Raises:
         UsageError: the haystack is too short, or there is no room for any of it.
     """
     haystack, count = load(options.haystack, options.tokenizer), options.count
-    budget = length - GENERATED_TOKENS - count(build([]))
+    budget = length - GENERATED_TOKENS - count(build(haystack.whole.shortened(len(haystack.whole.sentences))))
     if budget < 1:
-        raise NoRoom(
+        raise Unsuitable(
             f"context length {length}: the question and {GENERATED_TOKENS} tokens of room for the answer alone "
             f"take {length - budget}; use longer contexts"
         )
-    sentences = haystack.piece(budget, generator)
-    while (taken := count(build(sentences)) + GENERATED_TOKENS) > length:
-        sentences.pop()
-    return sentences, taken
+    piece = haystack.piece(budget, generator)
+    while (taken := count(prompt := build(piece)) + GENERATED_TOKENS) > length:
+        piece = piece.shortened(1)
+    return prompt, taken
 
 
-def insert(sentences: Sequence[str], needles: Sequence[tuple[float, str]], count: TokenCounter) -> str:
+def insert(piece: Piece, needles: Sequence[tuple[float, str]]) -> str:
     """The context: each needle at the sentence border that is nearest to its depth, measured in tokens.
 
     Args:
-        sentences: of the haystack.
+        piece: of the haystack.
         needles: pairs of (depth in percent, sentence).
-        count: measures the sentences.
     """
-    ends = np.concatenate([[0], np.cumsum(count.each(list(sentences)))])
+    ends = np.concatenate([[0], np.cumsum(piece.tokens)])
     places = sorted((int(np.abs(ends - depth / 100 * ends[-1]).argmin()), i) for i, (depth, _) in enumerate(needles))
     parts: list[str] = []
     before = 0
     for place, i in places:
-        parts += [*sentences[before:place], needles[i][1]]
+        parts += [*piece.sentences[before:place], needles[i][1]]
         before = place
-    return " ".join([*parts, *sentences[before:]])
+    return " ".join([*parts, *piece.sentences[before:]])
 
 
 def generator_of(options: Options, *cell: Any) -> Random:

@@ -6,6 +6,7 @@ own command as well: `MEAP_JUDGE_URL` (up to and including `/v1`), `MEAP_JUDGE_M
 for one, and `MEAP_JUDGE_LOG`, a file that keeps every verdict at once, and is not asked for twice.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any
 
 from megatron_meap.errors import UsageError
 from megatron_meap.evaluation.files import rows
-from megatron_meap.evaluation.options import NoRoom, Options, as_dataset
+from megatron_meap.evaluation.options import Options, Unsuitable, as_dataset
 
 PROMPT = """Below are a document and a summary of it. Does the summary say anything that the document does not support?
 
@@ -28,7 +29,8 @@ Summary:
 
 Answer with one word: FAITHFUL if everything in the summary is supported by the document, HALLUCINATED otherwise."""
 ENVIRONMENT = ("MEAP_JUDGE_URL", "MEAP_JUDGE_MODEL")
-_VERDICT = re.compile(r"\b(FAITHFUL|HALLUCINATED)\b", re.IGNORECASE)
+_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
+_VERDICT = re.compile(r"\W*(FAITHFUL|HALLUCINATED)\b(.*)", re.IGNORECASE | re.DOTALL)
 TRIES = 5
 FIRST_WAIT = 1.0
 """Seconds before the second try; doubled each time."""
@@ -39,7 +41,7 @@ GENERATED_TOKENS = 128
 
 
 class JudgeUnavailable(UsageError):
-    """The endpoint does not answer, or not as it should; what it has said so far is kept."""
+    """The endpoint does not answer; what it has said so far is kept."""
 
 
 def dataset(**metadata: Any) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def _sample(document: str, options: Options) -> dict[str, Any]:
     while (tokens := count(_prompt(words[:kept])) + GENERATED_TOKENS) > limit:
         kept = int(kept * 0.95 * limit / tokens)
         if kept < 1:
-            raise NoRoom(f"context length {limit}: no room for a document and a summary; use longer contexts")
+            raise Unsuitable(f"context length {limit}: no room for a document and a summary; use longer contexts")
     return {
         "prompt": _prompt(words[:kept]),
         "document": " ".join(words[:kept]),
@@ -92,10 +94,26 @@ def _prompt(words: list[str]) -> str:
 
 
 def judged(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """`process_results` of the task: 1 for a faithful summary, 0 for an unfaithful or an empty one."""
+    """`process_results` of the task.
+
+    Returns:
+        `faithful`: 1 for a faithful summary, 0 for an unfaithful or an empty one; missing where the judge's answers
+        are no verdict. `judged`: whether there is one. `words`: of the summary.
+    """
     summary = results[0].strip()
-    faithful = bool(summary) and Judge.from_environment().faithful(doc["document"], summary)
-    return {"faithful": float(faithful), "words": float(len(summary.split()))}
+    faithful = Judge.from_environment().faithful(doc["document"], summary) if summary else False
+    verdict = {} if faithful is None else {"faithful": float(faithful)}
+    return verdict | {"judged": float(faithful is not None), "words": float(len(summary.split()))}
+
+
+def verdict(said: str) -> bool | None:
+    """What a judge's answer says; None where it is not the one word that was asked for, with or without reasons."""
+    match = _VERDICT.fullmatch(_THOUGHTS.sub("", said))
+    if match is None:
+        return None
+    word, rest = match[1].upper(), match[2].upper()
+    other = "HALLUCINATED" if word == "FAITHFUL" else "FAITHFUL"
+    return None if other in rest else word == "FAITHFUL"
 
 
 class Judge:
@@ -126,50 +144,80 @@ class Judge:
             )
         return cls(url, model, os.environ.get("MEAP_JUDGE_KEY"), os.environ.get("MEAP_JUDGE_LOG"))
 
-    def faithful(self, document: str, summary: str) -> bool:
-        """Whether the summary says nothing that the document does not.
+    def faithful(self, document: str, summary: str) -> bool | None:
+        """Whether the summary says nothing that the document does not; None if what the judge says is no verdict.
 
         Raises:
-            JudgeUnavailable: no usable answer after `TRIES` tries.
+            JudgeUnavailable: no answer after `TRIES` tries, or one that says that none will come.
         """
         prompt = PROMPT.format(document=document, summary=summary)
-        digest = hashlib.sha256(f"{self.model}\n{prompt}".encode()).hexdigest()
-        known = self._known().get(digest)
-        if known is not None:
-            return known
-        verdict = self._ask(prompt)
-        if self.log:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log, "a") as file:
-                print(json.dumps({"sha256": digest, "faithful": verdict, "summary": summary}), file=file)
-        return verdict
+        digest = hashlib.sha256(f"{self.url}\n{self.model}\n{prompt}".encode()).hexdigest()
+        known = self._known()
+        if digest not in known:
+            known[digest] = self._ask(prompt)
+            if self.log:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.log, "a") as file:
+                    print(json.dumps({"sha256": digest, "faithful": known[digest], "summary": summary}), file=file)
+        return known[digest]
 
-    def _known(self) -> dict[str, bool]:
-        if self.log is None or not self.log.exists():
-            return {}
-        return {row["sha256"]: row["faithful"] for _, row in rows(str(self.log), "MEAP_JUDGE_LOG")}
+    def _known(self) -> dict[str, bool | None]:
+        """Verdicts so far; a line that a killed run left unfinished is none."""
+        known: dict[str, bool | None] = {}
+        if self.log is not None and self.log.exists():
+            for line in self.log.read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    row = json.loads(line)
+                    known[row["sha256"]] = row["faithful"]
+        return known
 
-    def _ask(self, prompt: str) -> bool:
-        import httpx
-
-        request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        reason = ""
+    def _ask(self, prompt: str) -> bool | None:
+        """Ask until there is a verdict; None where there are only other answers."""
+        reason, answered = "", False
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
             try:
-                answer = httpx.post(f"{self.url}/chat/completions", json=request, headers=headers, timeout=TIMEOUT)
-                answer.raise_for_status()
-                said = answer.json()["choices"][0]["message"]["content"]
-                if match := _VERDICT.search(said):
-                    return match[1].upper() == "FAITHFUL"
-                reason = f"it said {said[:60]!r}"
-            except httpx.HTTPStatusError:
-                reason = f"HTTP status {answer.status_code}"
-            except httpx.HTTPError as error:
-                reason = str(error) or type(error).__name__
-            except (KeyError, IndexError, TypeError, ValueError):
-                reason = f"not a chat completion: {answer.text[:60]!r}"
-        kept = f"; verdicts so far are kept in {self.log}: the same command goes on from there" if self.log else ""
-        raise JudgeUnavailable(f"--judge-url {self.url}: no verdict after {TRIES} tries ({reason}){kept}")
+                said = self._answer(prompt)
+            except _NoAnswer as error:
+                reason = str(error)
+                if error.final:
+                    break
+                continue
+            answered = True
+            if (found := verdict(said)) is not None:
+                return found
+        if answered:
+            return None
+        kept = f"; verdicts so far are kept in {self.log}" if self.log and self.log.exists() else ""
+        raise JudgeUnavailable(
+            f"--judge-url {self.url}: no answer after {attempt + 1} tries ({reason}){kept}; the same command goes on"
+        )
+
+    def _answer(self, prompt: str) -> str:
+        """What the judge says, asked once."""
+        import httpx
+
+        request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        try:
+            answer = httpx.post(f"{self.url}/chat/completions", json=request, headers=headers, timeout=TIMEOUT)
+        except (httpx.InvalidURL, UnicodeEncodeError) as error:
+            raise _NoAnswer(f"the URL or the key cannot be used: {error}", final=True) from error
+        except httpx.HTTPError as error:
+            raise _NoAnswer(str(error) or type(error).__name__) from error
+        if answer.is_error:
+            unwilling = answer.is_client_error and answer.status_code not in (408, 409, 425, 429)
+            raise _NoAnswer(f"HTTP status {answer.status_code}", final=unwilling)
+        try:
+            return str(answer.json()["choices"][0]["message"]["content"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise _NoAnswer(f"not a chat completion: {answer.text[:60]!r}") from error
+
+
+class _NoAnswer(Exception):
+    """The endpoint gave no answer; `final` where asking again would change nothing."""
+
+    def __init__(self, reason: str, final: bool = False) -> None:
+        super().__init__(reason)
+        self.final = final

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_meap.errors import UsageError
 from megatron_meap.evaluation.files import rows
 from megatron_meap.evaluation.haystack import generator_of
-from megatron_meap.evaluation.options import NoRoom, Options, as_dataset
+from megatron_meap.evaluation.options import Options, Unsuitable, as_dataset
 
 GENERATED_TOKENS = 64
 """Room for the answer: a UUID takes some 35 tokens of Llama 2."""
@@ -29,13 +29,14 @@ def samples(options: Options) -> list[dict[str, Any]]:
 
     Returns:
         Rows with `prompt`, `answer`, `choices`, `gold`, `pairs` (their number), `position` (the gold pair's index from
-        0), `tokens` (of the prompt and the room for the answer) and `cell`.
+        0), `tokens` (of the prompt and the room for the answer), `cell` and `meap_group` (the object).
 
     Raises:
         UsageError: a context length that holds no two pairs, or a file of another format.
     """
     return [
         _sample(options, pairs, gold, position, generator_of(options, "choices", number, position))
+        | {"meap_group": f"object {number}"}
         for number, (pairs, gold) in enumerate(_objects(options))
         for position in positions(len(pairs), options.kv_positions)
     ]
@@ -105,7 +106,7 @@ def _fitting(options: Options, length: int) -> int:
     if options.kv_digits is not None:
         size = min(size, 16**options.kv_digits // 2)
     if size < 2:
-        raise NoRoom(
+        raise Unsuitable(
             f"context length {length}: holds no two key-value pairs; use longer ones, or shorter values (--kv-digits)"
         )
     return size

@@ -2,13 +2,16 @@
 
 Each sentence names a person and an elder relative of hers; all are shuffled through the haystack, and the eldest
 ancestor of the youngest is asked for. The sentences here are this project's own.
+
+In the log-likelihood form a second family stands in the text, as long as the first, and its names are choices too. The
+eldest of a chain is named once and all others twice: without the second family it could be told by that alone.
 """
 
 from itertools import pairwise
 from random import Random
 from typing import Any
 
-from megatron_meap.evaluation.haystack import bury, generator_of, insert
+from megatron_meap.evaluation.haystack import Piece, bury, generator_of, insert
 from megatron_meap.evaluation.options import Options, as_dataset
 
 FIRST = (  # noqa: SIM905
@@ -28,50 +31,62 @@ SENTENCES = (
 )
 
 
-def dataset(**metadata: Any) -> dict[str, Any]:
-    """The samples, as lm-eval's `custom_dataset`; see `Options` for the metadata."""
-    return as_dataset(samples(Options.from_metadata(metadata)))
+def dataset(ranked: bool = False, **metadata: Any) -> dict[str, Any]:
+    """The samples, as lm-eval's `custom_dataset`.
+
+    Args:
+        ranked: they are for the log-likelihood form.
+        metadata: see `Options`.
+    """
+    return as_dataset(samples(Options.from_metadata(metadata), ranked))
 
 
-def samples(options: Options) -> list[dict[str, Any]]:
+def samples(options: Options, ranked: bool = False) -> list[dict[str, Any]]:
     """`options.samples` samples for each context length and number of needles.
 
+    Args:
+        options: of all samples.
+        ranked: with a second family in the text.
+
     Returns:
-        Rows with `prompt`, `answer` (the eldest), `choices` (everybody in the chain but the one asked about) and
+        Rows with `prompt`, `answer` (the eldest), `choices` (everybody named but the youngest of each family) and
         `gold`, `needles`, `length`, `tokens` and `cell`.
     """
     return [
-        _sample(options, length, needles, generator_of(options, "kinship", length, needles, i))
+        _sample(options, length, needles, ranked, generator_of(options, "kinship", length, needles, i))
         for length in options.max_seq_lengths
         for needles in options.needles
         for i in range(options.samples)
     ]
 
 
-def _sample(options: Options, length: int, needles: int, generator: Random) -> dict[str, Any]:
-    first, last = generator.sample(FIRST, needles + 1), generator.choices(LAST, k=needles + 1)
+def _sample(options: Options, length: int, needles: int, ranked: bool, generator: Random) -> dict[str, Any]:
+    size = needles + 1
+    count = 2 * size if ranked else size
+    first, last = generator.sample(FIRST, count), generator.choices(LAST, k=count)
     people = [" ".join(names) for names in zip(first, last, strict=True)]
-    chain = [
+    families = [people[i : i + size] for i in range(0, count, size)]
+    sentences = [
         generator.choice(SENTENCES).format(elder=elder, younger=younger, relative=generator.choice(RELATIVES))
-        for elder, younger in pairwise(people)
+        for family in families
+        for elder, younger in pairwise(family)
     ]
-    generator.shuffle(chain)
-    hidden = [(generator.uniform(0, 100), sentence) for sentence in chain]
-    eldest, youngest = people[0], people[-1]
+    generator.shuffle(sentences)
+    hidden = [(generator.uniform(0, 100), sentence) for sentence in sentences]
+    eldest, youngest = families[0][0], families[0][-1]
     question = (
         f"Question: In the text above, who is the eldest relative that {youngest} can be traced back to?\n"
         f"Answer: The eldest relative that {youngest} can be traced back to is"
     )
-    count = options.count
 
-    def build(sentences: Any) -> str:
-        return f"{insert(sentences, hidden, count)}\n\n{question}"
+    def build(piece: Piece) -> str:
+        return f"{insert(piece, hidden)}\n\n{question}"
 
-    sentences, tokens = bury(build, options, length, generator)
-    choices = people[:-1]
+    prompt, tokens = bury(build, options, length, generator)
+    choices = [name for family in families for name in family[:-1]]
     generator.shuffle(choices)
     return {
-        "prompt": build(sentences),
+        "prompt": prompt,
         "answer": eldest,
         "choices": [f" {name}" for name in choices],
         "gold": choices.index(eldest),

@@ -17,7 +17,7 @@ from megatron_meap.checkpoint import latest
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.errors import UsageError
 
-_SPEC = re.compile(r"(?:(?P<name>[^=/]+)=)?(?P<path>[^@]+)(?:@(?P<iteration>\d+|all))?")
+_SPEC = re.compile(r"(?:(?P<name>[^=/]+)=)?(?P<path>.+?)(?:@(?P<iteration>\d+|all))?")
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,11 @@ def parse(spec: str) -> tuple[str, Path, str | None]:
     Raises:
         UsageError: it is not of that form.
     """
+    if spec and Path(spec).exists():  # whatever = and @ it has
+        return _default_name(Path(spec)), Path(spec), None
     match = _SPEC.fullmatch(spec)
     if match is None:
-        raise UsageError(f"{spec}: expected [NAME=]PATH[@ITERATION]")
+        raise UsageError(f"{spec or 'an empty name'}: expected [NAME=]PATH[@ITERATION]")
     path = Path(match["path"])
     return match["name"] or _default_name(path), path, match["iteration"]
 
@@ -126,11 +128,24 @@ def context_length(model: Model) -> int:
     Raises:
         UsageError: its configuration does not say.
     """
+    from transformers import AutoConfig
+
     try:
-        config = json.loads((model.directory / "config.json").read_text())
-        return int(config["max_position_embeddings"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{model.directory}/config.json: has no max_position_embeddings ({error})") from error
+        config = AutoConfig.from_pretrained(model.directory).get_text_config()
+    except Exception as error:  # of every kind of file that it reads
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{model.directory}/config.json: transformers cannot read it ({reason})") from error
+    found = getattr(config, "max_position_embeddings", None)
+    if not isinstance(found, int) or found < 1:
+        raise UsageError(f"{model.directory}/config.json: does not say how long the context is")
+    return found
+
+
+def identity(model: Model) -> str:
+    """A digest that changes whenever the files of a model do: their names, sizes and times."""
+    files = sorted(path for path in model.directory.iterdir() if path.is_file())
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps([str(model.directory.resolve()), facts]).encode()).hexdigest()[:16]
 
 
 def load(model: Model, batch_size: int | str, where: str | None, dtype: str | None) -> Any:

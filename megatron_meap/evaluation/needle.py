@@ -5,8 +5,8 @@ from random import Random
 from typing import Any
 
 from megatron_meap.errors import UsageError
-from megatron_meap.evaluation.haystack import bury, generator_of, insert
-from megatron_meap.evaluation.options import Options, as_dataset
+from megatron_meap.evaluation.haystack import Piece, bury, generator_of, insert
+from megatron_meap.evaluation.options import Options, Unsuitable, as_dataset
 
 KEYS = (  # noqa: SIM905
     "Amsterdam Athens Auckland Baghdad Bangkok Barcelona Beijing Berlin Bogota Boston Brussels Budapest Cairo Caracas "
@@ -18,9 +18,17 @@ CHOICES = 10
 """Numbers to choose among in the log-likelihood form: chance is 1 in 10."""
 
 
-def dataset(**metadata: Any) -> dict[str, Any]:
-    """The samples, as lm-eval's `custom_dataset`; see `Options` for the metadata."""
-    return as_dataset(samples(Options.from_metadata(metadata)))
+def dataset(ranked: bool = False, **metadata: Any) -> dict[str, Any]:
+    """The samples, as lm-eval's `custom_dataset`; see `Options` for the metadata.
+
+    Args:
+        ranked: they are for the log-likelihood form.
+        metadata: see `Options`.
+    """
+    options = Options.from_metadata(metadata)
+    if ranked and "{value}" not in options.answer:
+        raise Unsuitable(f"--answer {options.answer!r}: without {{value}} there is nothing to choose from")
+    return as_dataset(samples(options))
 
 
 def samples(options: Options) -> list[dict[str, Any]]:
@@ -54,16 +62,15 @@ def _sample(options: Options, length: int, depth: float, generator: Random) -> d
     )
     if answer.lower() not in needle.lower():
         raise UsageError(f"--needle {needle!r}: does not hold the answer {answer!r}; change one of the two")
-    count = options.count
 
-    def build(sentences: Any) -> str:
-        return f"{insert(sentences, [(depth, needle)], count)}\n\n{question}"
+    def build(piece: Piece) -> str:
+        return f"{insert(piece, [(depth, needle)])}\n\n{question}"
 
-    sentences, tokens = bury(build, options, length, generator)
+    prompt, tokens = bury(build, options, length, generator)
     choices = list(dict.fromkeys(_fill(options.answer, {**words, "value": str(n)}, "--answer") for n in numbers))
     generator.shuffle(choices)
     return {
-        "prompt": build(sentences),
+        "prompt": prompt,
         "answer": answer,
         "choices": [f" {choice}" for choice in choices],
         "gold": choices.index(answer),

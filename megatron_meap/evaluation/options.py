@@ -10,8 +10,8 @@ GENERATED_TOKENS = 32
 """Room that every prompt leaves for the model's answer; the task files ask for as many tokens."""
 
 
-class NoRoom(UsageError):
-    """A context length holds no sample of a task; a suite then leaves the task out."""
+class Unsuitable(UsageError):
+    """A task has no samples with these settings, as a context length that holds none; a suite then leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Options:
     """Documents of a question in `meap_multidoc`; the other tasks have their number in their names."""
     piqa_file: str | None = None
     """PIQA's validation set as its authors ship it."""
+    piqa_rows: int | None = None
+    """So many of it, the first ones; all where not given."""
     summaries_file: str | None = None
     """Texts to summarise: JSON Lines with `document`."""
 
@@ -84,7 +86,7 @@ class Options:
             (self.samples >= 1, f"samples {self.samples}: must be at least 1"),
             (bool(self.max_seq_lengths), "context lengths: give at least one"),
             (all(0 <= depth <= 100 for depth in self.depths), f"depths {self.depths}: must lie between 0 and 100"),
-            (all(n >= 2 for n in self.needles), f"needles {self.needles}: a chain has at least 2"),
+            (all(2 <= n <= 19 for n in self.needles), f"needles {self.needles}: a chain has 2 to 19"),
             (self.kv_pairs is None or self.kv_pairs >= 2, f"key-value pairs {self.kv_pairs}: must be at least 2"),
             (self.kv_digits is None or 2 <= self.kv_digits <= 32, f"digits {self.kv_digits}: must be from 2 to 32"),
             (self.qa_documents >= 2, f"--qa-documents {self.qa_documents}: must be at least 2"),

@@ -1,10 +1,11 @@
 """The pictures that people expect: needle heat maps, accuracy by position with bounds, bars, curves over tokens."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_meap.evaluation.results import PERCENT, ModelResults, dimensions, headline
+from megatron_meap.evaluation.results import ModelResults, dimensions, headline, is_share
 
 TITLES = {
     "meap_needle": "Needle in a haystack",
@@ -43,7 +44,9 @@ def draw_all(results: list[ModelResults], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     tasks = list(dict.fromkeys(task for result in results for task in result.samples))
-    drawn = [_overview(results, tasks, folder / "overview.png")]
+    tasks = [task for task in tasks if headline(_first(results, task), task)]
+    shares = [task for task in tasks if is_share(headline(_first(results, task), task) or "")]
+    drawn = [_overview(results, shares, folder / "overview.png")] if shares else []
     for task in tasks:
         having = [result for result in results if task in result.samples]
         names = set(dimensions((having[0].cells(task) or [""])[0])) if having[0].cells(task) else set()
@@ -51,13 +54,23 @@ def draw_all(results: list[ModelResults], folder: Path) -> list[Path]:
             drawn.append(_heat_map(having, task, folder / f"{task}.png"))
         elif names:
             drawn.append(_by_last_dimension(having, task, folder / f"{task}.png"))
-    if len({result.model.run for result in results}) < len([r for r in results if r.model.tokens]):
+    if tasks and len({result.model.run for result in results}) < len([r for r in results if r.model.tokens]):
         drawn.append(_over_tokens(results, tasks, folder / "over_tokens.png"))
     return drawn
 
 
+def label(name: str) -> str:
+    """A model's name as matplotlib shows it unchanged: `$` begins a formula, `_` in front hides a legend's entry."""
+    return ("\N{THIN SPACE}" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def _scale(metric: str) -> float:
-    return 100.0 if metric in PERCENT else 1.0
+    return 100.0 if is_share(metric) else 1.0
+
+
+def _title(figure: Any, text: str) -> None:
+    """A title that is broken into lines where it is wider than the picture."""
+    figure.suptitle(textwrap.fill(text, width=max(20, int(11 * figure.get_figwidth()))))
 
 
 def _heat_map(results: list[ModelResults], task: str, path: Path) -> Path:
@@ -83,12 +96,12 @@ def _heat_map(results: list[ModelResults], task: str, path: Path) -> Path:
         for (row, column), value in np.ndenumerate(grid):
             color = "white" if value < 15 or value > 85 else "black"  # the ends of the scale are dark
             axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
-        axis.set(title=f"{result.model.name}: {np.nanmean(grid):.1f}", xlabel="context length (tokens)")
+        axis.set(title=f"{label(result.model.name)}: {np.nanmean(grid):.1f}", xlabel="context length (tokens)")
         axis.set_xticks(range(len(lengths)), [f"{length:g}" for length in lengths])
         axis.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     axes[0][0].set_ylabel("depth of the needle (%)")
     figure.colorbar(image, ax=list(axes[0]), label="accuracy (%)")
-    figure.suptitle(TITLES.get(task, task))
+    _title(figure, TITLES.get(task, task))
     return _write(figure, path)
 
 
@@ -97,6 +110,7 @@ def _by_last_dimension(results: list[ModelResults], task: str, path: Path) -> Pa
     from matplotlib import pyplot
 
     metric = headline(results[0], task)
+    assert metric is not None
     cells = [(cell, dimensions(cell)) for cell in results[0].cells(task)]
     *others, last = cells[0][1]
     panels = list(dict.fromkeys(tuple(place[name] for name in others) for _, place in cells))
@@ -110,17 +124,17 @@ def _by_last_dimension(results: list[ModelResults], task: str, path: Path) -> Pa
                 for cell, place in cells
                 if tuple(place[name] for name in others) == panel
             ]
-            _line(axis, result.model.name, f"C{color}", metric, points)
+            _line(axis, label(result.model.name), f"C{color}", metric, points)
             for bound, style in (("closedbook", ":"), ("oracle", "--")):
                 _bound(axis, result, task, metric, bound, f"C{color}", style)
         axis.set(xlabel=AXES.get(last, last), title=", ".join(f"{n} {v:g}" for n, v in zip(others, panel, strict=True)))
         axis.set_xticks([place[last] for _, place in cells if tuple(place[n] for n in others) == panel])
         axis.grid(alpha=0.3)
-        if metric in PERCENT:
+        if is_share(metric):
             axis.set_ylim(-3, 103)
     axes[0][0].set_ylabel(METRICS.get(metric, metric))
     axes[0][-1].legend(fontsize=8)
-    figure.suptitle(TITLES.get(task, _multidoc_title(task)))
+    _title(figure, TITLES.get(task, _multidoc_title(task)))
     return _write(figure, path)
 
 
@@ -132,14 +146,14 @@ def _multidoc_title(task: str) -> str:
     return f"Question answering over {count or 'several'} documents: {form}"
 
 
-def _line(axis: Any, label: str, color: str, metric: str, points: Sequence[tuple[float, Any]]) -> None:
+def _line(axis: Any, name: str, color: str, metric: str, points: Sequence[tuple[float, Any]]) -> None:
     """A line with its intervals."""
     scale = _scale(metric)
     shown = [(x, found) for x, found in points if found is not None]
     heights = [scale * found.mean for _, found in shown]
     below = [scale * (found.mean - found.low) for _, found in shown]
     above = [scale * (found.high - found.mean) for _, found in shown]
-    axis.errorbar([x for x, _ in shown], heights, [below, above], color=color, label=label, marker="o", capsize=3)
+    axis.errorbar([x for x, _ in shown], heights, [below, above], color=color, label=name, marker="o", capsize=3)
 
 
 def _bound(axis: Any, result: ModelResults, task: str, metric: str, bound: str, color: str, style: str) -> None:
@@ -148,8 +162,8 @@ def _bound(axis: Any, result: ModelResults, task: str, metric: str, bound: str, 
         return
     found = result.estimate(f"meap_multidoc_{bound}{'_logprob' if task.endswith('_logprob') else ''}", metric)
     if found is not None:
-        label = f"{result.model.name}, {'closed book' if bound == 'closedbook' else bound}"
-        axis.axhline(_scale(metric) * found.mean, color=color, linestyle=style, linewidth=1, label=label)
+        name = f"{label(result.model.name)}, {'closed book' if bound == 'closedbook' else bound}"
+        axis.axhline(_scale(metric) * found.mean, color=color, linestyle=style, linewidth=1, label=name)
 
 
 def _overview(results: list[ModelResults], tasks: list[str], path: Path) -> Path:
@@ -157,23 +171,24 @@ def _overview(results: list[ModelResults], tasks: list[str], path: Path) -> Path
     import numpy as np
     from matplotlib import pyplot
 
-    shown = [task for task in tasks if headline(_first(results, task), task) in PERCENT]
-    figure, axis = pyplot.subplots(figsize=(8, 0.28 * len(shown) * (len(results) + 1) + 1.4), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(8, 0.28 * len(tasks) * (len(results) + 1) + 1.8), layout="constrained")
     thickness = 0.8 / len(results)
     for i, result in enumerate(results):
-        found = [result.estimate(task, headline(result, task)) if task in result.samples else None for task in shown]
+        found = [
+            result.estimate(task, headline(result, task) or "") if task in result.samples else None for task in tasks
+        ]
         means = np.array([100 * one.mean if one else np.nan for one in found])
         errors = [
             [100 * (one.mean - one.low) if one else 0 for one in found],
             [100 * (one.high - one.mean) if one else 0 for one in found],
         ]
-        places = np.arange(len(shown)) + (i - (len(results) - 1) / 2) * thickness
-        axis.barh(places, means, 0.9 * thickness, xerr=errors, label=result.model.name, color=f"C{i}", capsize=2)
-    axis.set_yticks(range(len(shown)), shown)
+        places = np.arange(len(tasks)) + (i - (len(results) - 1) / 2) * thickness
+        axis.barh(places, means, 0.9 * thickness, xerr=errors, label=label(result.model.name), color=f"C{i}", capsize=2)
+    axis.set_yticks(range(len(tasks)), tasks)
     axis.invert_yaxis()
     axis.set(xlim=(0, 105), xlabel="percent, with 95% bootstrap intervals", title="All tasks")
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=min(3, len(results)))
     return _write(figure, path)
 
 
@@ -194,18 +209,18 @@ def _over_tokens(results: list[ModelResults], tasks: list[str], path: Path) -> P
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
     for axis, task in zip(axes.flat, tasks, strict=False):
-        metric = headline(_first(results, task), task)
+        metric = headline(_first(results, task), task) or ""
         for color, run in enumerate(dict.fromkeys(result.model.run for result in results if result.model.tokens)):
             points = sorted(
                 (result.model.tokens, result.estimate(task, metric))
                 for result in results
                 if result.model.run == run and result.model.tokens and task in result.samples
             )
-            _line(axis, run, f"C{color}", metric, points)
+            _line(axis, label(run), f"C{color}", metric, points)
         axis.set(title=task, xlabel="training tokens", ylabel=METRICS.get(metric, metric))
         axis.xaxis.set_major_formatter(EngFormatter())
         axis.grid(alpha=0.3)
-        if metric in PERCENT:
+        if is_share(metric):
             axis.set_ylim(-3, 103)
     axes[0][0].legend(fontsize=8)
     return _write(figure, path)

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment
 
 from megatron_meap import __version__
-from megatron_meap.evaluation.results import PERCENT, Comparison, ModelResults, compare, headline
+from megatron_meap.evaluation.results import Comparison, ModelResults, compare, headline, is_share
 from megatron_meap.evaluation.suites import Plan
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
@@ -20,7 +20,7 @@ SHOWN_SAMPLES = 3
 CHANCE = {
     "meap_needle_logprob": "10%",
     "meap_kv_logprob": "10% from 10 pairs on",
-    "meap_kinship_logprob": "one in the number of needles",
+    "meap_kinship_logprob": "one in twice the number of needles",
     "meap_piqa": "50%",
 }
 
@@ -56,11 +56,11 @@ def write(results: list[ModelResults], plan: Plan, pictures: Sequence[Path], com
 
 def _row(results: list[ModelResults], comparisons: dict[tuple[str, str], Comparison], task: str) -> dict[str, Any]:
     """A task's line in the table."""
-    metric = headline(next(result for result in results if task in result.samples), task)
+    metric = headline(next(result for result in results if task in result.samples), task) or "-"
     found = [result.estimate(task, metric) if task in result.samples else None for result in results]
     means = [one.mean for one in found if one]
     best = max(means) if len(set(means)) > 1 else None
-    scale, digits = (100, 1) if metric in PERCENT else (1, 3)
+    scale, digits = (100, 1) if is_share(metric) else (1, 3)
     cells = []
     for result, one in zip(results, found, strict=True):
         against = comparisons.get((task, result.model.name))
@@ -77,7 +77,7 @@ def _row(results: list[ModelResults], comparisons: dict[tuple[str, str], Compari
             }
         )
     samples = max((one.samples for one in found if one), default=0)
-    unit = "%" if metric in PERCENT else ""
+    unit = "%" if is_share(metric) else ""
     return {
         "task": task,
         "metric": metric + (f" ({unit})" if unit else ""),

@@ -15,8 +15,8 @@ from megatron_meap.evaluation.statistics import Difference, Estimate, adjusted, 
 FIRST_METRICS = ("acc_norm", "best_subspan_em", "faithful", "acc", "logprob_per_token", "exact_match")
 """The metric that stands for a task, the first of these that it has."""
 
-PERCENT = {"acc", "acc_norm", "best_subspan_em", "faithful", "greedy", "exact_match"}
-"""Metrics that are shares, shown as percent."""
+SHARES = {"acc", "acc_norm", "best_subspan_em", "faithful", "judged", "greedy", "exact_match"}
+"""Metrics that are shares."""
 
 
 @dataclass
@@ -30,17 +30,31 @@ class ModelResults:
     """By task, lm-eval's records of samples."""
 
     def metrics(self, task: str) -> list[str]:
-        """Names of the task's metrics, without those of cells."""
-        first = self.samples[task][0]
-        return [name for name in first["metrics"] if " " not in name and isinstance(first[name], int | float)]
+        """Names of the task's metrics, without those of cells; as lm-eval names them, `name,filter`, where it filters.
+
+        A task whose metrics are none of single samples (perplexity) has those of its aggregate.
+        """
+        found: dict[str, None] = {}
+        for sample in self.samples[task]:
+            suffix = "" if sample.get("filter", "none") == "none" else f",{sample['filter']}"
+            names = (name for name in sample["metrics"] if " " not in name and _is_measured(name, sample[name]))
+            found |= dict.fromkeys(f"{name}{suffix}" for name in names)
+        return list(found) or [name for name, _ in self._aggregates(task)]
 
     def values(self, task: str, metric: str, cell: str | None = None) -> dict[str, float]:
-        """Value of each sample by the hash of its document, of all cells or of one."""
-        return {
-            sample["doc_hash"]: float(sample[metric])
-            for sample in self.samples.get(task, [])
-            if metric in sample and (cell is None or sample["doc"].get("cell") == cell)
-        }
+        """Value of each independent sample by what names it, of all cells or of one.
+
+        Samples that share a question (`meap_group`), asked with its answer in several places, are one: their mean.
+        """
+        name, _, wanted = metric.partition(",")
+        found: dict[str, list[float]] = {}
+        for sample in self.samples.get(task, []):
+            doc = sample["doc"]
+            inside = cell is None or doc.get("cell") == cell
+            filtered = sample.get("filter", "none") == (wanted or "none")
+            if inside and filtered and _is_measured(name, sample.get(name)):
+                found.setdefault(doc.get("meap_group") or sample["doc_hash"], []).append(float(sample[name]))
+        return {unit: sum(each) / len(each) for unit, each in found.items()}
 
     def cells(self, task: str) -> list[str]:
         """The task's cells, in the order of the samples."""
@@ -50,13 +64,38 @@ class ModelResults:
     def estimate(self, task: str, metric: str, cell: str | None = None) -> Estimate | None:
         """Mean and interval; None where there is no such sample."""
         values = self.values(task, metric, cell)
-        return estimate(list(values.values())) if values else None
+        if values or cell is not None:
+            return estimate(list(values.values())) if values else None
+        return dict(self._aggregates(task)).get(metric)
+
+    def _aggregates(self, task: str) -> Iterator[tuple[str, Estimate]]:
+        """lm-eval's own figures of a task, with 1.96 of its standard errors where it gives any."""
+        figures = self.results.get("results", {}).get(task, {})
+        for key, value in figures.items():
+            name, _, kind = key.partition(",")
+            if isinstance(value, int | float) and kind and not name.endswith("_stderr"):
+                error = figures.get(f"{name}_stderr,{kind}")
+                width = 1.96 * error if isinstance(error, int | float) else 0.0
+                label = name if kind == "none" else key
+                yield label, Estimate(value, value - width, value + width, len(self.samples[task]))
 
 
-def headline(result: ModelResults, task: str) -> str:
-    """The metric that stands for the task."""
+def _is_measured(metric: str, value: Any) -> bool:
+    """Whether a sample has this metric: RULER's, called as the lengths, are -1 for all lengths but its own."""
+    return isinstance(value, int | float) and not (metric.isdigit() and value == -1)
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share, shown as percent; those of RULER's tasks, called as their length, are."""
+    name = metric.partition(",")[0]
+    return name in SHARES or name.isdigit()
+
+
+def headline(result: ModelResults, task: str) -> str | None:
+    """The metric that stands for the task; None where it has none at all."""
     metrics = result.metrics(task)
-    return next((name for name in FIRST_METRICS if name in metrics), metrics[0])
+    first = (metric for name in FIRST_METRICS for metric in metrics if metric.partition(",")[0] == name)
+    return next(first, metrics[0] if metrics else None)
 
 
 def dimensions(cell: str) -> dict[str, float]:
@@ -83,7 +122,8 @@ def compare(results: list[ModelResults]) -> dict[tuple[str, str], Comparison]:
         base = results[0]
         for other in results[1:]:
             for task in other.samples:
-                metric = headline(other, task)
+                if (metric := headline(other, task)) is None:
+                    continue
                 mine, theirs = other.values(task, metric), base.values(task, metric)
                 shared = [key for key in mine if key in theirs]
                 if shared:
@@ -99,7 +139,8 @@ def compare(results: list[ModelResults]) -> dict[tuple[str, str], Comparison]:
 def save(results: list[ModelResults], output: Path) -> None:
     """Write lm-eval's JSON of each model, `results.csv` and `differences.csv`."""
     output.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(output / "lm_eval", ignore_errors=True)  # lm-eval's writer would add to what an earlier call wrote
+    for folder in ("lm_eval", "pictures"):  # nothing of an earlier call stays beside what is written now
+        shutil.rmtree(output / folder, ignore_errors=True)
     for result in results:
         _save_lm_eval(result, output / "lm_eval")
     with _table(output / "results.csv", "model tokens task cell metric value low high samples") as table:

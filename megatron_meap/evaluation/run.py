@@ -1,15 +1,20 @@
-"""Runs tasks on models through lm-evaluation-harness, one after the other, and keeps what is finished."""
+"""Runs tasks on models through lm-evaluation-harness, one after the other, and keeps what is finished.
+
+What a model answers is kept as well, batch by batch, in lm-eval's own cache: a command that was cut off goes on there.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 from megatron_meap.errors import UsageError
 from megatron_meap.evaluation import models
 from megatron_meap.evaluation.commonsense import HUB_TASKS, from_folder
+from megatron_meap.evaluation.judge import JudgeUnavailable
 from megatron_meap.evaluation.models import Model
-from megatron_meap.evaluation.options import NoRoom, counter
+from megatron_meap.evaluation.options import Unsuitable, counter
 from megatron_meap.evaluation.results import ModelResults
 from megatron_meap.evaluation.suites import TASKS, Plan
 
@@ -25,6 +30,14 @@ class Machine:
     dtype: str | None = None
     chat_template: bool = False
     """Whether prompts go through the tokenizer's chat template."""
+    answers: Path | None = None
+    """Folder that keeps what models answered, and is looked into first."""
+
+    def kept_answers(self, model: Model) -> str | None:
+        """Where lm-eval keeps a model's answers: they are those of its files, on this device, in this type."""
+        if self.answers is None:
+            return None
+        return str(self.answers / "-".join(filter(None, (models.identity(model), self.device, self.dtype))))
 
 
 def load_tasks(plan: Plan, tokenizer: str) -> dict[str, Any]:
@@ -56,7 +69,7 @@ def load_tasks(plan: Plan, tokenizer: str) -> dict[str, Any]:
             if folder and name in HUB_TASKS:
                 local = from_folder(name, Path(folder), Path(manager.task_index[name].yaml_path))
             tasks |= {name: local} if local else manager.load(name)["tasks"]
-        except NoRoom as error:
+        except Unsuitable as error:
             if plan.suite is None:
                 raise
             plan.left_out[name] = str(error)
@@ -85,35 +98,50 @@ def evaluate(
         UsageError: a model cannot be loaded, or the judge does not answer.
     """
     found: list[ModelResults] = []
+    silent: JudgeUnavailable | None = None
     for number, model in enumerate(chosen, 1):
         loaded = models.load(model, machine.batch_size, machine.device, machine.dtype)
         found.append(ModelResults(model))
-        judged = [task for task in tasks.values() if task.task_name == JUDGED]
-        others = [task for task in tasks.values() if task.task_name != JUDGED]
         try:
-            for group in filter(None, (others, judged)):  # the judge last: it may fail
-                names = ", ".join(task.task_name for task in group)
-                print(f"model {number}/{len(chosen)}, {model.name}: {names}", flush=True)
-                add_tasks(found[-1], group, loaded, machine.chat_template)
+            for task in sorted(
+                tasks.values(), key=lambda task: task.task_name == JUDGED
+            ):  # the judge last: it may fail
+                if silent and task.task_name == JUDGED:
+                    continue
+                print(f"model {number}/{len(chosen)}, {model.name}: {task.task_name}", flush=True)
+                add_tasks(found[-1], [task], loaded, machine.chat_template, machine.kept_answers(model))
+        except JudgeUnavailable as error:
+            silent = error
         finally:
             finished([result for result in found if result.samples])
         del loaded
+    if silent:
+        raise silent
     return found
 
 
-def add_tasks(result: ModelResults, tasks: list[Any], loaded: Any, chat_template: bool = False) -> None:
-    """Run tasks on a model, and add what came out to its results."""
+def add_tasks(
+    result: ModelResults, tasks: list[Any], loaded: Any, chat_template: bool = False, answers: str | None = None
+) -> None:
+    """Run tasks on a model, and add what came out to its results.
+
+    Args:
+        result: of the model.
+        tasks: lm-eval's.
+        loaded: lm-eval's model.
+        chat_template: whether prompts go through it.
+        answers: beginning of the name of the file that keeps the answers; None keeps none.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    # Without a manager it would index all of lm-eval's task files, each time.
-    manager = TaskManager(include_defaults=False)
     outcome = simple_evaluate(
         loaded,
         tasks=tasks,
         batch_size=getattr(loaded, "batch_size", None),
         apply_chat_template=chat_template,
-        task_manager=manager,
+        use_cache=answers,
+        task_manager=TaskManager(include_defaults=False),  # without one it would index all of its task files, each time
     )
     assert outcome is not None
     result.samples |= outcome.pop("samples")
@@ -122,6 +150,12 @@ def add_tasks(result: ModelResults, tasks: list[Any], loaded: Any, chat_template
             result.results[key] |= value
         else:
             result.results[key] = value
+
+
+def measuring_tokenizer(chosen: list[Model]) -> str:
+    """Directory of the model whose tokenizer needs most tokens for a text: prompts that fit its context fit all."""
+    text = " ".join(topics.topics[name] for name in sorted(topics.topics)[:5]) + f" {list(range(10_000, 11_000, 7))}"
+    return max((str(model.directory) for model in chosen), key=lambda directory: counter(directory)(text))
 
 
 def check_lengths(tasks: dict[str, Any], plan: Plan, chosen: list[Model]) -> dict[str, Any]:

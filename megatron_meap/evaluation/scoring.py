@@ -13,8 +13,11 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def contains(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 where the answer stands in the generated text, ignoring case: a base model may write on past it."""
-    return _with_cell(doc, {"acc": float(doc["answer"].lower() in results[0].lower())})
+    """1 where the answer stands in the first line of the generated text, ignoring case.
+
+    A base model may write on past the answer; further lines, which could name one thing after the other, do not count.
+    """
+    return _with_cell(doc, {"acc": float(doc["answer"].lower() in _first_line(results[0]).lower())})
 
 
 def ranked(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
@@ -38,7 +41,7 @@ def ranked(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, 
 
 def subspan(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Lost-in-the-middle's `best_subspan_em` over the first line of the answer."""
-    return _with_cell(doc, {"best_subspan_em": best_subspan_em(results[0].strip().split("\n")[0], doc["answers"])})
+    return _with_cell(doc, {"best_subspan_em": best_subspan_em(_first_line(results[0]), doc["answers"])})
 
 
 def gold_logprob(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
@@ -57,12 +60,18 @@ def gold_logprob(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict
 def best_subspan_em(prediction: str, answers: list[str]) -> float:
     """1 if any answer is part of the prediction, both normalised (Liu et al. 2023, arXiv 2307.03172)."""
     normalised = normalise(prediction)
-    return float(any(normalise(answer) in normalised for answer in answers))
+    # An answer of punctuation alone would be part of everything.
+    return float(any(answer in normalised for answer in map(normalise, answers) if answer))
 
 
 def normalise(text: str) -> str:
     """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def _first_line(text: str) -> str:
+    """The first line that is not empty: chat models begin with line ends."""
+    return text.strip().partition("\n")[0]
 
 
 def _with_cell(doc: dict[str, Any], metrics: dict[str, float]) -> dict[str, float]:

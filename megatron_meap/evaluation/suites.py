@@ -17,6 +17,7 @@ MULTIDOC = tuple(
     f"meap_multidoc{kind}{form}" for form in ("", "_logprob") for kind in ("10", "20", "_closedbook", "_oracle")
 )
 QUICK_LONGEST = 4096
+QUICK_PIQA = 200
 PAPER_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 NEEDS = {"meap_multidoc": "qa_file", "meap_piqa": "piqa_file", "meap_faithfulness": "summaries_file"}
@@ -103,6 +104,7 @@ def _quick(context: int) -> dict[str, Any]:
     return _plain(context) | {
         "max_seq_lengths": [longest // 2, longest] if longest >= 512 else [longest],
         "samples": 8,
+        "piqa_rows": QUICK_PIQA,
         "kv_digits": 4 if small else None,
     }
 

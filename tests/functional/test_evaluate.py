@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,13 +18,15 @@ import pytest
 
 from megatron_meap.errors import UsageError
 from megatron_meap.evaluation import judge
+from megatron_meap.evaluation import models as evaluation_models
 from megatron_meap.evaluation.models import Model, open_models
 from megatron_meap.evaluation.results import ModelResults
-from megatron_meap.evaluation.run import add_tasks, check_lengths, load_tasks
+from megatron_meap.evaluation.run import Machine, add_tasks, check_lengths, load_tasks, measuring_tokenizer
+from megatron_meap.evaluation.run import evaluate as run_tasks
 from megatron_meap.evaluation.scoring import contains
 from megatron_meap.evaluation.suites import Plan
 from tests.conftest import REPOSITORY
-from tests.fake_models import RuleModel
+from tests.fake_models import RuleModel, look_up
 
 
 def evaluate(*flags: str, **environment: str) -> subprocess.CompletedProcess:
@@ -89,7 +92,7 @@ def test_bad_input_is_one_line(models: dict[str, Path], tmp_path: Path) -> None:
         (model, model): "two models are called 'trained'",
         (str(tmp_path),): "not a Megatron checkpoint",
         (f"{tmp_path}@all",): "holds no checkpoint",
-        ("model@last",): r"expected \[NAME=\]PATH",
+        ("",): r"expected \[NAME=\]PATH",
     }.items():
         with pytest.raises(UsageError, match=message):
             open_models(list(specs), tmp_path)
@@ -104,6 +107,23 @@ def test_bad_input_is_one_line(models: dict[str, Path], tmp_path: Path) -> None:
     assert "the context of" in suite.left_out["meap_kv"]
 
 
+def test_models_whose_path_has_signs_of_the_notation(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "lr=3e-4@home"
+    shutil.copytree(models["trained"], folder)
+    assert [(model.name, model.directory) for model in open_models([str(folder)], tmp_path)] == [
+        ("lr=3e-4@home", folder)
+    ]
+    (named,) = open_models([f"a={folder}"], tmp_path)
+    assert (named.name, named.directory) == ("a", folder)
+
+
+def test_prompts_are_measured_by_the_tokenizer_that_needs_most_tokens(
+    models: dict[str, Path], character_tokenizer: Path
+) -> None:
+    few, many = (Model("", directory, "", "") for directory in (models["trained"], character_tokenizer))
+    assert measuring_tokenizer([few, many]) == measuring_tokenizer([many, few]) == str(character_tokenizer)
+
+
 class Answers(BaseHTTPRequestHandler):
     """A judge that finds summaries faithful whose words all stand in the document; it fails every other time."""
 
@@ -112,6 +132,9 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         type(self).asked += 1
+        if not self.path.startswith("/v1/"):
+            self.send_error(404)
+            return
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = request["messages"][0]["content"]
         document, summary = re.search(r"Document:\n(.*)\n\nSummary:\n(.*)\n\nAnswer", prompt, re.DOTALL).groups()
@@ -148,11 +171,30 @@ def test_the_judge_is_asked_again_and_keeps_its_verdicts(
     assert Answers.asked == 4  # each was refused once
     Answers.down = True
     assert asks.faithful("the grass is green", "grass is green")  # known
-    with pytest.raises(judge.JudgeUnavailable, match=rf"no verdict after 5 tries .*kept in {re.escape(str(log))}"):
+    with pytest.raises(judge.JudgeUnavailable, match=rf"no answer after 5 tries .*kept in {re.escape(str(log))}"):
         asks.faithful("the grass is green", "something new")
     assert len(log.read_text().splitlines()) == 2
-    with pytest.raises(judge.JudgeUnavailable, match="no verdict"):
-        judge.Judge("http://127.0.0.1:9/v1", "any").faithful("a", "b")
+    log.write_text(log.read_text() + '{"sha256": "a\n{"foreign": 1}\n[]\n')  # of a run that was killed, and of others
+    assert asks.faithful("the grass is green", "grass is green")
+    for url, reason in {
+        "http://127.0.0.1:9/v1": "after 5 tries",
+        "http://[::1/v1": "after 1 tries .the URL or the key cannot be used",
+        endpoint.replace("/v1", "/missing"): "after 1 tries .HTTP status 404",
+    }.items():
+        with pytest.raises(judge.JudgeUnavailable, match=reason):
+            judge.Judge(url, "any").faithful("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("said", "faithful"),
+    [
+        ("FAITHFUL", True), ("**Hallucinated**.", False), ("<think>FAITHFUL or not?</think>\nHALLUCINATED", False),
+        ("Faithful: all of it stands in the document.", True), ("NOT FAITHFUL", None), ("UNFAITHFUL", None),
+        ("The summary is not faithful.", None), ("FAITHFUL or HALLUCINATED? Hard to say.", None),
+    ],
+)  # fmt: skip
+def test_only_a_verdict_is_taken_for_one(said: str, faithful: bool | None) -> None:
+    assert judge.verdict(said) is faithful
 
 
 def test_results_survive_a_judge_that_does_not_answer(endpoint: str, models: dict[str, Path], tmp_path: Path) -> None:
@@ -164,11 +206,50 @@ def test_results_survive_a_judge_that_does_not_answer(endpoint: str, models: dic
     ]  # fmt: skip
     failed = evaluate(*flags, "--judge-url", "http://127.0.0.1:9/v1")
     assert failed.returncode == 2
-    assert "--judge-url http://127.0.0.1:9/v1: no verdict after 5 tries" in failed.stderr
+    assert "--judge-url http://127.0.0.1:9/v1: no answer after 5 tries" in failed.stderr
     assert "meap_kv_logprob" in (tmp_path / "out" / "results.csv").read_text()
-    done = evaluate(*flags, "--judge-url", endpoint, "--overwrite")
+    assert (tmp_path / "out" / "answers").is_dir()
+    done = evaluate(*flags, "--judge-url", endpoint)  # the same command goes on
     assert done.returncode == 0, done.stderr
     assert "meap_faithfulness,,faithful" in (tmp_path / "out" / "results.csv").read_text()
+    assert not (tmp_path / "out" / "answers").exists()
+    finished = evaluate(*flags, "--judge-url", endpoint)
+    assert finished.returncode == 2
+    assert "holds earlier results" in finished.stderr
+
+
+def test_without_the_judge_all_models_do_the_other_tasks(
+    character_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(evaluation_models, "load", lambda *_: RuleModel(look_up))
+    for name, value in zip(judge.ENVIRONMENT, ("http://127.0.0.1:9/v1", "any"), strict=True):
+        monkeypatch.setenv(name, value)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"document": "some text"}))
+    metadata = {"kv_digits": 4, "max_seq_lengths": [512], "samples": 2, "summaries_file": str(texts)}
+    tasks = load_tasks(Plan(["meap_faithfulness", "meap_kv"], metadata), str(character_tokenizer))
+    written = []
+    with pytest.raises(judge.JudgeUnavailable):
+        run_tasks(
+            [Model(name, tmp_path, "", name) for name in "ab"], tasks, Machine(),
+            lambda found: written.append({result.model.name: list(result.samples) for result in found}),
+        )  # fmt: skip
+    assert written[-1] == {"a": ["meap_kv"], "b": ["meap_kv"]}
+
+
+def test_answers_that_were_kept_are_not_asked_for_again(character_tokenizer: Path, tmp_path: Path) -> None:
+    plan = Plan(["meap_kv", "meap_kv_logprob"], {"kv_digits": 4, "max_seq_lengths": [512], "samples": 2})
+    tasks = list(load_tasks(plan, str(character_tokenizer)).values())
+    first, again = (ModelResults(Model("model", Path(), "", "model")) for _ in range(2))
+    add_tasks(first, tasks, RuleModel(look_up), answers=str(tmp_path / "answers"))
+
+    def asked(prompt: str) -> None:
+        raise AssertionError(prompt)
+
+    add_tasks(again, tasks, RuleModel(asked), answers=str(tmp_path / "answers"))
+    for task in plan.tasks:
+        assert again.estimate(task, "acc") == first.estimate(task, "acc")
 
 
 def test_needles_score_as_in_lm_evals_own_task(character_tokenizer: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -94,6 +94,8 @@ def test_a_needle_of_the_users_own(options: Options, tmp_path: Path) -> None:
     assert sample["choices"] == [" eat a sandwich"]
     assert "The grass is green." in sample["prompt"]
     assert sample["prompt"].count("to eat a sandwich") == 1
+    with pytest.raises(UsageError, match="nothing to choose from"):
+        needle.dataset(ranked=True, **asdict(own))
     with pytest.raises(UsageError, match="does not hold the answer"):
         needle.samples(replace(own, answer="sleep"))
     with pytest.raises(UsageError, match=r"only \{key\} and \{value\}"):
@@ -139,6 +141,19 @@ def test_kinship_chains_lead_to_the_eldest(options: Options) -> None:
         assert all(choice.strip() in sample["prompt"] for choice in sample["choices"])
 
 
+def test_the_eldest_of_a_ranked_chain_is_not_told_by_how_often_it_is_named(options: Options) -> None:
+    samples = kinship.samples(replace(options, samples=20), ranked=True)
+    guessed = 0.0
+    for sample in samples:
+        assert look_up(sample["prompt"]) == sample["answer"]
+        assert len(sample["choices"]) == 2 * sample["needles"]
+        names = [choice.strip() for choice in sample["choices"]]
+        counts = [sample["prompt"].count(name) for name in names]
+        rarest = [name for name, count in zip(names, counts, strict=True) if count == min(counts)]
+        guessed += (sample["answer"] in rarest) / len(rarest)
+    assert 0.3 < guessed / len(samples) < 0.7
+
+
 def test_documents_by_position(options: Options, qa_file: Path) -> None:
     samples = documents.samples(replace(options, qa_file=str(qa_file)), 10)
     assert [s["position"] for s in samples] == [0, 4, 9] * 3
@@ -150,6 +165,10 @@ def test_documents_by_position(options: Options, qa_file: Path) -> None:
         assert sample["answer_tokens"] == len(sample["target"])
     assert "Document" not in documents.samples(replace(options, qa_file=str(qa_file)), 0)[0]["prompt"]
     assert documents.samples(replace(options, qa_file=str(qa_file)), 1)[0]["prompt"].count("Document [") == 1
+    assert {s["meap_group"] for s in samples} == {"question 0", "question 1", "question 2"}
+    odd = QUESTIONS[0] | {"answers": ["*", "Author0"]}  # nothing is left of * without punctuation
+    qa_file.write_text("\n".join(map(json.dumps, [odd, *QUESTIONS[1:]])))
+    assert len(documents.samples(replace(options, qa_file=str(qa_file), samples=30), 10)) == 90
     with pytest.raises(UsageError, match="too few documents"):
         documents.samples(replace(options, qa_file=str(qa_file)), 40)
 

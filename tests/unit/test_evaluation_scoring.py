@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_meap.evaluation import statistics
 from megatron_meap.evaluation.models import Model
-from megatron_meap.evaluation.results import ModelResults, compare
+from megatron_meap.evaluation.results import ModelResults, compare, headline, is_share
 from megatron_meap.evaluation.run import add_tasks, load_tasks
-from megatron_meap.evaluation.scoring import best_subspan_em
-from megatron_meap.evaluation.statistics import adjusted, difference, estimate
+from megatron_meap.evaluation.scoring import best_subspan_em, contains
+from megatron_meap.evaluation.statistics import Estimate, adjusted, difference, estimate
 from megatron_meap.evaluation.suites import Plan
 from tests.fake_models import RuleModel, look_up, nothing
 
@@ -45,7 +46,7 @@ def test_an_oracle_scores_everything_and_ignorance_scores_chance(tasks: dict) ->
     chance = {
         "meap_needle_logprob": 0.1,
         "meap_kv_logprob": 0.1,
-        "meap_kinship_logprob": (1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 4,
+        "meap_kinship_logprob": (1 / 4 + 1 / 6 + 1 / 8 + 1 / 10) / 4,
     }
     for task, expected in chance.items():
         samples = len(ignorant.samples[task])
@@ -95,6 +96,12 @@ def test_best_subspan_em() -> None:
     assert best_subspan_em("It was the Wilhelm Röntgen!", ["wilhelm röntgen"]) == 1.0
     assert best_subspan_em("An apple, a day", ["the apple day"]) == 1.0  # articles and punctuation do not count
     assert best_subspan_em("Wilhelm", ["Wilhelm Röntgen", "Conrad"]) == 0.0
+    assert best_subspan_em("Wilhelm", ["*"]) == 0.0
+
+
+def test_the_first_line_that_is_not_empty_counts() -> None:
+    assert contains({"answer": "42"}, ["\n\n it is 42.\nor 43"])["acc"] == 1.0
+    assert contains({"answer": "43"}, ["\n\n it is 42.\nor 43"])["acc"] == 0.0
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
@@ -104,6 +111,55 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         found = estimate([float(generator.random() < 0.3) for _ in range(80)])
         covered += found.low <= 0.3 <= found.high
     assert 180 <= covered <= 199  # 95% of 200 is 190
+
+
+def records(values: np.ndarray, **more: object) -> list[dict]:
+    """Samples [questions, places] as lm-eval keeps them."""
+    return [
+        {"doc": {"meap_group": f"question {q}"}, "doc_hash": f"{q} {p}", "metrics": ["acc"], "acc": value, **more}
+        for (q, p), value in np.ndenumerate(values)
+    ]
+
+
+def test_places_of_one_question_are_no_independent_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that do not differ: 5% of the comparisons may say that they do, and 5% of the intervals miss the mean."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 499)
+    generator = np.random.default_rng(0)
+    significant = covered = 0
+    for _ in range(200):
+        questions = generator.normal(size=(2, 24, 1))  # of two models; what a question is worth to one, at every place
+        results = [
+            ModelResults(
+                Model(name, Path(), "", name), {}, {"task": records(each + generator.normal(size=(24, 5)) / 5)}
+            )
+            for name, each in zip("ab", questions, strict=True)
+        ]
+        significant += compare(results)["task", "b"].found.p_value < 0.05
+        found = results[0].estimate("task", "acc")
+        covered += found.low <= 0 <= found.high
+    assert 2 <= significant <= 20
+    assert 178 <= covered <= 198
+
+
+def test_metrics_of_lm_evals_own_tasks() -> None:
+    """RULER's lengths, of which a sample has one; several filters; perplexity, which no single sample has."""
+    one = np.array([[1.0], [0.0]])
+    ruler = [{**record, "metrics": ["512", "4096"], "512": record["acc"], "4096": -1.0} for record in records(one)]
+    filtered = [*records(one, filter="strict"), *records(1 - one[:1], filter="flexible")]
+    tuples = [{**record, "metrics": ["word_perplexity"], "word_perplexity": (-9.5, 3)} for record in records(one)]
+    result = ModelResults(
+        Model("model", Path(), "", "model"),
+        {"results": {"tuples": {"alias": "tuples", "word_perplexity,none": 7.5, "word_perplexity_stderr,none": "N/A"}}},
+        {"ruler": ruler, "filtered": filtered, "tuples": tuples, "empty": []},
+    )
+    assert result.metrics("ruler") == ["512"]
+    assert result.estimate("ruler", headline(result, "ruler")).mean == 0.5
+    assert is_share("512")
+    assert result.metrics("filtered") == ["acc,strict", "acc,flexible"]
+    assert [result.estimate("filtered", name).mean for name in result.metrics("filtered")] == [0.5, 0.0]
+    assert headline(result, "filtered") == "acc,strict"
+    assert result.estimate("tuples", headline(result, "tuples")) == Estimate(7.5, 7.5, 7.5, 2)
+    assert headline(result, "empty") is None
 
 
 def test_differences_are_paired_and_adjusted() -> None:
