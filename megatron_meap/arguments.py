@@ -235,6 +235,8 @@ def _validate_meap(args: Namespace) -> None:
         args.meap_protect_special_tokens = args.meap_mask_strategy != "official"
     if args.sft:
         raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; use --meap-sft")
+    if args.full_validation and not args.multiple_validation_sets:
+        raise UsageError("--full-validation: megatron-core 0.19 fails without --multiple-validation-sets; add it")
     sft.validate(args)
     if args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:
         raise UsageError(

@@ -280,12 +280,15 @@ def _switch_off_what_needs_an_accelerator() -> None:
 def adapt_megatron() -> None:
     """Mend what only shows on a CPU inside Megatron, once it can be imported."""
     from megatron.core.transformer.moe import token_dispatcher
+    from megatron.training import initialize
 
     def as_asked(tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     # The original turns a tensor into an array while it copies it from the GPU, and only then.
     token_dispatcher.maybe_move_tensor_to_cpu = as_asked
+    # It compiles nothing here, but draws its inputs from the generator that the CPU's weights are drawn from next.
+    initialize._warmup_jit_function = lambda tp_size=None: None
 
 
 def unsupported(args: Any) -> list[tuple[str, str]]:

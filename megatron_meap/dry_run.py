@@ -25,6 +25,7 @@ from megatron_meap.planning.memory import count_parameters
 from megatron_meap.planning.report import layout_of
 from megatron_meap.planning.world import pretended
 from megatron_meap.preprocessing.manifest import tokenizer_fingerprint
+from megatron_meap.sft import data as sft
 
 
 def run() -> None:
@@ -46,6 +47,8 @@ def run() -> None:
         print(line)
     if dataset is None:
         raise UsageError("--data-path: names no training data")
+    for line in sft.lines(args) if args.meap_sft else ():
+        print(line)
     print(f"data          {len(dataset):,} training samples; the first one, masked tokens marked:\n")
     print(view(dataset, 0, get_tokenizer(), args.meap_mask_token_id).for_terminal())
     print("dry run: all checks passed, nothing was trained or saved", flush=True)
@@ -85,8 +88,11 @@ def _schedule(args: Namespace) -> list[str]:
 def _masks(args: Namespace) -> list[str]:
     if args.meap_mask_ratio == 0:
         return ["masks         none: next-token prediction"]
+    what = "input tokens"
+    if args.meap_sft:
+        what = f"tokens of a copy of each answer of more than {args.meap_sft_threshold} tokens"
     return [
-        f"masks         {args.meap_mask_strategy}, {100 * args.meap_mask_ratio:g}% of the input tokens become "
+        f"masks         {args.meap_mask_strategy}, {100 * args.meap_mask_ratio:g}% of the {what} become "
         f"{args.meap_mask_token} (id {args.meap_mask_token_id}), seed {args.meap_mask_seed}"
     ]
 

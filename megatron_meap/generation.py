@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qw
 
 from megatron_meap import device
 from megatron_meap.checkpoint.reader import open_checkpoint
-from megatron_meap.checkpoint.tokenizer_files import load_directory, moved, tokenizer_of
+from megatron_meap.checkpoint.tokenizer_files import ending_ids, load_directory, moved, tokenizer_of
 from megatron_meap.checkpoint.weights import Source, inspect
 from megatron_meap.errors import UsageError
 
@@ -102,12 +102,13 @@ class Generator:
         room = self.model.config.max_position_embeddings - prompt_tokens
         greedy = sampling.temperature == 0
         how = {} if greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        end = self.tokenizer.eos_token_id
+        ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        end = ends[0] if isinstance(ends, list) else ends
         return GenerationConfig(
             max_new_tokens=min(sampling.max_new_tokens, room),
             do_sample=not greedy,
             suppress_tokens=None if self.mask_id is None else [self.mask_id],
-            eos_token_id=end,
+            eos_token_id=ends,
             pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else end,
             **how,
         )
@@ -131,7 +132,9 @@ def _from_megatron(path: str, iteration: int | None, tokenizer: str | None) -> t
     if loaded is None:
         raise UsageError(f"{path}: was trained without a tokenizer (NullTokenizer), so it has no text to generate")
     source = inspect(checkpoint, loaded)
-    return model_in_memory(source, checkpoint.dtype("embedding.word_embeddings.weight")), loaded, loaded.mask_token_id
+    model = model_in_memory(source, checkpoint.dtype("embedding.word_embeddings.weight"))
+    model.generation_config.eos_token_id = ending_ids(checkpoint.args, loaded) or None
+    return model, loaded, loaded.mask_token_id
 
 
 def model_in_memory(source: Source, dtype: torch.dtype) -> Any:

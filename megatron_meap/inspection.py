@@ -11,6 +11,7 @@ import torch
 
 from megatron_meap.dataset import MaskedInputDataset
 from megatron_meap.masking import num_masks
+from megatron_meap.sft.dataset import SFTDataset
 from megatron_meap.tokenizer import special_id
 
 MARKED = "\033[7m{}\033[0m"  # reverse video
@@ -58,6 +59,8 @@ class View:
     """bool [s]: the label does not count."""
     borders: set[int]
     """Positions at which another document begins."""
+    padding: int = 0
+    """Positions after these that hold nothing."""
 
     @property
     def heading(self) -> str:
@@ -66,6 +69,7 @@ class View:
             f"sample {self.index}: {len(self.texts)} tokens, {int(self.masked.sum())} masked "
             f"({100 * self.masked.mean():.1f}%), {int(self.unlearned.sum())} without loss, "
             f"{len(self.borders) + 1} document{'s' if self.borders else ''}"
+            + (f", {self.padding} of padding" if self.padding else "")
         )
 
     def for_terminal(self) -> str:
@@ -100,17 +104,23 @@ def view(dataset: Any, index: int, tokenizer: Any, mask_token_id: int) -> View:
         mask_token_id: what a masked input holds.
     """
     sample = dataset[index]
-    clean = (dataset.dataset if isinstance(dataset, MaskedInputDataset) else dataset)[index]["tokens"].tolist()
-    eod = tokenizer.eod
-    starts = {position + 1 for position, token in enumerate(clean[:-1]) if token == eod}
-    if "cu_seqlens" in sample:  # the rows of fine-tuning do not end with EOD as an input
-        starts = set(sample["cu_seqlens"].tolist()) - {0, len(clean)}
+    if isinstance(dataset, SFTDataset):
+        inputs = [row.tokens[:-1] for row in dataset.sample_rows(index, masked=False)]
+        clean = np.concatenate(inputs).tolist()
+        starts = set(np.cumsum([len(each) for each in inputs])[:-1].tolist())
+    else:
+        clean = (dataset.dataset if isinstance(dataset, MaskedInputDataset) else dataset)[index]["tokens"].tolist()
+        starts = {position + 1 for position, token in enumerate(clean[:-1]) if token == tokenizer.eod}
+        if "cu_seqlens" in sample:
+            starts = set(sample["cu_seqlens"].tolist()) - {0, len(clean)}
+    used = len(clean)
     return View(
         index,
         list(token_texts(tokenizer, clean)),
-        (sample["tokens"] == mask_token_id).numpy(),
-        (sample["loss_mask"] == 0).numpy(),
+        (sample["tokens"][:used] == mask_token_id).numpy(),
+        (sample["loss_mask"][:used] == 0).numpy(),
         starts,
+        len(sample["tokens"]) - used,
     )
 
 

@@ -55,6 +55,8 @@ MEAP_SETTINGS = {
     "meap_sft_ntp_budget": "--meap-sft-ntp-budget",
     "meap_sft_train_digest": "the conversations or their template (a digest)",
 }
+SFT_SETTINGS = {"seq_length": "--seq-length", "seed": "--seed", "split": "--split"}
+"""Settings that decide, in fine-tuning, which rows a sample holds."""
 """Settings that decide the masks, and their flags."""
 
 _lock: Any = None  # the open file that holds the lock on --save, for as long as the process lives
@@ -75,7 +77,7 @@ def check(args: Namespace, data_only: bool = False) -> torch.distributed.Store |
     """
     args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
     found, store = _on_rank_zero(args, lambda: look(args, data_only))
-    args.ckpt_step = found["iteration"]
+    args.ckpt_step, args.eval_iters = found["iteration"], found["eval_iters"]
     args.meap_sft_digests, args.meap_sft_train_digest = found["digests"], found["train"]
     return store
 
@@ -85,14 +87,21 @@ def look(args: Namespace, data_only: bool = False) -> dict[str, Any]:
 
     Returns:
         `iteration`, for `ckpt_step`, and `start`: the checkpoint that the run starts from, None where it starts anew;
-        `digests` and `train`, which name the conversations of a fine-tuning.
+        `eval_iters`, 0 without validation data; `digests` and `train`, which name the conversations of a fine-tuning.
     """
     args.meap_sft_digests, args.meap_sft_train_digest = {}, None
     if args.meap_sft:
         sft.check(args)
     else:
         _check_data(args)
-    found = {"digests": args.meap_sft_digests, "train": args.meap_sft_train_digest}
+    if args.eval_iters > 0 and not _has_validation(args):
+        print("no data is named for validation: nothing is evaluated (--eval-iters 0)", flush=True)
+        args.eval_iters = 0  # Megatron would evaluate on None
+    found = {
+        "eval_iters": args.eval_iters,
+        "digests": args.meap_sft_digests,
+        "train": args.meap_sft_train_digest,
+    }
     if data_only:
         return found | {"iteration": args.ckpt_step}
     if not args.dry_run:
@@ -153,6 +162,26 @@ def _check_data(args: Namespace) -> None:
         ) from error
 
 
+def _has_validation(args: Namespace) -> bool:
+    """Whether there is data to validate on."""
+    if args.meap_sft:
+        return sft.has_validation(args)
+    _, per_split = get_blend_and_blend_per_split(args)
+    if per_split is not None:
+        return per_split[1] is not None
+    return args.split is None or _shares(args)[1] is not None
+
+
+def _shares(args: Namespace) -> list[tuple[float, float] | None]:
+    """Beginning and end of training, validation and test data by `--split`; None for one without a share."""
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    return convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+
+
 def data_prefixes(args: Namespace) -> list[str]:
     """The prefixes of all datasets that the flags name, each once."""
     try:
@@ -191,14 +220,8 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
 
 def _check_split(prefix: str, args: Namespace) -> None:
     """Refuse a split without a document that samples are wanted of: Megatron would look for them without end."""
-    from megatron.core.datasets.blended_megatron_dataset_config import (
-        convert_split_vector_to_split_matrix,
-        parse_and_normalize_split,
-    )
-
     documents = len(read_index(prefix).lengths)
-    shares = convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
-    for name, share in zip(("training", "validation", "test"), shares, strict=True):
+    for name, share in zip(("training", "validation", "test"), _shares(args), strict=True):
         wanted = name == "training" or args.eval_iters > 0
         if share is not None and wanted and round(share[0] * documents) == round(share[1] * documents):
             raise UsageError(
@@ -278,7 +301,7 @@ def _compare(flag: str, path: Path, args: Namespace) -> None:
     def differing(names: Iterable[str]) -> str:
         pairs = {name: (getattr(saved, name), getattr(args, name)) for name in names if hasattr(saved, name)}
         return "; ".join(
-            f"{MEAP_SETTINGS.get(name, name)} {old} there, {new} here"
+            f"{(MEAP_SETTINGS | SFT_SETTINGS).get(name, name)} {old} there, {new} here"
             for name, (old, new) in pairs.items()
             if old != new
         )
@@ -299,7 +322,8 @@ def _compare(flag: str, path: Path, args: Namespace) -> None:
         )
     if args.finetune or flag != "--load" or args.meap_allow_changed_settings:
         return
-    settings = list(MEAP_SETTINGS) + (["global_batch_size"] if args.meap_mask_strategy == "official" else [])
+    settings = [*MEAP_SETTINGS, *(SFT_SETTINGS if args.meap_sft else ())]
+    settings += ["global_batch_size"] if args.meap_mask_strategy == "official" else []
     if different := differing(settings):
         raise UsageError(
             f"--load: {path} was trained with other masks: {different}; repeat its settings, or add "

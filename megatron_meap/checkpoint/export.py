@@ -16,7 +16,7 @@ from megatron_meap.checkpoint import card
 from megatron_meap.checkpoint.memory import PeakMemory
 from megatron_meap.checkpoint.output import new_directory
 from megatron_meap.checkpoint.reader import open_checkpoint
-from megatron_meap.checkpoint.tokenizer_files import moved, save_tokenizer, tokenizer_of
+from megatron_meap.checkpoint.tokenizer_files import ending_ids, moved, save_tokenizer, tokenizer_of
 from megatron_meap.checkpoint.weights import Source, inspect
 from megatron_meap.errors import UsageError
 
@@ -118,6 +118,8 @@ def _write_tokenizer(directory: Path, source: Source, tokenizer: Any | None) -> 
         save_tokenizer(tokenizer, directory, source.model.max_positions)
         mask_id = tokenizer.mask_token_id
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        if len(ends := ending_ids(source.checkpoint.args, tokenizer)) > 1:
+            ids["eos_token_id"] = ends
     known = {name: value for name, value in ids.items() if value is not None}
     suppressed = {} if mask_id is None else {"suppress_tokens": [mask_id]}
     write_json(directory / "generation_config.json", known | suppressed)

@@ -17,6 +17,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from megatron_meap.checkpoint.training_data import documents_begin_with
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.manifest import tokenizer_fingerprint
+from megatron_meap.sft.turns import TurnEncoder
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 # Kinds of pieces in a SentencePiece model.
@@ -94,6 +95,14 @@ def load_directory(directory: Path) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{directory}: holds no Hugging Face tokenizer that can be loaded ({reason})") from error
+
+
+def ending_ids(args: Namespace, tokenizer: Any) -> list[int]:
+    """Tokens that end a text: EOS, and what ends an answer in the chat template that the model was fine-tuned with."""
+    ids = [tokenizer.eos_token_id]
+    if getattr(args, "meap_sft", False) and tokenizer.chat_template and tokenizer.eos_token_id is not None:
+        ids.append(TurnEncoder(tokenizer, None).end)
+    return [index for index in dict.fromkeys(ids) if index is not None]
 
 
 def add_mask_token(tokenizer: Any, text: str) -> int:

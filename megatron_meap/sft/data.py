@@ -1,6 +1,7 @@
 """From the command line to the datasets of fine-tuning: files, splits, and what rank 0 says about them."""
 
 import contextlib
+import math
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.readers import find_inputs
 from megatron_meap.sft.dataset import BOTH, COPY, RowSettings, SFTDataset
 from megatron_meap.sft.packing import shuffled
-from megatron_meap.sft.store import TurnStore, cache_folder, digest_of, open_store
+from megatron_meap.sft.store import TurnStore, cache_folder, digest_of, open_store, turn_encoder
 
 _SPLIT_DRAW = 2**62  # a draw of the order's generator that no epoch reaches
 
@@ -71,13 +72,31 @@ def datasets(args: Namespace, num_samples: list[int | None]) -> list[SFTDataset 
 
 def check(args: Namespace) -> None:
     """Tokenize what is not yet tokenized, say what there is, and record in `args` the digests that name it."""
+    if args.meap_sft_template_text is None:  # the tokenizer's own: the checkpoint carries what it was trained with
+        args.meap_sft_template_text = turn_encoder(args).template
     parts = _parts(args)
     if "train" not in parts:
         raise UsageError("--data-path: no conversations are named; give JSON lines files (or --train-data-path)")
-    for dataset in datasets(args, [None, None, None]):
-        if dataset is not None:
-            print(describe(dataset, args), flush=True)
+    for name, part in parts.items():
+        wanted = name == "train" or (name == "valid" and args.eval_iters > 0)
+        if len(part.turns) == 0 and wanted and (name == "train" or has_validation(args)):
+            raise UsageError(
+                f"--split {args.split}: gives {name} none of the {part.store.conversations} conversations; give it a "
+                "larger share" + (", or 0 for none" if name == "valid" else "")
+            )
+    for line in lines(args):
+        print(line, flush=True)
     args.meap_sft_train_digest = parts["train"].digest
+
+
+def has_validation(args: Namespace) -> bool:
+    """Whether conversations are named, or a share of them is asked for, to validate on."""
+    return _shares(args)[1] > 0 if args.data_path else bool(args.valid_data_path)
+
+
+def lines(args: Namespace) -> list[str]:
+    """What there is to train, validate and test on."""
+    return [describe(dataset, args) for dataset in datasets(args, [None, None, None]) if dataset is not None]
 
 
 def describe(dataset: SFTDataset, args: Namespace) -> str:
@@ -150,15 +169,19 @@ def _said_of(flag: str) -> Iterator[None]:
 
 def _split(store: TurnStore, args: Namespace) -> dict[str, npt.NDArray[np.int64]]:
     """Turns of each split by `--split`: whole conversations, drawn by the seed."""
-    try:
-        weights = [float(each) for each in (args.split or "969,30,1").split(",")]
-        if not 1 <= len(weights) <= 3 or min(weights) < 0 or sum(weights) == 0:
-            raise ValueError
-    except ValueError:
-        raise UsageError(f"--split {args.split}: expected up to three shares such as 98,2,0") from None
-    weights += [0.0] * (3 - len(weights))
     place = np.argsort(shuffled(store.conversations, args.seed, _SPLIT_DRAW))  # of each conversation in random order
-    ends = np.round(np.cumsum(weights) / sum(weights) * store.conversations).astype(np.int64)
+    ends = np.round(np.cumsum(_shares(args)) * store.conversations).astype(np.int64)
     part = np.searchsorted(ends, place, side="right")
     of_turn = part[store.table[:, 3]]
     return {name: np.flatnonzero(of_turn == number) for number, name in enumerate(("train", "valid", "test"))}
+
+
+def _shares(args: Namespace) -> list[float]:
+    """Shares of training, validation and test by `--split`; they sum to 1."""
+    try:
+        weights = [float(each) for each in (args.split or "969,30,1").split(",")]
+        if not 1 <= len(weights) <= 3 or not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"--split {args.split}: expected up to three shares such as 98,2,0") from None
+    return [weight / sum(weights) for weight in weights] + [0.0] * (3 - len(weights))

@@ -151,14 +151,17 @@ class SFTDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
         """One sample; index None asks for one that fills an incomplete batch, whose loss is 0."""
-        epoch, position = divmod(index or 0, self.epoch_samples)
-        chosen = self._plan(epoch)[position]
-        sample = packed([self.row(int(number), epoch) for number in chosen], self.settings.seq_length)
+        sample = packed(self.sample_rows(index or 0), self.settings.seq_length)
         if index is None:
             sample["loss_mask"].zero_()
         return sample
 
-    def row(self, number: int, epoch: int) -> Row:
+    def sample_rows(self, index: int, masked: bool = True) -> list[Row]:
+        """The rows of one sample; with `masked` false their inputs are clean."""
+        epoch, position = divmod(index, self.epoch_samples)
+        return [self.row(int(number), epoch, masked) for number in self._plan(epoch)[position]]
+
+    def row(self, number: int, epoch: int, masked: bool = True) -> Row:
         """One row as this epoch has it: masks depend on seed, epoch and row alone."""
         settings, kind = self.settings, self.rows.kinds[number]
         turn = self.store.turn(int(self.rows.turns[number]))
@@ -169,6 +172,7 @@ class SFTDataset(torch.utils.data.Dataset):
         start, end = rows.maskable(turn, room)
         assert settings.masking is not None
         positions = start + settings.masking.positions(epoch * len(self.rows) + number, end - start)
+        positions = positions if masked else positions[:0]
         copy = rows.masked_copy(turn, room, positions, settings.mask_token_id, settings.combined)
         return rows.concatenated(normal, copy) if kind == BOTH else copy
 

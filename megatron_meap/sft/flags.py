@@ -108,6 +108,11 @@ def _contradictions(args: Namespace) -> list[tuple[str, bool, str]]:
         ("--hybrid-context-parallel", args.hybrid_context_parallel, "use --context-parallel-size alone"),
         ("--mtp-num-layers", bool(args.mtp_num_layers), "its labels would cross the borders of rows"),
         ("--multiple-validation-sets", args.multiple_validation_sets, "give one set"),
+        (
+            "--context-parallel-size",
+            args.context_parallel_size > 1,
+            "Megatron's rotary positions expect packed rows to be cut otherwise; use tensor parallelism",
+        ),
         ("--phase-transition-iterations", bool(args.phase_transition_iterations), "drop it"),
         (
             "--meap-mask-strategy official",

@@ -6,13 +6,15 @@ import os
 import shutil
 import tempfile
 from argparse import Namespace
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.readers import find_inputs
@@ -20,8 +22,8 @@ from megatron_meap.sft.conversations import BadConversation, Conversation, read_
 from megatron_meap.sft.templates import Rendered
 from megatron_meap.sft.turns import Turn, TurnEncoder
 
-_VERSION = 1  # of the files' layout and of everything that decides their content
-_BATCH = 512  # conversations that are tokenized at once
+_VERSION = 2  # of the files' layout and of everything that decides their content
+_BATCH = 4_000_000  # characters that are tokenized at once
 _SHOWN = 5  # bad lines that are named one by one
 
 
@@ -65,13 +67,21 @@ def open_store(paths: list[str], args: Namespace, digest: str | None = None) -> 
         UsageError: files that are not there or cannot be read; bad lines, without `--skip-bad-lines`.
     """
     files = find_inputs(paths)
-    digest = digest or digest_of(files, args)
+    encoder = None if digest else turn_encoder(args)
+    digest = digest or digest_of(files, args, encoder)
     folder = cache_folder(files, args) / f".meap-sft-{digest[:16]}"  # hidden: files may be named by their folder
-    if not (folder / "facts.json").exists():
-        _build(files, args, folder)
-    facts = json.loads((folder / "facts.json").read_text())
-    ids = np.memmap(folder / "ids.bin", np.int32, "r")
-    return TurnStore(ids, np.load(folder / "turns.npy"), facts["conversations"], facts["skipped"]), digest
+    try:
+        if not (folder / "facts.json").exists():
+            _build(files, encoder or turn_encoder(args), folder, args.skip_bad_lines)
+        facts = json.loads((folder / "facts.json").read_text())
+        ids = np.memmap(folder / "ids.bin", np.int32, "r")
+        return TurnStore(ids, np.load(folder / "turns.npy"), facts["conversations"], facts["skipped"]), digest
+    except OSError as error:
+        reason = error.strerror or "the disk is full"  # NumPy's own error, which has no number
+        raise UsageError(
+            f"{folder.parent}: the cache of tokenized conversations cannot be used ({reason}); name a writable "
+            "--data-cache-path with enough room"
+        ) from error
 
 
 def cache_folder(files: list[str], args: Namespace) -> Path:
@@ -79,11 +89,25 @@ def cache_folder(files: list[str], args: Namespace) -> Path:
     return Path(args.data_cache_path) if args.data_cache_path else Path(files[0]).parent / "cache"
 
 
-def digest_of(files: list[str], args: Namespace) -> str:
+def turn_encoder(args: Namespace) -> TurnEncoder:
+    """What tokenizes this run's conversations.
+
+    Raises:
+        UsageError: the tokenizer has no text, no EOS or no chat template.
+    """
+    from megatron_meap.checkpoint.tokenizer_files import tokenizer_of
+
+    tokenizer = tokenizer_of(args, add_bos=False)
+    if tokenizer is None:
+        raise UsageError("--meap-sft: needs a tokenizer; a NullTokenizer has no text")
+    return TurnEncoder(tokenizer, args.meap_sft_template_text, history=not args.meap_sft_no_history)
+
+
+def digest_of(files: list[str], args: Namespace, encoder: TurnEncoder | None = None) -> str:
     """sha256 of all that decides the turns: the files' content, the tokenizer, the template."""
     whole = hashlib.sha256()
-    facts: list[Any] = [_VERSION, args.meap_tokenizer_sha256, args.meap_mask_token_id, args.meap_sft_template_text]
-    facts += [args.meap_sft_no_history, args.skip_bad_lines]
+    facts: list[Any] = [_VERSION, args.meap_tokenizer_sha256, args.meap_mask_token_id, args.skip_bad_lines]
+    facts += (encoder or turn_encoder(args)).facts
     whole.update(json.dumps(facts).encode())
     for name in files:
         try:
@@ -94,23 +118,13 @@ def digest_of(files: list[str], args: Namespace) -> str:
     return whole.hexdigest()
 
 
-def _build(files: list[str], args: Namespace, folder: Path) -> None:
+def _build(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bool) -> None:
     """Tokenize the files into a folder that appears whole or not at all."""
-    from megatron_meap.checkpoint.tokenizer_files import tokenizer_of
-
-    tokenizer = tokenizer_of(args, add_bos=False)
-    if tokenizer is None:
-        raise UsageError("--meap-sft: needs a tokenizer; a NullTokenizer has no text")
-    encoder = TurnEncoder(tokenizer, args.meap_sft_template_text, history=not args.meap_sft_no_history)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UsageError(
-            f"{folder.parent}: cannot be written ({error.strerror}); name a writable --data-cache-path"
-        ) from error
-    try:
-        _tokenize(files, encoder, temporary, args.skip_bad_lines)
+        _tokenize(files, encoder, temporary, skip_bad)
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp gives the folder to its owner alone
         try:
             os.rename(temporary, folder)
         except OSError:
@@ -118,6 +132,12 @@ def _build(files: list[str], args: Namespace, folder: Path) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _tokenize(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bool) -> None:
@@ -131,30 +151,50 @@ def _tokenize(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bo
         if len(bad) <= _SHOWN:
             print(f"skipped: {str(error).partition('; mend it')[0]}", flush=True)
 
-    conversations, tokens = 0, 0
-    table: list[tuple[int, int, int, int]] = []
+    tokens = 0
+    table = array("q")  # the columns of `TurnStore.table`, a turn after the other
     source = (conversation for name in files for conversation in read_conversations(name, pass_over))
+    bar = tqdm(source, desc="tokenizing", unit=" conversations", disable=None, mininterval=1)
     with open(folder / "ids.bin", "wb") as output:
-        while batch := list(islice(source, _BATCH)):
-            rendered: list[Rendered] = []
-            numbers: list[int] = []
-            for conversation in batch:
-                try:
-                    texts = list(encoder.turns(conversation.messages))
-                except BadConversation as error:
-                    pass_over(_refused(conversation, error))
-                    continue
-                rendered += texts
-                numbers += [conversations] * len(texts)
-                conversations += 1
-            for turn, number in zip(encoder.encode(rendered), numbers, strict=True):
+        for batch in _batches(_rendered(bar, encoder, pass_over)):
+            turns = encoder.encode([rendered for _, rendered in batch])
+            for (conversation, _), turn in zip(batch, turns, strict=True):
                 turn.ids.tofile(output)
-                table.append((tokens, turn.prompt, turn.answer, number))
+                table.extend((tokens, turn.prompt, turn.answer, conversation))
                 tokens += len(turn.ids)
     if not table:
         raise UsageError(f"{files[0]}: holds no conversation to train on ({len(bad)} bad lines skipped)")
-    np.save(folder / "turns.npy", np.array(table, np.int64))
-    (folder / "facts.json").write_text(json.dumps({"conversations": conversations, "skipped": len(bad)}))
+    np.save(folder / "turns.npy", np.frombuffer(table, np.int64).reshape(-1, 4))
+    (folder / "facts.json").write_text(json.dumps({"conversations": table[-1] + 1, "skipped": len(bad)}))
+
+
+def _rendered(
+    conversations: Iterable[Conversation], encoder: TurnEncoder, bad: Callable[[UsageError], None]
+) -> Iterator[tuple[int, Rendered]]:
+    """The turns of all conversations that the template can render, with the conversation's number among them."""
+    number = 0
+    for conversation in conversations:
+        try:
+            turns = list(encoder.turns(conversation.messages))
+        except BadConversation as error:
+            bad(_refused(conversation, error))
+            continue
+        yield from ((number, turn) for turn in turns)
+        number += 1
+
+
+def _batches(turns: Iterable[tuple[int, Rendered]]) -> Iterator[list[tuple[int, Rendered]]]:
+    """The turns in batches of `_BATCH` characters or a little more."""
+    batch: list[tuple[int, Rendered]] = []
+    size = 0
+    for turn in turns:
+        batch.append(turn)
+        size += len(turn[1].text)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _refused(conversation: Conversation, error: BadConversation) -> UsageError:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from megatron_meap.errors import UsageError
 from megatron_meap.sft.conversations import BadConversation, Message
 
@@ -40,10 +38,9 @@ TEMPLATES = {
     + "{{ ' ' }}{% for message in messages[offset:] %}{% if message.role == 'user' %}"
     "{{ 'USER: ' + message.content + ' ASSISTANT:' }}"
     "{% else %}{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}",
-    "llama-2": _WITHOUT_SYSTEM
-    + "{% for message in messages[offset:] %}{% if message.role == 'user' %}{{ bos_token + '[INST] ' }}"
-    "{% if loop.first and offset %}{{ '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' }}{% endif %}"
-    "{{ message.content.strip() + ' [/INST]' }}"
+    "llama-2": _WITHOUT_SYSTEM + "{% for message in messages[offset:] %}{% if message.role == 'user' %}"
+    "{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' if loop.first and offset else '' %}"
+    "{{ bos_token + '[INST] ' + (system + message.content).strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + message.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
     "llama-3": "{{ bos_token }}{% for message in messages %}"
     "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content.strip() + '<|eot_id|>' }}"
@@ -104,7 +101,7 @@ class ChatTemplate:
                 f"name one of {', '.join(TEMPLATES)}"
             )
         self._tokenizer = tokenizer
-        self._text = text
+        self.text: str = tokenizer.chat_template if text is None else text
         try:
             self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
         except BadConversation as error:
@@ -124,12 +121,12 @@ class ChatTemplate:
                 found = _unmarked(self._render(_marked(messages, trimmed)))
                 if found is not None and found.text == plain:
                     return found
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program of the user's: it may raise anything
             raise BadConversation(f"is refused by the chat template: {error}") from error
         raise BadConversation("is rewritten by the chat template, so that the answer cannot be found in its text")
 
     def _render(self, messages: list[Message]) -> str:
-        rendered = self._tokenizer.apply_chat_template(messages, chat_template=self._text, tokenize=False)
+        rendered = self._tokenizer.apply_chat_template(messages, chat_template=self.text, tokenize=False)
         assert isinstance(rendered, str)
         return rendered
 

@@ -45,6 +45,7 @@ class TurnEncoder:
         self._template = ChatTemplate(tokenizer, template)
         self._history = history
         self._eos: int = tokenizer.eos_token_id
+        self._begin = tokenizer.bos_token
         backend = tokenizer.backend_tokenizer
         self._backend = type(backend).from_str(backend.to_str())  # a copy: its settings are changed below
         self._backend.no_truncation()
@@ -55,6 +56,23 @@ class TurnEncoder:
         self._special_ids = np.array(sorted(special.values()), np.int32)
         names = sorted([*special, tokenizer.mask_token], key=len, reverse=True)  # the longest that fits is found
         self._names = re.compile("|".join(map(re.escape, names)))
+
+    @property
+    def template(self) -> str:
+        """The chat template that is used."""
+        return self._template.text
+
+    @property
+    def facts(self) -> list[Any]:
+        """All that decides the ids of a conversation, beside the vocabulary."""
+        return [self._template.text, self._history, self._eos, sorted(self._special.items()), self._begin]
+
+    @property
+    def end(self) -> int:
+        """The token that ends answers: EOS, or the template's own."""
+        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        (turn,) = self.encode([self._template.render([question, answer])])
+        return int(turn.ids[-1])
 
     def turns(self, messages: list[Message]) -> Iterator[Rendered]:
         """The text of every turn of a conversation.

@@ -1,5 +1,7 @@
 """Fine-tuning up to the first step: losses of packed rows, the cache of tokenized turns, what is refused."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -95,6 +97,61 @@ def test_turns_are_tokenized_once_for_the_same_settings(prepared, flags: list[st
     assert len(stores()) == 3
 
 
+def test_what_decides_the_turns_names_them(
+    prepared, flags: list[str], huggingface_folder: Path, tmp_path: Path
+) -> None:
+    """The tokenizer's own template is a file that may be edited; so is the name of its EOS."""
+    folder = tmp_path / "tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(str(huggingface_folder))
+    tokenizer.chat_template = TEMPLATES["vicuna"]
+    tokenizer.save_pretrained(folder)
+    place = flags.index("--meap-sft-template")
+    own = [*flags[:place], *flags[place + 2 :], "--tokenizer-type", "HuggingFaceTokenizer"]
+    own += ["--tokenizer-model", str(folder)]
+    digests, templates = [], []
+    for change in ({}, {"chat_template": TEMPLATES["chatml"]}, {"eos_token": "<pad>"}):
+        for name, value in change.items():
+            setattr(tokenizer, name, value)
+        tokenizer.save_pretrained(folder)
+        args = prepared(*own)
+        digests.append(args.meap_sft_train_digest)
+        templates.append(args.meap_sft_template_text)
+    assert len(set(digests)) == 3
+    assert templates == [TEMPLATES["vicuna"], TEMPLATES["chatml"], TEMPLATES["chatml"]]
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "cache").iterdir()} == {0o755}
+
+
+def test_without_validation_data_nothing_is_evaluated(prepared, flags: list[str], capsys) -> None:
+    wanted = ["--eval-iters", "5"]
+    assert prepared(*flags, *wanted).eval_iters == 0
+    assert "nothing is evaluated" in capsys.readouterr().out
+    assert prepared(*flags, *wanted, "--valid-data-path", flags[-1]).eval_iters == 5
+    split = [*flags[:-2], *wanted, "--data-path", flags[-1], "--split"]
+    assert prepared(*split, "100,0,0").eval_iters == 0
+    assert prepared(*split, "90,10,0").eval_iters == 5
+    for shares, message in {
+        "99,1,0": "gives valid none of the 40 conversations; give it a larger share, or 0 for none",
+        "0,100,0": "gives train none of the 40 conversations; give it a larger share$",
+        "nan": "expected up to three shares",
+    }.items():
+        with pytest.raises(UsageError, match=f"--split {shares}: {message}"):
+            prepared(*split, shares)
+
+
+def test_a_cache_on_a_full_disk_is_refused(prepared, flags: list[str], tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small disk")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(disk)], check=True)
+    try:
+        with pytest.raises(UsageError, match=f"{disk}: the cache of tokenized conversations cannot be used"):
+            prepared(*flags, "--data-cache-path", str(disk))
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_a_folder_does_not_take_its_cache_for_conversations(prepared, flags: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -116,6 +173,8 @@ def test_resuming_with_other_conversations_is_refused(prepared, flags: list[str]
     prepared(*resume)
     for extra, said in (
         (["--meap-sft-threshold", "11"], "--meap-sft-threshold 10 there, 11 here"),
+        (["--seq-length", "300"], "--seq-length 320 there, 300 here"),
+        (["--seed", "5"], "--meap-mask-seed 1234 there, 5 here; --seed 1234 there, 5 here"),
         (["--meap-sft-template", "chatml"], "the conversations or their template (a digest)"),
         (
             ["--train-data-path", str(write_jsonl(tmp_path / "other.jsonl", [{"instruction": "a", "output": "b"}]))],
@@ -233,6 +292,10 @@ def test_samples_can_be_looked_at(flags: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "-- next document --" in done.stdout
     assert "fine-tuning data (train)" in done.stdout
+    assert re.search(r"sample 0: \d+ tokens, [1-9]\d* masked .*\d+ documents, \d+ of padding", done.stdout)
+    shown = done.stdout.partition("sample 0:")[2].partition("fine-tuning data")[0]
+    assert shown.count("\033[7m") > 0
+    assert "[MASK]" not in shown  # masked inputs are shown by their clean text
     assert "digest of samples 0 to 7" in done.stdout
 
 
@@ -265,6 +328,8 @@ def test_an_imported_model_is_fine_tuned_and_exported(
     assert len(done.steps) == 4, done.output[-3000:]
     export(ExportJob(str(tmp_path / "saved"), str(tmp_path / "exported")))
     exported = AutoTokenizer.from_pretrained(str(tmp_path / "exported"))
+    settings = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [exported.eos_token_id, exported.convert_tokens_to_ids("<|im_end|>")]
     assert exported.chat_template == TEMPLATES["chatml"]
     assert exported.apply_chat_template([{"role": "user", "content": "x"}], return_dict=False)[0] == (
         tokenizer.convert_tokens_to_ids("<|im_start|>")

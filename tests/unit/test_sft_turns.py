@@ -73,6 +73,15 @@ def test_named_templates_are_the_published_formats(corpus: Corpus, name: str) ->
     assert rendered.text[start:end].strip() == "A mapping."
 
 
+def test_llama_2_strips_what_it_puts_together(corpus: Corpus) -> None:
+    """As its published template: white space at the start of the first question stays, behind a system prompt."""
+    template = ChatTemplate(sentencepiece(corpus), TEMPLATES["llama-2"])
+    question, answer = {"role": "user", "content": "\n hi "}, {"role": "assistant", "content": " yes"}
+    assert template.render([question, answer]).text == "<s>[INST] hi [/INST] yes </s>"
+    with_system = template.render([{"role": "system", "content": " Be brief. "}, question, answer])
+    assert with_system.text == "<s>[INST] <<SYS>>\n Be brief. \n<</SYS>>\n\n\n hi [/INST] yes </s>"
+
+
 def test_alpaca_writes_its_own_preambles(corpus: Corpus) -> None:
     template = ChatTemplate(sentencepiece(corpus), TEMPLATES["alpaca"])
     start = "<s>Below is an instruction that describes a task"
