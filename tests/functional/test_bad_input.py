@@ -15,6 +15,7 @@ from megatron_meap import training
 from megatron_meap.errors import UsageError
 from tests.conftest import Corpus
 from tests.launch import ENTRY, MODEL, TRAINING, environment, launch_many
+from tests.sft import prepare
 
 HOLD_LOCK = """
 import fcntl, sys
@@ -48,6 +49,19 @@ def refused(monkeypatch: pytest.MonkeyPatch):
     return run
 
 
+def test_without_validation_data_nothing_is_evaluated(flags: list[str]) -> None:
+    place = flags.index("--data-path")
+    prefix, rest = flags[place + 1], [*flags[:place], *flags[place + 4 :], "--eval-iters", "5"]
+    for data, expected in (
+        (["--data-path", prefix, "--split", "100,0,0"], 0),
+        (["--data-path", prefix, "--split", "90,10,0"], 5),
+        (["--train-data-path", prefix], 0),
+        (["--train-data-path", prefix, "--valid-data-path", prefix], 5),
+        (["--mock-data"], 5),
+    ):
+        assert prepare(*rest, *data).eval_iters == expected
+
+
 @pytest.fixture
 def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
     return [*MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(tmp_path / "cache")]
@@ -57,6 +71,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
     ("extra", "message"),
     [
         ("--meap-mask-ratio 1.5", "--meap-mask-ratio 1.5: must be"),
+        ("--full-validation", "--full-validation: megatron-core 0.19 fails without --multiple-validation-sets"),
         ("--eval-iters 1 --split 999,1,0", "--split 999,1,0: gives validation none of the"),
         ("--meap-mask-ratio -0.1", "--meap-mask-ratio -0.1: must be"),
         ("--meap-span-length 0", "--meap-span-length 0"),
