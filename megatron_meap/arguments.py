@@ -137,11 +137,21 @@ def _local_defaults() -> dict[str, object]:
     """Defaults that make Megatron run with what is installed here; the user's own flags still win."""
     if device.is_cpu():
         defaults: dict[str, object] = {"distributed_backend": "gloo", "use_cpu_initialization": True}
-    elif device.plans_for_gpu() or importlib.util.find_spec("transformer_engine"):
+    elif _uses_transformer_engine():
         return {}
     else:
         defaults = {}
     return defaults | LOCAL_LAYERS
+
+
+def _uses_transformer_engine() -> bool:
+    """Whether a run on GPUs does: as it asks for, else wherever it is installed, or where the run is only planned."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--transformer-impl")
+    asked = parser.parse_known_args()[0].transformer_impl
+    if asked is not None:
+        return asked != "local"
+    return device.plans_for_gpu() or importlib.util.find_spec("transformer_engine") is not None
 
 
 def parse_arguments() -> Namespace:
@@ -182,10 +192,24 @@ def check(args: Namespace) -> None:
 
     _validate_meap(args)
     _refuse_what_this_device_cannot(args)
+    args.use_persistent_ckpt_worker |= args.async_save  # without it Megatron saves in the foreground after all
     args.verify_integrity &= args.ckpt_format == "torch_dist"  # Megatron records hashes for no other format
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
     args.create_attention_mask_in_dataloader |= args.reset_attention_mask  # then it is more than the causal one
     _explain(lambda: validate_args(args))
+    _check_warmup(args)
+
+
+def _check_warmup(args: Namespace) -> None:
+    """Refuse a warm-up that the schedule has no room for: Megatron would fail when it builds the optimizer."""
+    for unit in ("iters", "samples"):
+        warmup = getattr(args, f"lr_warmup_{unit}")
+        whole = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+        if warmup and whole and warmup >= whole:
+            raise UsageError(
+                f"--lr-warmup-{unit} {warmup}: must be less than the {whole} {unit} of the schedule "
+                f"(--lr-decay-{unit}, else --train-{unit})"
+            )
 
 
 def _explain(validate: Callable[[], None]) -> None:
@@ -271,13 +295,17 @@ def _validate_meap(args: Namespace) -> None:
 
 
 def _refuse_what_this_device_cannot(args: Namespace) -> None:
-    """On a CPU some flags cannot work: say why, instead of failing deep inside Megatron."""
-    if not device.is_cpu():
-        return
-    from megatron_meap.cpu import unsupported
+    """What cannot work on a CPU, or with the local layers: say why, instead of failing deep inside Megatron."""
+    if device.is_cpu():
+        from megatron_meap.cpu import unsupported
 
-    for flag, reason in unsupported(args):
-        raise UsageError(f"{flag}: cannot work on a CPU: {reason}; drop it, or train on a GPU")
+        for flag, reason in unsupported(args):
+            raise UsageError(f"{flag}: cannot work on a CPU: {reason}; drop it, or train on a GPU")
+    if args.context_parallel_size > 1 and args.transformer_impl == "local":
+        raise UsageError(
+            f"--context-parallel-size {args.context_parallel_size}: needs Transformer Engine, whose attention reaches "
+            "beyond a rank's part of the sequence; install it (pip install -e '.[gpu]'), or use tensor parallelism"
+        )
 
 
 def set_tokenizer(args: Namespace) -> None:

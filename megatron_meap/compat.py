@@ -4,6 +4,7 @@ A mend that a later release no longer needs is deleted here and nowhere else.
 """
 
 import contextlib
+import copy
 import functools
 import logging
 import warnings
@@ -34,6 +35,7 @@ def apply() -> None:
     _verify_checkpoints_once()
     _resume_distributed_optimizer_without_te()
     _decay_all_parameters_on_request()
+    _fuse_weight_gradients_where_possible()
 
 
 def _use_shipped_dataset_helpers() -> None:
@@ -119,6 +121,28 @@ def _decay_all_parameters_on_request() -> None:
 
     configure_on_request.meap_original = configure  # type: ignore[attr-defined]
     training.get_megatron_optimizer_config = configure_on_request
+
+
+def _fuse_weight_gradients_where_possible() -> None:
+    """A GPT's output layer, Megatron's own beside Transformer Engine too, refuses to be made without Apex's kernel.
+
+    Transformer Engine's layers have a kernel of their own: `--no-gradient-accumulation-fusion` would take it from them.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    if layers._grad_accum_fusion_available:
+        return
+    original = getattr(layers.ColumnParallelLinear.__init__, "meap_original", layers.ColumnParallelLinear.__init__)
+
+    @functools.wraps(original)
+    def initialise(self: Any, *args: Any, config: Any, **kwargs: Any) -> None:
+        if config.gradient_accumulation_fusion:
+            config = copy.copy(config)
+            config.gradient_accumulation_fusion = False
+        original(self, *args, config=config, **kwargs)
+
+    initialise.meap_original = original  # type: ignore[attr-defined]
+    layers.ColumnParallelLinear.__init__ = initialise
 
 
 @contextlib.contextmanager

@@ -279,6 +279,7 @@ def _switch_off_what_needs_an_accelerator() -> None:
 
 def adapt_megatron() -> None:
     """Mend what only shows on a CPU inside Megatron, once it can be imported."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.training import initialize
 
@@ -289,6 +290,15 @@ def adapt_megatron() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = as_asked
     # It compiles nothing here, but draws its inputs from the generator that the CPU's weights are drawn from next.
     initialize._warmup_jit_function = lambda tp_size=None: None
+    PersistentAsyncCaller.async_loop = staticmethod(_checkpoint_worker)
+
+
+def _checkpoint_worker(*args: Any) -> None:
+    """The process in which Megatron saves in the background: a new one, where the CPU takes the device's place anew."""
+    install()
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    PersistentAsyncCaller.async_loop(*args)
 
 
 def unsupported(args: Any) -> list[tuple[str, str]]:

@@ -219,11 +219,10 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
 
 
 def _check_split(prefix: str, args: Namespace) -> None:
-    """Refuse a split without a document that samples are wanted of: Megatron would look for them without end."""
+    """Refuse a split without a document: Megatron would look for samples of it without end, wanted or not."""
     documents = len(read_index(prefix).lengths)
     for name, share in zip(("training", "validation", "test"), _shares(args), strict=True):
-        wanted = name == "training" or args.eval_iters > 0
-        if share is not None and wanted and round(share[0] * documents) == round(share[1] * documents):
+        if share is not None and round(share[0] * documents) == round(share[1] * documents):
             raise UsageError(
                 f"--split {args.split}: gives {name} none of the {documents} documents of {prefix}; "
                 "give it a larger share, or 0 for none"

@@ -62,7 +62,7 @@ def prepare_data(folder: Path, questions: int) -> list[str]:
     flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
     write_questions(folder / "questions.jsonl", seed=3, count=questions)
     if not (folder / "texts_text_document.idx").exists():
-        write_texts(texts, seed=1, count=8000)
+        write_texts(texts, seed=1, count=16000)
         write_conversations(asked, seed=2, count=20000)
         sizes = ["--vocab-size", 1856, "--max-mb", 2]
         call("tools/train_tokenizer.py", "--input", asked, texts, "--output", model, *sizes)
@@ -74,7 +74,15 @@ def pretrain(folder: Path, tokenizer: list[str], iterations: int) -> Path:
     """The model that both variants start from."""
     data = ["--data-path", f"{folder}/texts_text_document", "--split", "100,0,0", "--meap-mask-ratio", "0"]
     rates = ["--lr", "3e-3", "--min-lr", "3e-4", "--lr-warmup-iters", "20"]
-    return train(folder / "pretrained", [*tokenizer, *data, *rates], iterations)
+    short = [
+        "--seq-length",
+        "128",
+        "--micro-batch-size",
+        "32",
+        "--global-batch-size",
+        "32",
+    ]  # copying is learned sooner
+    return train(folder / "pretrained", [*tokenizer, *data, *rates, *short], iterations)
 
 
 def finetune(folder: Path, tokenizer: list[str], pretrained: Path, name: str, iterations: int) -> Path:

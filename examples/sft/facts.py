@@ -58,7 +58,7 @@ def write_texts(path: Path, seed: int, count: int) -> None:
     texts = []
     for _ in range(count):
         group = people(draw, draw.randint(2, DOCUMENTS))
-        texts.append({"text": "\n".join(each.description for each in [*group, *draw.choices(group, k=12)])})
+        texts.append({"text": "\n".join(each.description for each in [*group, *draw.choices(group, k=9)])})
     _write(path, texts)
 
 

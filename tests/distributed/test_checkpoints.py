@@ -121,6 +121,8 @@ def test_asynchronous_saving(saved, tmp_path: Path) -> None:
     run = launch(1, flags)
     assert run.returncode == 0, run.output[-3000:]
     assert run.losses() == whole.losses()
+    assert "Disabling --async-save" not in run.output
+    assert run.output.count("scheduled an async checkpoint save") == 3
     assert latest.pointer(tmp_path / "run") == "6"
     for iteration in (2, 4, 6):
         path = latest.directory(tmp_path / "run", iteration)

@@ -71,6 +71,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
     ("extra", "message"),
     [
         ("--meap-mask-ratio 1.5", "--meap-mask-ratio 1.5: must be"),
+        ("--lr-warmup-iters 20", "--lr-warmup-iters 20: must be less than the 20 iters of the schedule"),
         ("--full-validation", "--full-validation: megatron-core 0.19 fails without --multiple-validation-sets"),
         ("--eval-iters 1 --split 999,1,0", "--split 999,1,0: gives validation none of the"),
         ("--meap-mask-ratio -0.1", "--meap-mask-ratio -0.1: must be"),
