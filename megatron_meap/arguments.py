@@ -154,8 +154,11 @@ def _uses_transformer_engine() -> bool:
     return device.plans_for_gpu() or importlib.util.find_spec("transformer_engine") is not None
 
 
-def parse_arguments() -> Namespace:
+def parse_arguments(**changes: object) -> Namespace:
     """Parse, validate and complete the command line, and set Megatron's global variables from it.
+
+    Args:
+        changes: arguments to set differently.
 
     Raises:
         UsageError: a flag, or a combination of flags, cannot be used; one line that says which and why.
@@ -163,6 +166,7 @@ def parse_arguments() -> Namespace:
     from megatron.training.global_vars import set_global_variables
 
     args = parse_flags()
+    vars(args).update(changes)
     check(args)
     _explain(lambda: set_global_variables(args, build_tokenizer=False))
     set_tokenizer(args)
@@ -190,6 +194,7 @@ def check(args: Namespace) -> None:
     """
     from megatron.training.arguments import validate_args
 
+    _require_the_models_shape(args)
     _validate_meap(args)
     _refuse_what_this_device_cannot(args)
     args.use_persistent_ckpt_worker |= args.async_save  # without it Megatron saves in the foreground after all
@@ -198,6 +203,15 @@ def check(args: Namespace) -> None:
     args.create_attention_mask_in_dataloader |= args.reset_attention_mask  # then it is more than the causal one
     _explain(lambda: validate_args(args))
     _check_warmup(args)
+
+
+def _require_the_models_shape(args: Namespace) -> None:
+    """Name the flags that this run cannot go without, all at once: Megatron asserts them one by one, unnamed."""
+    needed = ["hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings", "micro_batch_size"]
+    needed += [] if args.hybrid_layer_pattern else ["num_layers"]
+    needed += ["save_interval"] if args.save else []
+    if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]:
+        raise UsageError(f"{', '.join(missing)}: missing, and no run goes without; README.md shows a whole command")
 
 
 def _check_warmup(args: Namespace) -> None:

@@ -8,8 +8,6 @@ import contextlib
 import io
 import logging
 import os
-import sys
-import tempfile
 from argparse import Namespace
 from typing import Any
 
@@ -49,19 +47,22 @@ def run() -> None:
         raise UsageError("--data-path: names no training data")
     for line in sft.lines(args) if args.meap_sft else ():
         print(line)
-    print(f"data          {len(dataset):,} training samples; the first one, masked tokens marked:\n")
-    print(view(dataset, 0, get_tokenizer(), args.meap_mask_token_id).for_terminal())
+    print(f"data          {len(dataset):,} training samples; one of them, masked tokens marked:\n")
+    print(view(dataset, _sample_to_show(dataset, args), get_tokenizer(), args.meap_mask_token_id).for_terminal())
     print("dry run: all checks passed, nothing was trained or saved", flush=True)
 
 
 def _parse() -> Namespace:
-    """The checked arguments; no log file is opened for the run that does not take place."""
-    with tempfile.TemporaryDirectory() as elsewhere:
-        if "--tensorboard-dir" in sys.argv:
-            sys.argv += ["--tensorboard-dir", elsewhere]
-        args = parse_arguments()
+    """The checked arguments; nothing is logged to, for the run does not take place."""
+    args = parse_arguments(tensorboard_dir=None, wandb_project="")
     args.iteration = 0
     return args
+
+
+def _sample_to_show(dataset: Any, args: Namespace) -> int:
+    """Index of the first sample that has a mask, if one of the first has: in fine-tuning not every one does."""
+    indices = range(min(64, len(dataset)))
+    return next((i for i in indices if (dataset[i]["tokens"] == args.meap_mask_token_id).any()), 0)
 
 
 def _model(args: Namespace, total: int, by_stage: list[int]) -> list[str]:

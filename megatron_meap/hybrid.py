@@ -52,7 +52,8 @@ def local_stack_spec(model: Any) -> ModuleSpec:
     if unknown:
         raise UsageError(
             f"--hybrid-layer-pattern {model.hybrid_layer_pattern}: {' '.join(unknown)} needs CUDA kernels; without "
-            "Transformer Engine use * (attention), - (MLP), E (MoE) and | (pipeline border)"
+            "Transformer Engine (--dry-run and the planner go without) use * (attention), - (MLP), E (MoE) and | "
+            "(pipeline border)"
         )
     return ModuleSpec(
         module=LocalHybridStack,

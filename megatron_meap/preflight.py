@@ -1,5 +1,6 @@
 """What can be known to fail is refused before Megatron starts: looked at once, by rank 0, for the whole job."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -104,7 +105,9 @@ def look(args: Namespace, data_only: bool = False) -> dict[str, Any]:
     }
     if data_only:
         return found | {"iteration": args.ckpt_step}
-    if not args.dry_run:
+    if args.dry_run:
+        _look_at_save_directory(args)
+    else:
         _lock_save_directory(args)
     return found | _check_checkpoint(args)
 
@@ -242,18 +245,35 @@ def _lock_save_directory(args: Namespace) -> None:
         opened = open(path, "a+")  # noqa: SIM115  # stays open
     except OSError as error:
         raise UsageError(f"--save {args.save}: cannot be written ({error.strerror})") from error
+    _take_lock(opened, args.save)
+    opened.truncate(0)
+    opened.write(f"process {os.getpid()} on {os.uname().nodename}")
+    opened.flush()
+    _lock = opened
+
+
+def _take_lock(opened: Any, save: str) -> None:
+    """Lock an open file until it is closed, or refuse as another job has it."""
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         opened.seek(0)
         holder = opened.read().strip() or "unknown"
         raise UsageError(
-            f"--save {args.save}: another job saves there ({holder}); wait for it, stop it, or name another directory"
+            f"--save {save}: another job saves there ({holder}); wait for it, stop it, or name another directory"
         ) from error
-    opened.truncate(0)
-    opened.write(f"process {os.getpid()} on {os.uname().nodename}")
-    opened.flush()
-    _lock = opened
+
+
+def _look_at_save_directory(args: Namespace) -> None:
+    """What `_lock_save_directory` would refuse, without leaving anything behind."""
+    if args.save is None:
+        return
+    path = Path(args.save).absolute()
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"--save {args.save}: cannot be written ({existing} is not a directory that can be written)")
+    with contextlib.suppress(FileNotFoundError), open(path / ".lock") as opened:
+        _take_lock(opened, args.save)
 
 
 def _check_checkpoint(args: Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ The batch scripts in examples/slurm do so before every launch.
 
 import argparse
 
-from megatron_meap.errors import run
+from megatron_meap.errors import UsageError, run
 from megatron_meap.nodes import Node, check_gpus, check_network
 
 
@@ -20,6 +20,10 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that this node must have (default: none)")
     parser.add_argument("--seconds", type=float, default=60, help="how long to try (default: 60)")
     args = parser.parse_args()
+    if not 0 <= args.index < len(args.nodes):
+        raise UsageError(f"--index {args.index}: there are {len(args.nodes)} nodes, counted from 0")
+    if not 0 < args.port < 65536:
+        raise UsageError(f"--port {args.port}: must lie between 1 and 65535")
     nodes = [Node(name, address or name) for name, _, address in (word.partition("=") for word in args.nodes)]
     check_network(nodes, args.index, args.port, args.seconds)  # first: the others wait for this node
     check_gpus(nodes[args.index], args.gpus)

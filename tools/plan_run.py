@@ -60,7 +60,7 @@ def main() -> None:
     if own.gpu not in GPUS:
         raise UsageError(f"--gpu {own.gpu}: known are {', '.join(GPUS)}")
     gpu = GPUS[own.gpu]
-    usable = gpu.memory * 1e9 * (1 - own.reserve)
+    usable = gpu.memory * 2**30 * (1 - own.reserve)
     compat.apply()
     with contextlib.redirect_stdout(io.StringIO()):
         flags = arguments.parse_flags()

@@ -6,7 +6,7 @@
 #
 # DATA: JSON lines. MASK_RATIO is the share of an answer's tokens that its masked copy loses: 0.10 in the paper.
 set -euo pipefail
-MASK_RATIO=${MASK_RATIO:-0.10} TP=${TP:-2}
+MASK_RATIO=${MASK_RATIO:-0.10} TP=${TP:-2} CP=1 # packed rows are not cut over context-parallel ranks
 . "$(dirname "$0")/launch.sh"
 
 TRAIN_ITERS=${TRAIN_ITERS:-1000}
@@ -25,7 +25,7 @@ TRAINING=(
   --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --seed 3407
 )
 LAYOUT=(
-  --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"
+  --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
   --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 )
 if ((TP > 1)); then LAYOUT+=(--sequence-parallel); fi

@@ -46,6 +46,10 @@ data_flags() {
 }
 
 _check_gpus() {
+  local name
+  for name in NNODES GPUS_PER_NODE TP PP CP; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || stop "$name=${!name}: must be a whole number above 0"
+  done
   local part=$((TP * PP * CP)) world=$((NNODES * GPUS_PER_NODE)) found
   if ((world % part)); then
     stop "this recipe needs a multiple of $part GPUs (TP $TP x PP $PP x CP $CP), but NNODES $NNODES x GPUS_PER_NODE" \

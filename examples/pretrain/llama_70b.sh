@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A Llama-3-style model of 70B parameters.
 #
-#   NNODES=16 DATA=data/train_text_document TOKENIZER=models/llama-3 sbatch examples/slurm/multi_node.sbatch \
+#   DATA=data/train_text_document TOKENIZER=models/llama-3 sbatch --nodes 16 examples/slurm/multi_node.sbatch \
 #     examples/pretrain/llama_70b.sh
 #
 # Sixteen nodes of 8 H100 with 80 GB, as it stands: TP within a node, an interleaved pipeline over four, the sequence

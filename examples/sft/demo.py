@@ -27,7 +27,7 @@ VARIANTS = {
     "meap": ["--meap-mask-ratio", "0.10"],
 }
 MODEL = shlex.split("""
-    --num-layers 2 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 --init-method-std 0.02
+    --num-layers 2 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 --init-method-std 0.08
     --seq-length 512 --max-position-embeddings 512 --position-embedding-type rope --normalization RMSNorm --swiglu
     --disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
     --make-vocab-size-divisible-by 64
@@ -42,8 +42,8 @@ def main() -> None:
     """Do what is not yet done, then evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/sft"), help="folder of the run (default: %(default)s)")
-    parser.add_argument("--pretrain-iters", type=int, default=300, help="steps of pretraining (default: %(default)s)")
-    parser.add_argument("--train-iters", type=int, default=300, help="steps of fine-tuning (default: %(default)s)")
+    parser.add_argument("--pretrain-iters", type=int, default=900, help="steps of pretraining (default: %(default)s)")
+    parser.add_argument("--train-iters", type=int, default=500, help="steps of fine-tuning (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=60, help="for each place of the answer (default: %(default)s)")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -62,7 +62,7 @@ def prepare_data(folder: Path, questions: int) -> list[str]:
     flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
     write_questions(folder / "questions.jsonl", seed=3, count=questions)
     if not (folder / "texts_text_document.idx").exists():
-        write_texts(texts, seed=1, count=16000)
+        write_texts(texts, seed=1, count=30000)
         write_conversations(asked, seed=2, count=20000)
         sizes = ["--vocab-size", 1856, "--max-mb", 2]
         call("tools/train_tokenizer.py", "--input", asked, texts, "--output", model, *sizes)
@@ -73,7 +73,7 @@ def prepare_data(folder: Path, questions: int) -> list[str]:
 def pretrain(folder: Path, tokenizer: list[str], iterations: int) -> Path:
     """The model that both variants start from."""
     data = ["--data-path", f"{folder}/texts_text_document", "--split", "100,0,0", "--meap-mask-ratio", "0"]
-    rates = ["--lr", "3e-3", "--min-lr", "3e-4", "--lr-warmup-iters", "20"]
+    rates = ["--lr", "3e-3", "--min-lr", "1e-3", "--lr-warmup-iters", "20"]
     short = [
         "--seq-length",
         "128",

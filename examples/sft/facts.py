@@ -23,7 +23,7 @@ _WORDS = """
     tea milk cider water coffee juice cocoa wine beer rum soup broth syrup ale mead punch
 """
 TRAITS = [line.split() for line in _WORDS.strip().splitlines()]
-"""What there is to know of a person, in this order: job, city, fruit, colour, pet, instrument, tree, drink."""
+"""What there is to know of a person: job, city, fruit, colour, pet, instrument, tree, drink."""
 NAMES = [f"{a}{b}{c}{d}" for a in "BDFGKLMNPRSTVZ" for b in "aeiou" for c in "dnl" for d in "ao"]
 
 
@@ -44,7 +44,11 @@ class Person:
 def people(draw: random.Random, count: int) -> list[Person]:
     """That many people who have nothing in common: what is true of one holds in one document only."""
     columns = [draw.sample(words, count) for words in (NAMES, *TRAITS)]
-    return [Person(words[0], " ".join(words)) for words in zip(*columns, strict=True)]
+    # In any order, so that a trait does not tell what kind of trait comes next: a document does.
+    return [
+        Person(name, " ".join([name, *draw.sample(traits, len(traits))]))
+        for name, *traits in zip(*columns, strict=True)
+    ]
 
 
 def question(person: Person) -> str:
@@ -53,12 +57,12 @@ def question(person: Person) -> str:
 
 
 def write_texts(path: Path, seed: int, count: int) -> None:
-    """Texts to pretrain on: people described, and some of them described again further on."""
+    """Texts to pretrain on: people described, and described again and again; so a model learns to copy."""
     draw = random.Random(seed)
     texts = []
     for _ in range(count):
-        group = people(draw, draw.randint(2, DOCUMENTS))
-        texts.append({"text": "\n".join(each.description for each in [*group, *draw.choices(group, k=9)])})
+        group = people(draw, draw.randint(2, 3))
+        texts.append({"text": "\n".join(each.description for each in [*group, *draw.choices(group, k=10)])})
     _write(path, texts)
 
 

@@ -12,6 +12,7 @@ need() { [ -n "${!1:-}" ] || stop "$1 is not set: $2; for example $1=$3 sbatch .
 
 # run_recipe RECIPE FLAGS...: the whole life of a training job on its nodes.
 run_recipe() {
+  TRAINS=yes
   [ -f "${1:-}" ] || stop "recipe '${1:-}': no such file in $PWD; usage: sbatch SCRIPT examples/pretrain/RECIPE.sh [flags]"
   describe_nodes
   check_nodes
@@ -26,7 +27,8 @@ run_recipe() {
 
 # What the recipes ask for (examples/pretrain/launch.sh), and for their torchrun a c10d rendezvous on the first node.
 describe_nodes() {
-  local found=${SLURM_GPUS_ON_NODE:-}
+  local found=${SLURM_GPUS_ON_NODE:-} wanted=${NNODES:-$SLURM_JOB_NUM_NODES}
+  [ "$wanted" = "$SLURM_JOB_NUM_NODES" ] || stop "NNODES=$wanted, but Slurm allocated $SLURM_JOB_NUM_NODES nodes; ask for them with sbatch --nodes $wanted"
   if [ "${MEAP_DEVICE:-}" = cpu ]; then found=; fi
   export NNODES=$SLURM_JOB_NUM_NODES GPUS_PER_NODE=${GPUS_PER_NODE:-$found}
   need GPUS_PER_NODE "Slurm allocated no GPUs (sbatch --gpus-per-node); with MEAP_DEVICE=cpu say how many processes a node runs" 8
@@ -59,11 +61,10 @@ check_nodes() {
 
 # run_step COMMAND...: run it, pass the signals on, and end the job as its outcome asks for.
 run_step() {
-  local status asked='' step
+  local status
   "$@" &
   step=$!
-  trap 'asked=USR1; kill -USR1 $step 2>/dev/null' USR1
-  trap 'asked=TERM; kill -TERM $step 2>/dev/null' TERM
+  [ -z "$asked" ] || kill "-$asked" "$step" || true # it came while the nodes were checked
   while true; do # a signal ends `wait`, but not the step
     status=0
     wait "$step" || status=$?
@@ -72,16 +73,23 @@ run_step() {
   finish "$status" "$asked"
 }
 
+# heed SIGNAL: pass it on to the step, if there is one, and remember it.
+heed() { asked=$1; [ -z "$step" ] || kill "-$1" "$step" 2>/dev/null || true; }
+
 # finish STATUS SIGNAL: done, requeue, or give up.
 finish() {
-  local failures=$LOGS/failures
+  local failures=$LOGS/failures reached before
   case $1,$2 in
     0,*) echo "job $SLURM_JOB_ID: done"; exit 0 ;;
     *,TERM) echo "job $SLURM_JOB_ID: cancelled"; exit 75 ;;
     *,USR1) rm -f "$failures"; requeue "stopped by Slurm's signal" ;;
   esac
-  grep -rqs ' iteration  *[0-9]*/' "$RANK_LOGS" || stop "job $SLURM_JOB_ID failed with status $1 before its first step; it is not requeued, as it would fail again"
-  echo "restart $RESTART: status $1" >>"$failures"
+  [ "$TRAINS" = yes ] || stop "job $SLURM_JOB_ID failed with status $1; it is not requeued"
+  reached=$(grep -rhos ' iteration  *[0-9]*/' "$RANK_LOGS" | tr -dc '0-9\n' | sort -n | tail -n 1) || true
+  [ -n "$reached" ] || stop "job $SLURM_JOB_ID failed with status $1 before its first logged step; it is not requeued, as it would fail again"
+  before=$(sed -n '$s/.*step //p' "$failures" 2>/dev/null || true)
+  if ((reached > ${before:-0})); then rm -f "$failures"; fi # further than the last time: not in a row
+  echo "restart $RESTART: status $1, step $reached" >>"$failures"
   (($(wc -l <"$failures") <= MAX_FAILURES)) || stop "job $SLURM_JOB_ID failed more than MAX_FAILURES=$MAX_FAILURES times in a row; it is not requeued"
   requeue "failed with status $1"
 }
@@ -95,9 +103,16 @@ requeue() {
 
 [ -n "${SLURM_JOB_ID:-}" ] || stop "not in a Slurm job: submit this script, sbatch $0"
 cd "$CHECKOUT"
-if [ -n "${SETUP:-}" ]; then eval "$SETUP" || stop "SETUP='$SETUP' fails on node $(hostname)"; fi
+if [ -n "${SETUP:-}" ]; then
+  set +eu # a site's scripts are not written for them
+  eval "$SETUP" || stop "SETUP='$SETUP' fails on node $(hostname)"
+  set -eu
+fi
 if [ -x .venv/bin/python ]; then PATH="$PWD/.venv/bin:$PATH"; fi
 command -v torchrun >/dev/null || stop "no torchrun on $(hostname): run make in $CHECKOUT once, or load an environment by SETUP"
+step='' asked='' TRAINS=no
+trap 'heed USR1' USR1
+trap 'heed TERM' TERM
 RESTART=${SLURM_RESTART_COUNT:-0}
 LOGS=${LOGS:-$PWD/runs/logs}/$SLURM_JOB_ID
 export RANK_LOGS=$LOGS/restart-$RESTART

@@ -14,22 +14,22 @@ from megatron_meap.errors import UsageError
 
 @dataclass(frozen=True)
 class GPU:
-    """A kind of GPU, from its maker's data sheet."""
+    """A kind of GPU: speed from its maker's data sheet, memory as its driver reports it."""
 
     name: str
     tflops: float
     """Dense bf16 matrix products, 10^12 operations a second."""
     memory: float
-    """GB (10^9 bytes)."""
+    """GiB (2^30 bytes), rounded down."""
 
 
 GPUS = {
-    "a100-40": GPU("A100 40GB", 312, 40),
-    "a100": GPU("A100 80GB", 312, 80),
-    "h100": GPU("H100 SXM", 989, 80),
-    "h200": GPU("H200 SXM", 989, 141),
-    "b200": GPU("B200", 2250, 180),
-    "l40s": GPU("L40S", 362, 48),
+    "a100-40": GPU("A100 40GB", 312, 39),
+    "a100": GPU("A100 80GB", 312, 79),
+    "h100": GPU("H100 SXM", 989, 79),
+    "h200": GPU("H200 SXM", 989, 139),
+    "b200": GPU("B200", 2250, 178),
+    "l40s": GPU("L40S", 362, 44),
 }
 
 

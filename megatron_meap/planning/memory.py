@@ -3,6 +3,8 @@
 from argparse import Namespace
 from dataclasses import dataclass
 
+import torch
+
 from megatron_meap.errors import UsageError
 from megatron_meap.planning.trace import Chunk, trace_stage
 from megatron_meap.planning.world import pretended
@@ -113,6 +115,8 @@ def bytes_per_parameter(args: Namespace) -> dict[str, int]:
     mixed = args.bf16 or args.fp16
     if args.use_precision_aware_optimizer:
         optimizer = sum(kind.itemsize for kind in (args.main_params_dtype, args.exp_avg_dtype, args.exp_avg_sq_dtype))
+        if args.bf16 and args.main_params_dtype == torch.float32:
+            optimizer -= 2  # Transformer Engine keeps only what the bf16 weights leave out of the 32-bit ones
     else:
         optimizer = 12 if mixed else 8  # two moments, and the 32-bit copy of the weights
     gradients = 4 if args.accumulate_allreduce_grads_in_fp32 or not mixed else 2

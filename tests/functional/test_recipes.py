@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Corpus
-from tests.launch import REPOSITORY, environment
+from tests.launch import ENTRY, MODEL, REPOSITORY, TRAINING, environment
+from tests.sft import conversations, write_jsonl
 
 PRETRAIN = REPOSITORY / "examples" / "pretrain"
 SHORTER = ["--train-iters", "4", "--lr-warmup-iters", "1", "--save-interval", "2"]  # the index of a short run is small
@@ -30,6 +31,7 @@ RECIPES = {
     "llama-70b": ("llama_70b.sh", {}),
     "long-context": ("long_context.sh", {"CHECKPOINT": "checkpoints"}),
     "continue": ("continue.sh", {"CHECKPOINT": "imported"}),
+    "finetune": ("finetune.sh", {"CHECKPOINT": "imported", "DATA": "conversations.jsonl", "TEMPLATE": "vicuna"}),
 }
 
 REPORTER = """#!{python}
@@ -58,6 +60,7 @@ class Desk:
             f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {corpus.tokenizer} --padded-vocab-size 512"
         )
         (folder / "imported" / "megatron_flags.txt").write_text(flags + "\n")
+        write_jsonl(folder / "conversations.jsonl", conversations(corpus.documents, 60, longest=60))
         self.data = {"DATA": corpus.prefix, "TOKENIZER": corpus.tokenizer, "SPLIT": "90,10,0"}
 
     def run(self, recipe: str, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -152,6 +155,10 @@ def test_a_dry_run_shows_the_run(results: dict, desk: Desk, name: str) -> None:
         assert f"\n{heading} " in "\n" + output
     assert output.strip().endswith("nothing was trained or saved")
     assert not (desk.folder / "runs").exists()
+    assert ("\033[7m" in output) == (name != "paper-0.1b-ntp")
+    if name == "finetune":
+        assert "10% of the tokens of a copy of each answer of more than 50 tokens become [MASK]" in output
+        assert "fine-tuning data (train)" in output
 
 
 def test_big_recipes_have_their_layouts(results: dict) -> None:
@@ -165,18 +172,22 @@ def test_big_recipes_have_their_layouts(results: dict) -> None:
     assert results["long-context"]["args"]["seq_length"] == 65536
 
 
-def test_finetuning_flags_are_known(desk: Desk) -> None:
-    flags = pytest.importorskip("megatron_meap.sft.flags")
-    import argparse
+def test_a_dry_run_leaves_nothing_and_refuses_what_the_run_would(corpus: Corpus, tmp_path: Path) -> None:
+    flags = [*MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(tmp_path / "cache")]
 
-    parser = argparse.ArgumentParser()
-    flags.add_arguments(parser)
-    asked = desk.asked(
-        "finetune.sh", CHECKPOINT="imported", DATA="rows.jsonl", TP="1", TEMPLATE="chatml", MEAP_DEVICE="cpu"
-    )
-    ours = [flag for flag in asked["command"] if flag.startswith("--meap-sft")]
-    assert ours
-    assert set(ours) <= {option for action in parser._actions for option in action.option_strings}
+    def dry_run(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ENTRY), "--dry-run", *flags, *more], env=environment(), cwd=tmp_path, text=True,
+            capture_output=True, timeout=200,
+        )  # fmt: skip
+
+    logging = [f"--tensorboard-dir={tmp_path / 'board'}", "--wandb-project", "any", "--save-interval", "5"]
+    done = dry_run(*logging, "--save", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    refused = dry_run("--save-interval", "5", "--save", "/dev/null/run")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: --save /dev/null/run: cannot be written")
 
 
 def test_torchrun_is_asked_for_the_nodes(desk: Desk) -> None:
@@ -217,6 +228,12 @@ def test_plan_goes_to_the_tool(desk: Desk) -> None:
         ("continue.sh", {}, "error: CHECKPOINT is not set"),
         ("continue.sh", {"CHECKPOINT": "nowhere"}, "CHECKPOINT=nowhere: has no megatron_flags.txt"),
         ("long_context.sh", {}, "error: CHECKPOINT is not set"),
+        ("paper.sh", {"TOKENIZER": "t.model", "DATA": "d", "GPUS_PER_NODE": "x"}, "error: GPUS_PER_NODE=x: must be a"),
+        (
+            "finetune.sh",
+            {"TP": "0", "CHECKPOINT": "imported", "DATA": "d"},
+            "error: TP=0: must be a whole number above 0",
+        ),
     ],
 )
 def test_bad_input_is_one_line(desk: Desk, recipe: str, variables: dict[str, str], message: str) -> None:
