@@ -4,7 +4,7 @@
 
 On a CPU, in minutes, nothing downloaded: people are made up, a tokenizer and a model are trained on descriptions of
 them, and from there the model is fine-tuned on questions twice: next-token prediction on as many rows as MEAP has
-(`ntp`), and MEAP (`meap`). tools/evaluate.py asks both questions over five documents and draws their accuracy by the
+(`ntp`), and MEAP (`meap`). tools/evaluate.py asks both questions over four documents and draws their accuracy by the
 place of the answer. Everything goes below `runs/sft`; steps that are done are not repeated.
 """
 
@@ -42,8 +42,8 @@ def main() -> None:
     """Do what is not yet done, then evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/sft"), help="folder of the run (default: %(default)s)")
-    parser.add_argument("--pretrain-iters", type=int, default=900, help="steps of pretraining (default: %(default)s)")
-    parser.add_argument("--train-iters", type=int, default=500, help="steps of fine-tuning (default: %(default)s)")
+    parser.add_argument("--pretrain-iters", type=int, default=2000, help="steps of pretraining (default: %(default)s)")
+    parser.add_argument("--train-iters", type=int, default=400, help="steps of fine-tuning (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=60, help="for each place of the answer (default: %(default)s)")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -64,7 +64,7 @@ def prepare_data(folder: Path, questions: int) -> list[str]:
     if not (folder / "texts_text_document.idx").exists():
         write_texts(texts, seed=1, count=30000)
         write_conversations(asked, seed=2, count=20000)
-        sizes = ["--vocab-size", 1856, "--max-mb", 2]
+        sizes = ["--vocab-size", 1792, "--max-mb", 2]
         call("tools/train_tokenizer.py", "--input", asked, texts, "--output", model, *sizes)
         call("tools/preprocess_data.py", "--input", texts, "--output-prefix", folder / "texts", "--append-eod", *flags)
     return flags
@@ -73,7 +73,7 @@ def prepare_data(folder: Path, questions: int) -> list[str]:
 def pretrain(folder: Path, tokenizer: list[str], iterations: int) -> Path:
     """The model that both variants start from."""
     data = ["--data-path", f"{folder}/texts_text_document", "--split", "100,0,0", "--meap-mask-ratio", "0"]
-    rates = ["--lr", "3e-3", "--min-lr", "1e-3", "--lr-warmup-iters", "20"]
+    rates = ["--lr", "4e-3", "--min-lr", "4e-4", "--lr-warmup-iters", "50"]
     short = [
         "--seq-length",
         "128",
@@ -89,7 +89,7 @@ def finetune(folder: Path, tokenizer: list[str], pretrained: Path, name: str, it
     """One variant; answers of more than 5 tokens get masked copies, because here they are short."""
     sft = ["--meap-sft", "--meap-sft-template", "vicuna", "--meap-sft-threshold", "5", *VARIANTS[name]]
     data = ["--train-data-path", f"{folder}/train.jsonl", "--pretrained-checkpoint", str(pretrained)]
-    rates = ["--lr", "1e-3", "--min-lr", "1e-5", "--lr-warmup-iters", "20"]
+    rates = ["--lr", "2e-3", "--min-lr", "2e-5", "--lr-warmup-iters", "20"]
     return train(folder / name, [*tokenizer, *sft, *data, *rates], iterations)
 
 

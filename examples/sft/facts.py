@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_meap.evaluation.documents import Document, open_book
 
-DOCUMENTS = 5
+DOCUMENTS = 4
 """Documents of a question: one holds the answer, the others are about other people."""
 
 _WORDS = """
@@ -19,11 +19,9 @@ _WORDS = """
     red blue green white black yellow grey brown pink orange purple golden silver beige violet crimson
     cat dog horse goat parrot rabbit turtle pony hamster canary duck sheep mule hen owl donkey
     piano flute drum harp violin guitar organ trumpet cello banjo horn lute oboe viola bugle zither
-    oak elm ash birch cedar maple willow pine poplar beech larch cypress yew rowan alder hazel
-    tea milk cider water coffee juice cocoa wine beer rum soup broth syrup ale mead punch
 """
 TRAITS = [line.split() for line in _WORDS.strip().splitlines()]
-"""What there is to know of a person: job, city, fruit, colour, pet, instrument, tree, drink."""
+"""What there is to know of a person: job, city, fruit, colour, pet, instrument."""
 NAMES = [f"{a}{b}{c}{d}" for a in "BDFGKLMNPRSTVZ" for b in "aeiou" for c in "dnl" for d in "ao"]
 
 
@@ -61,8 +59,8 @@ def write_texts(path: Path, seed: int, count: int) -> None:
     draw = random.Random(seed)
     texts = []
     for _ in range(count):
-        group = people(draw, draw.randint(2, 3))
-        texts.append({"text": "\n".join(each.description for each in [*group, *draw.choices(group, k=10)])})
+        group = people(draw, draw.randint(2, DOCUMENTS))
+        texts.append({"text": "\n".join(each.description for each in [*group, *draw.choices(group, k=12)])})
     _write(path, texts)
 
 

@@ -97,15 +97,14 @@ def evaluate(
     Raises:
         UsageError: a model cannot be loaded, or the judge does not answer.
     """
+    judged_last = sorted(tasks.values(), key=lambda task: task.task_name == JUDGED)  # it may fail
     found: list[ModelResults] = []
     silent: JudgeUnavailable | None = None
     for number, model in enumerate(chosen, 1):
         loaded = models.load(model, machine.batch_size, machine.device, machine.dtype)
         found.append(ModelResults(model))
         try:
-            for task in sorted(
-                tasks.values(), key=lambda task: task.task_name == JUDGED
-            ):  # the judge last: it may fail
+            for task in judged_last:
                 if silent and task.task_name == JUDGED:
                     continue
                 print(f"model {number}/{len(chosen)}, {model.name}: {task.task_name}", flush=True)
