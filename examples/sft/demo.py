@@ -76,11 +76,11 @@ def pretrain(folder: Path, tokenizer: list[str], iterations: int) -> Path:
     rates = ["--lr", "4e-3", "--min-lr", "4e-4", "--lr-warmup-iters", "50"]
     short = [
         "--seq-length",
-        "128",
+        "256",
         "--micro-batch-size",
-        "32",
+        "16",
         "--global-batch-size",
-        "32",
+        "16",
     ]  # copying is learned sooner
     return train(folder / "pretrained", [*tokenizer, *data, *rates, *short], iterations)
 
@@ -89,7 +89,7 @@ def finetune(folder: Path, tokenizer: list[str], pretrained: Path, name: str, it
     """One variant; answers of more than 5 tokens get masked copies, because here they are short."""
     sft = ["--meap-sft", "--meap-sft-template", "vicuna", "--meap-sft-threshold", "5", *VARIANTS[name]]
     data = ["--train-data-path", f"{folder}/train.jsonl", "--pretrained-checkpoint", str(pretrained)]
-    rates = ["--lr", "2e-3", "--min-lr", "2e-5", "--lr-warmup-iters", "20"]
+    rates = ["--lr", "1e-3", "--min-lr", "1e-5", "--lr-warmup-iters", "20"]
     return train(folder / name, [*tokenizer, *sft, *data, *rates], iterations)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_meap.evaluation.documents import Document, open_book
+from megatron_meap.evaluation.documents import Document, closed_book, open_book
 
 DOCUMENTS = 4
 """Documents of a question: one holds the answer, the others are about other people."""
@@ -55,12 +55,21 @@ def question(person: Person) -> str:
 
 
 def write_texts(path: Path, seed: int, count: int) -> None:
-    """Texts to pretrain on: people described, and described again and again; so a model learns to copy."""
+    """Texts to pretrain on, in which people are described again and again, so that a model learns to copy.
+
+    Half of them are descriptions alone, the others documents and questions that are answered.
+    """
     draw = random.Random(seed)
     texts = []
-    for _ in range(count):
+    for number in range(count):
         group = people(draw, draw.randint(2, DOCUMENTS))
-        texts.append({"text": "\n".join(each.description for each in [*group, *draw.choices(group, k=12)])})
+        again = draw.choices(group, k=8)
+        lines = [each.description for each in [*group, *again]]
+        if number % 2:
+            asked = [f"{closed_book(question(each))} {each.description}" for each in again[1:]]
+            first = open_book(question(again[0]), [each.document for each in group])
+            lines = [f"{first} {again[0].description}", *asked]
+        texts.append({"text": "\n".join(lines)})
     _write(path, texts)
 
 

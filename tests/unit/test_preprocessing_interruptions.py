@@ -48,7 +48,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def long_job(tmp_path_factory):
     """A file that takes the reference tokenizer many seconds: no run is finished before its test interferes."""
-    return write_jsonl(tmp_path_factory.mktemp("long") / "long.jsonl", topics() * 100)
+    return write_jsonl(tmp_path_factory.mktemp("long") / "long.jsonl", topics() * 400)
 
 
 def start(corpus: Path, prefix: Path, model: Path, *flags: str, **more) -> subprocess.Popen:
