@@ -24,7 +24,10 @@ def common(corpus: Corpus, folder: Path) -> list[str]:
     return [*MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(folder / "cache"), "--train-iters", "16"]
 
 
-@pytest.mark.parametrize("optimizer", ["", "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param("", marks=pytest.mark.slow), "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"],
+)
 def test_resharding(corpus: Corpus, tmp_path: Path, optimizer: str) -> None:
     """A run that changes its layout at every stop logs what a run of one process logs, optimizer state included."""
     flags = [*common(corpus, tmp_path), *optimizer.split()]
