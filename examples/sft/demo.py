@@ -74,7 +74,7 @@ def pretrain(folder: Path, tokenizer: list[str], iterations: int) -> Path:
     """The model that both variants start from."""
     data = ["--data-path", f"{folder}/texts_text_document", "--split", "100,0,0", "--meap-mask-ratio", "0"]
     rates = ["--lr", "4e-3", "--min-lr", "4e-4", "--lr-warmup-iters", "50"]
-    short = "--seq-length 256 --micro-batch-size 16 --global-batch-size 16".split()  # copying is learned sooner
+    short = shlex.split("--seq-length 256 --micro-batch-size 16 --global-batch-size 16")  # copying is learned sooner
     return train(folder / "pretrained", [*tokenizer, *data, *rates, *short], iterations)
 
 
