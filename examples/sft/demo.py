@@ -42,8 +42,8 @@ def main() -> None:
     """Do what is not yet done, then evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/sft"), help="folder of the run (default: %(default)s)")
-    parser.add_argument("--pretrain-iters", type=int, default=2000, help="steps of pretraining (default: %(default)s)")
-    parser.add_argument("--train-iters", type=int, default=400, help="steps of fine-tuning (default: %(default)s)")
+    parser.add_argument("--pretrain-iters", type=int, default=1500, help="steps of pretraining (default: %(default)s)")
+    parser.add_argument("--train-iters", type=int, default=600, help="steps of fine-tuning (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=60, help="for each place of the answer (default: %(default)s)")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -82,7 +82,7 @@ def finetune(folder: Path, tokenizer: list[str], pretrained: Path, name: str, it
     """One variant; answers of more than 5 tokens get masked copies, because here they are short."""
     sft = ["--meap-sft", "--meap-sft-template", "vicuna", "--meap-sft-threshold", "5", *VARIANTS[name]]
     data = ["--train-data-path", f"{folder}/train.jsonl", "--pretrained-checkpoint", str(pretrained)]
-    rates = ["--lr", "1e-3", "--min-lr", "1e-5", "--lr-warmup-iters", "20"]
+    rates = ["--lr", "2e-3", "--min-lr", "2e-5", "--lr-warmup-iters", "20"]
     return train(folder / name, [*tokenizer, *sft, *data, *rates], iterations)
 
 

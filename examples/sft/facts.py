@@ -21,7 +21,7 @@ _WORDS = """
     piano flute drum harp violin guitar organ trumpet cello banjo horn lute oboe viola bugle zither
 """
 TRAITS = [line.split() for line in _WORDS.strip().splitlines()]
-"""What there is to know of a person: job, city, fruit, colour, pet, instrument."""
+"""What there is to know of a person, in this order: job, city, fruit, colour, pet, instrument."""
 NAMES = [f"{a}{b}{c}{d}" for a in "BDFGKLMNPRSTVZ" for b in "aeiou" for c in "dnl" for d in "ao"]
 
 
@@ -42,11 +42,7 @@ class Person:
 def people(draw: random.Random, count: int) -> list[Person]:
     """That many people who have nothing in common: what is true of one holds in one document only."""
     columns = [draw.sample(words, count) for words in (NAMES, *TRAITS)]
-    # In any order, so that a trait does not tell what kind of trait comes next: a document does.
-    return [
-        Person(name, " ".join([name, *draw.sample(traits, len(traits))]))
-        for name, *traits in zip(*columns, strict=True)
-    ]
+    return [Person(name, " ".join([name, *traits])) for name, *traits in zip(*columns, strict=True)]
 
 
 def question(person: Person) -> str:

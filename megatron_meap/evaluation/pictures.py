@@ -115,7 +115,7 @@ def _by_last_dimension(results: list[ModelResults], task: str, path: Path) -> Pa
     *others, last = cells[0][1]
     panels = list(dict.fromkeys(tuple(place[name] for name in others) for _, place in cells))
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.6 * len(panels) + 1, 4), squeeze=False, sharey=True, layout="constrained"
+        1, len(panels), figsize=(4.6 * len(panels) + 2, 4), squeeze=False, sharey=True, layout="constrained"
     )
     for axis, panel in zip(axes[0], panels, strict=True):
         for color, result in enumerate(results):
@@ -133,7 +133,8 @@ def _by_last_dimension(results: list[ModelResults], task: str, path: Path) -> Pa
         if is_share(metric):
             axis.set_ylim(-3, 103)
     axes[0][0].set_ylabel(METRICS.get(metric, metric))
-    axes[0][-1].legend(fontsize=8)
+    handles, names = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=8, loc="outside right upper")
     _title(figure, TITLES.get(task, _multidoc_title(task)))
     return _write(figure, path)
 
