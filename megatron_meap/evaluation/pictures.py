@@ -115,7 +115,7 @@ def _by_last_dimension(results: list[ModelResults], task: str, path: Path) -> Pa
     *others, last = cells[0][1]
     panels = list(dict.fromkeys(tuple(place[name] for name in others) for _, place in cells))
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.6 * len(panels) + 2, 4), squeeze=False, sharey=True, layout="constrained"
+        1, len(panels), figsize=(4.6 * len(panels) + 1, 4.6), squeeze=False, sharey=True, layout="constrained"
     )
     for axis, panel in zip(axes[0], panels, strict=True):
         for color, result in enumerate(results):
@@ -134,7 +134,7 @@ def _by_last_dimension(results: list[ModelResults], task: str, path: Path) -> Pa
             axis.set_ylim(-3, 103)
     axes[0][0].set_ylabel(METRICS.get(metric, metric))
     handles, names = axes[0][-1].get_legend_handles_labels()
-    figure.legend(handles, names, fontsize=8, loc="outside right upper")
+    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=min(3, len(names)))
     _title(figure, TITLES.get(task, _multidoc_title(task)))
     return _write(figure, path)
 
