@@ -82,6 +82,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: fp32 on CPU, else as stored"
     )
+    parser.add_argument("--tokenizer", metavar="PATH", help="of the checkpoints (default: each one's own)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="exported checkpoints (default: the user's cache)")
     parser.add_argument(
         "--judge-url", metavar="URL", help="OpenAI-compatible endpoint, up to /v1 (key: MEAP_JUDGE_KEY)"
@@ -108,7 +109,7 @@ def main() -> None:
     from megatron_meap.evaluation.run import Machine, check_lengths, evaluate, load_tasks, measuring_tokenizer
     from megatron_meap.evaluation.suites import make_plan
 
-    chosen = models.open_models(flags.models, flags.cache or models.default_cache())
+    chosen = models.open_models(flags.models, flags.cache or models.default_cache(), flags.tokenizer)
     given = {name: getattr(flags, name) for name, _, _ in OPTIONS.values()}
     context = min(models.context_length(model) for model in chosen)
     plan = make_plan(flags.suite, [task for task in flags.tasks.split(",") if task], given, context)

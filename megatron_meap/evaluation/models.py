@@ -36,17 +36,18 @@ class Model:
     """Tokens it was trained on; None where that is not known."""
 
 
-def open_models(specs: list[str], cache: Path) -> list[Model]:
+def open_models(specs: list[str], cache: Path, tokenizer: str | None = None) -> list[Model]:
     """The models named on the command line.
 
     Args:
         specs: `[NAME=]PATH[@ITERATION]`; `@all` is every checkpoint of the directory.
         cache: folder for exports of Megatron checkpoints.
+        tokenizer: of these checkpoints, where it is not where they were trained with it.
 
     Raises:
         UsageError: a path holds no model, an iteration is not there, or two models have the same name.
     """
-    models = [model for spec in specs for model in _open(spec, cache)]
+    models = [model for spec in specs for model in _open(spec, cache, tokenizer)]
     names = [model.name for model in models]
     for model in models:
         if names.count(model.name) > 1:
@@ -69,7 +70,7 @@ def parse(spec: str) -> tuple[str, Path, str | None]:
     return match["name"] or _default_name(path), path, match["iteration"]
 
 
-def _open(spec: str, cache: Path) -> list[Model]:
+def _open(spec: str, cache: Path, tokenizer: str | None) -> list[Model]:
     name, path, wanted = parse(spec)
     if (path / "config.json").is_file():
         if wanted:
@@ -79,8 +80,8 @@ def _open(spec: str, cache: Path) -> list[Model]:
         steps = latest.iterations(path) if path.is_dir() else []
         if not steps:
             raise UsageError(f"{path}: holds no checkpoint; name a --save directory or a Hugging Face directory")
-        return [replace(_export(path, step, name, cache), name=f"{name}@{step}") for step in steps]
-    return [_export(path, int(wanted) if wanted else None, name, cache)]
+        return [replace(_export(path, step, name, cache, tokenizer), name=f"{name}@{step}") for step in steps]
+    return [_export(path, int(wanted) if wanted else None, name, cache, tokenizer)]
 
 
 def _default_name(path: Path) -> str:
@@ -89,31 +90,31 @@ def _default_name(path: Path) -> str:
     return parts[-1]
 
 
-def _export(path: Path, iteration: int | None, name: str, cache: Path) -> Model:
+def _export(path: Path, iteration: int | None, name: str, cache: Path, tokenizer: str | None) -> Model:
     """A Megatron checkpoint as a Hugging Face directory in the cache, made there unless it is there already."""
     checkpoint = open_checkpoint(path, iteration)
     written = (checkpoint.directory / ".metadata").stat().st_mtime_ns
-    identity = f"{checkpoint.directory.resolve()}\n{written}"
+    identity = f"{checkpoint.directory.resolve()}\n{written}" + (f"\n{tokenizer}" if tokenizer else "")
     directory = cache / f"{checkpoint.directory.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if not (directory / "config.json").is_file():
         print(f"{checkpoint.directory}: exporting to {directory}", flush=True)
         # In a process of its own: the export's self-check runs Megatron on the CPU, whatever this machine has.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            pool.submit(_export_here, str(path), str(directory), iteration).result()
+            pool.submit(_export_here, str(path), str(directory), iteration, tokenizer).result()
     samples = getattr(checkpoint.args, "consumed_train_samples", 0) or 0
     tokens = samples * checkpoint.args.seq_length or None
     source = str(path) if iteration is None else f"{path}@{iteration}"
     return Model(name, directory, source, name, tokens)
 
 
-def _export_here(load: str, output: str, iteration: int | None) -> None:
+def _export_here(load: str, output: str, iteration: int | None, tokenizer: str | None) -> None:
     os.environ["MEAP_DEVICE"] = "cpu"
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     device.prepare()
     from megatron_meap.checkpoint.export import ExportJob, export
 
-    export(ExportJob(load=load, output=output, iteration=iteration, overwrite=True))
+    export(ExportJob(load=load, output=output, iteration=iteration, tokenizer=tokenizer, overwrite=True))
 
 
 def default_cache() -> Path:

@@ -106,6 +106,7 @@ def _quick(context: int) -> dict[str, Any]:
         "samples": 8,
         "piqa_rows": QUICK_PIQA,
         "kv_digits": 4 if small else None,
+        "needles": [2] if longest < 512 else None,  # of two families: more leave no room for a text around them
     }
 
 
