@@ -1,5 +1,6 @@
 """Runs that are killed, lose a worker, fill the disk or stop at a bad line: nothing looks finished, they resume."""
 
+import contextlib
 import os
 import random
 import resource
@@ -59,8 +60,19 @@ def start(corpus: Path, prefix: Path, model: Path, *flags: str, **more) -> subpr
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def workers(pid: int) -> list[int]:
+    """The tool's workers at work: what imports start for a moment is a child too, but does not ignore Ctrl-C."""
+    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [child for child in children if ignored_signals(child) & 1 << (signal.SIGINT - 1)]
+
+
+def ignored_signals(pid: int) -> int:
+    """Their bits; none of a process that is gone."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigIgn:"):
+                return int(line.split()[1], 16)
+    return 0
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:
@@ -93,20 +105,20 @@ def test_a_killed_run_leaves_nothing_finished_and_can_be_resumed(corpus, model, 
 
 def kill_at(process: subprocess.Popen, seconds: float) -> bool:
     """SIGKILL the run so long after its workers have started; False where it was faster and succeeded."""
-    wait_for(lambda: process.poll() is not None or len(children(process.pid)) == 2)
+    wait_for(lambda: process.poll() is not None or len(workers(process.pid)) == 2)
     time.sleep(seconds)
-    workers = children(process.pid) if process.poll() is None else []
+    left = workers(process.pid) if process.poll() is None else []
     process.kill()
     _, errors = process.communicate()
     assert process.returncode in (0, -signal.SIGKILL), errors
-    wait_for(lambda: not any(map(is_running, workers)))  # they notice that their parent is gone
+    wait_for(lambda: not any(map(is_running, left)))  # they notice that their parent is gone
     return process.returncode != 0
 
 
 def test_a_dead_worker_ends_the_job_with_its_reason(long_job, model, tmp_path):
     process = start(long_job, tmp_path / "out" / "x", model)
-    wait_for(lambda: len(children(process.pid)) == 2)
-    os.kill(children(process.pid)[0], signal.SIGKILL)
+    wait_for(lambda: len(workers(process.pid)) == 2)
+    os.kill(workers(process.pid)[0], signal.SIGKILL)
     begun = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - begun < 10
@@ -132,7 +144,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_finished(corpus, model, tmp_
 
 def test_interrupted_by_ctrl_c(long_job, model, tmp_path):
     process = start(long_job, tmp_path / "out" / "x", model)
-    wait_for(lambda: len(children(process.pid)) == 2)
+    wait_for(lambda: len(workers(process.pid)) == 2)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
