@@ -94,7 +94,7 @@ def test_a_killed_run_leaves_nothing_finished_and_can_be_resumed(corpus, model, 
     run_job([corpus], tmp_path / "whole", args)
     expected, prefix = outputs(tmp_path / "whole_text_document"), tmp_path / "killed" / "out"
     generator, kills = random.Random(0), 0
-    while kill_at(start(corpus, prefix, model, "--resume"), generator.random() * 0.4 * (1 + kills)):
+    while kill_at(start(corpus, prefix, model, "--resume"), generator.random() * 0.2 * (1 + kills)):
         kills += 1
         if any(name.endswith(".idx") for name in leftovers(prefix.parent)):
             break  # killed after the last rename: finished, then, and whole
