@@ -78,11 +78,13 @@ def _model(args: Namespace, total: int, by_stage: list[int]) -> list[str]:
 def _schedule(args: Namespace) -> list[str]:
     samples = args.train_samples or args.train_iters * args.global_batch_size
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    validation = f"{args.eval_iters} batches every {args.eval_interval} steps" if args.eval_iters else "none"
     return [
         f"batch         {args.global_batch_size} sequences of {args.seq_length} tokens: {micro_batches} micro batches "
         f"of {args.micro_batch_size} on each of {args.data_parallel_size} data-parallel ranks",
         f"schedule      {args.train_iters:,} steps, {samples:,} samples, {samples * args.seq_length / 1e9:,.3f} B "
         f"tokens; learning rate {args.lr} to {args.min_lr}, {args.lr_decay_style}",
+        f"validation    {validation}",
     ]
 
 

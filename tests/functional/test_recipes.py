@@ -151,7 +151,7 @@ def test_a_twin_differs_in_the_mask_ratio_alone(desk: Desk, results: dict) -> No
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_dry_run_shows_the_run(results: dict, desk: Desk, name: str) -> None:
     output = results[name]["output"]
-    for heading in ("model", "layout", "batch", "schedule", "masks", "checkpoint", "data"):
+    for heading in ("model", "layout", "batch", "schedule", "validation", "masks", "checkpoint", "data"):
         assert f"\n{heading} " in "\n" + output
     assert output.strip().endswith("nothing was trained or saved")
     assert not (desk.folder / "runs").exists()
