@@ -7,7 +7,7 @@ Flags: `--help`; this project's own stand in the group MEAP. Without a GPU the C
 
 import sys
 
-from megatron_meap import device
+from megatron_meap.backend import device
 from megatron_meap.errors import run
 
 
@@ -15,13 +15,13 @@ def main() -> None:
     """Choose the device, then hand over to Megatron's trainer; or show what it would do."""
     if "--dry-run" in sys.argv:
         device.prepare_to_look()
-        from megatron_meap import dry_run
+        from megatron_meap.inspection import dry_run
 
         return dry_run.run()
     device.prepare()  # before anything imports Megatron
-    from megatron_meap import training
+    from megatron_meap.trainer import run
 
-    training.run()
+    run.run()
 
 
 if __name__ == "__main__":

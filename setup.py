@@ -21,7 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.12",  # as megatron-core 0.19
     packages=find_packages(include=["megatron_meap", "megatron_meap.*"]),
-    package_data={"megatron_meap": ["py.typed", "evaluation/tasks/*.yaml", "evaluation/*.jinja"]},
+    package_data={"megatron_meap": ["py.typed", "evaluation/tasks/*.yaml", "evaluation/reporting/*.jinja"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core[training]>=0.19.2,<0.20",

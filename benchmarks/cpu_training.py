@@ -9,7 +9,7 @@ AdamW. Each is a process of its own; they take turns step by step (A B C A B C .
 a ratio is the median over the rounds of "its time / our time in that round".
 
 - ours: `pretrain_gpt_meap.py` as it comes: Megatron's `train_step`, schedule and optimizer (fp32 master weights and
-  gradients), with `megatron_meap.layers` and `megatron_meap.cpu_kernels`. Next-token prediction, as the others.
+  gradients), with `megatron_meap.backend`'s layers and patches. Next-token prediction, as the others.
 - hugging face: `LlamaForCausalLM` with SDPA and PyTorch's fused AdamW. In bf16 its weights are bf16 without an fp32
   master copy, which is its fastest setting, not the one to train with: it does less work than Megatron.
 - hf autocast (with `--autocast`): fp32 weights under bf16 autocast, the setting with master weights like Megatron's.

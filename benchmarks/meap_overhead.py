@@ -65,7 +65,7 @@ def main() -> None:
 
 def write_corpus(folder: Path, tokens: int) -> str:
     """A corpus of random tokens in documents of 100 to 1,000; returns its prefix."""
-    from megatron_meap import device
+    from megatron_meap.backend import device
 
     device.prepare()
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -83,7 +83,7 @@ def write_corpus(folder: Path, tokens: int) -> str:
 
 def datasets(trainer: Trainer, length: int, samples: int) -> tuple[Any, Any]:
     """Megatron's training set as it is, and wrapped for masking."""
-    from megatron_meap.batches import datasets_provider
+    from megatron_meap.trainer.batches import datasets_provider
 
     trainer.args.seq_length = length
     trainer.args.meap_mask_ratio = 0.0

@@ -42,7 +42,7 @@ def main() -> None:
         trainer = Trainer(QUICKSTART.split())
         from megatron.core.rerun_state_machine import RerunDataIterator
 
-        from megatron_meap.retrieval_probe import RetrievalProbe
+        from megatron_meap.trainer.probe import RetrievalProbe
 
         probe = RetrievalProbe(trainer.args, special=())
         batches = RerunDataIterator(random_batches(8, 256, VOCABULARY))

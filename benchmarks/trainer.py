@@ -39,7 +39,7 @@ class Trainer:
     """
 
     def __init__(self, command_line: list[str], stock: bool = False) -> None:
-        from megatron_meap import device
+        from megatron_meap.backend import device
 
         device.prepare()
         _be_the_only_rank()
@@ -51,16 +51,17 @@ class Trainer:
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
         from megatron.training.initialize import initialize_megatron
 
-        from megatron_meap import compat, cpu_kernels, training
-        from megatron_meap.arguments import parse_arguments
+        from megatron_meap.backend import cpu_patches, megatron_patches
+        from megatron_meap.trainer import run
+        from megatron_meap.trainer.arguments import parse_arguments
 
         sys.argv = ["benchmark", *command_line]
-        compat.apply()
+        megatron_patches.apply()
         if device.is_cpu() and not stock:
-            cpu_kernels.install()
+            cpu_patches.install()
         self.args: Namespace = parse_arguments()
-        initialize_megatron(get_embedding_ranks=training.embedding_ranks)
-        model = training.model_config(self.args)
+        initialize_megatron(get_embedding_ranks=run.embedding_ranks)
+        model = run.model_config(self.args)
         if stock:
             model.transformer_layer_spec = None
         self.model, self.optimizer, self.scheduler = megatrons.setup_model_and_optimizer(
@@ -73,7 +74,7 @@ class Trainer:
         self.config.finalize_model_grads_func = megatrons.finalize_model_grads
         self.schedule = get_forward_backward_func()
         self.train_step: Callable = megatrons.train_step
-        self.forward_step = training.forward_step
+        self.forward_step = run.forward_step
         for chunk in self.model:
             chunk.train()
 

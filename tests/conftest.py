@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_meap import device
+from megatron_meap.backend import device
 
 device.prepare()  # once, before any test imports Megatron
 

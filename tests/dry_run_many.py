@@ -7,13 +7,15 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_meap import device
+from megatron_meap.backend import device
 
 device.prepare_to_look()
 
 from megatron.training.training import destroy_global_state  # noqa: E402
 
-from megatron_meap import arguments, compat, dry_run  # noqa: E402
+from megatron_meap.backend import megatron_patches  # noqa: E402
+from megatron_meap.inspection import dry_run  # noqa: E402
+from megatron_meap.trainer import arguments  # noqa: E402
 
 SHOWN = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels seq_length rotary_base "
@@ -25,7 +27,7 @@ SHOWN = (
 
 
 def main() -> None:
-    compat.apply()
+    megatron_patches.apply()
     results = {}
     for name, command in json.loads(Path(sys.argv[1]).read_text()).items():
         os.environ |= {"RANK": "0", "WORLD_SIZE": str(command["world"])}

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_meap import device
+from megatron_meap.backend import device
 
 device.prepare()
 
@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from megatron.training import training as megatrons  # noqa: E402
 from megatron.training.training import destroy_global_state  # noqa: E402
 
-from megatron_meap import training  # noqa: E402
+from megatron_meap.trainer import run  # noqa: E402
 
 
 class Saved:
@@ -99,7 +99,7 @@ def main() -> None:
     for name, flags in json.loads(listing.read_text()).items():
         sys.argv = ["pretrain_gpt_meap.py", *flags]
         with contextlib.suppress(SystemExit), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            training.run()
+            run.run()
         measured[name] = measure(**built)
         built.clear()
         torch.distributed.barrier()

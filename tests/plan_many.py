@@ -6,17 +6,18 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_meap import device
+from megatron_meap.backend import device
 
 device.prepare_to_look()
 
-from megatron_meap import arguments, compat  # noqa: E402
+from megatron_meap.backend import megatron_patches  # noqa: E402
 from megatron_meap.errors import UsageError  # noqa: E402
-from megatron_meap.planning import layouts, report  # noqa: E402
+from megatron_meap.planning import layouts, text  # noqa: E402
+from megatron_meap.trainer import arguments  # noqa: E402
 
 
 def main() -> None:
-    compat.apply()
+    megatron_patches.apply()
     plans = {}
     for name, (world, flags) in json.loads(Path(sys.argv[1]).read_text()).items():
         os.environ |= {"RANK": "0", "WORLD_SIZE": str(world)}
@@ -29,7 +30,7 @@ def main() -> None:
         plans[name] = dataclasses.asdict(plan.memory) | {
             "work": dataclasses.asdict(plan.work),
             "totals": [stage.total for stage in plan.memory.stages],
-            "warnings": report.warnings(plan, 2**20, 8),
+            "warnings": text.warnings(plan, 2**20, 8),
         }
     print("\nplans: " + json.dumps(plans))
 

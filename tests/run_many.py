@@ -6,14 +6,14 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_meap import device
+from megatron_meap.backend import device
 
 device.prepare()
 
 import torch  # noqa: E402
 from megatron.training.training import destroy_global_state  # noqa: E402
 
-from megatron_meap import training  # noqa: E402
+from megatron_meap.trainer import run  # noqa: E402
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
             torch.distributed.barrier()  # the heading before any rank's output
         sys.argv = ["pretrain_gpt_meap.py", *flags]
         with contextlib.suppress(SystemExit):  # how --exit-interval ends a training; the status tells in the log
-            training.run()
+            run.run()
         sys.stdout.flush()
         torch.distributed.barrier()
         destroy_global_state()

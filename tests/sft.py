@@ -11,7 +11,7 @@ from unittest import mock
 from megatron.training.global_vars import unset_global_variables
 from megatron.training.training import destroy_global_state
 
-from megatron_meap import training
+from megatron_meap.trainer import run
 
 
 def conversations(documents: list[str], count: int, seed: int = 0, longest: int = 40) -> list[dict]:
@@ -50,7 +50,7 @@ def prepare(*flags: str, world_size: int = 1) -> Namespace:
     environment = {"RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
     with mock.patch.object(sys, "argv", ["pretrain_gpt_meap.py", *flags]), mock.patch.dict(os.environ, environment):
         try:
-            return training.prepare()[0]
+            return run.prepare()[0]
         finally:
             unset_global_variables()
             destroy_global_state()

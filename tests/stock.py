@@ -6,7 +6,7 @@ Only the CPU adaptation and the local layers are shared, without which Megatron 
 import sys
 from pathlib import Path
 
-from megatron_meap import device
+from megatron_meap.backend import device
 
 device.prepare()
 
@@ -18,7 +18,7 @@ from megatron.training import get_args, get_tokenizer, pretrain  # noqa: E402
 from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
 
-from megatron_meap import training  # noqa: E402
+from megatron_meap.trainer import run  # noqa: E402
 
 seen: list[torch.Tensor] = []
 
@@ -50,19 +50,19 @@ def forward_step(data_iterator, model):
 def main() -> None:
     """`stock.py FILE flags...` or, with FILE named `ours...`, this project's own pipeline; saves the batches there."""
     target = Path(sys.argv.pop(1))
-    args, store = training.prepare()
+    args, store = run.prepare()
     steps = datasets, forward_step
     if target.name.startswith("ours"):
-        original = training.get_batch
+        original = run.get_batch
 
         def watched(*arguments, **keywords):
             batch = original(*arguments, **keywords)
             seen.append(torch.cat([batch["tokens"], batch["labels"], batch["loss_mask"].long()]))
             return batch
 
-        training.get_batch = watched
-        steps = training.datasets_provider, training.forward_step
-    config = pretrain_cfg_container_from_args(args, training.model_config(args))
+        run.get_batch = watched
+        steps = run.datasets_provider, run.forward_step
+    config = pretrain_cfg_container_from_args(args, run.model_config(args))
     pretrain(config, steps[0], ModelType.encoder_or_decoder, steps[1], store=store)
     torch.save(seen, target)
 

@@ -41,7 +41,7 @@ def main() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    from megatron_meap.evaluation.attention_job import AttentionJob, analyze
+    from megatron_meap.evaluation.attention.job import AttentionJob, analyze
 
     names = ("models", "tokenizer", "text", "length", "samples", "mask_ratio", "seed", "output")
     templates = {name: getattr(flags, name) for name in ("needle", "question") if getattr(flags, name) is not None}

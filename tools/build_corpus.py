@@ -7,8 +7,8 @@ Nothing is downloaded, and the same installation always gives the same two files
 
 import argparse
 
-from megatron_meap.corpus import build_corpus
 from megatron_meap.errors import run
+from megatron_meap.preprocessing.corpus import build_corpus
 
 
 def main() -> None:

@@ -9,9 +9,10 @@ and prints a few decoded samples.
 import argparse
 
 from megatron_meap.errors import UsageError, run
-from megatron_meap.preprocessing.inspection import Statistics, inspect, read_documents
-from megatron_meap.preprocessing.manifest import check_manifest, tokenizer_fingerprint
-from megatron_meap.preprocessing.reference import add_tokenizer_flags, load_reference
+from megatron_meap.preprocessing.manifest import check_manifest
+from megatron_meap.preprocessing.statistics import Statistics, inspect, read_documents
+from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.tokenization.reference import add_tokenizer_flags, load_reference
 
 
 def main() -> None:

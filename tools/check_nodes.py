@@ -7,8 +7,8 @@ The batch scripts in examples/slurm do so before every launch.
 
 import argparse
 
+from megatron_meap.cluster.nodes import Node, check_gpus, check_network
 from megatron_meap.errors import UsageError, run
-from megatron_meap.nodes import Node, check_gpus, check_network
 
 
 def main() -> None:

@@ -56,14 +56,14 @@ def main() -> None:
     logging.disable(logging.ERROR)
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_meap import device
+    from megatron_meap.backend import device
 
     device.prepare()
     disable_progress_bar()
     common = {name: getattr(flags, name) for name in ("load", "output", "tokenizer", "dtype", "overwrite")}
     common["check"] = not flags.no_check
     if flags.direction == "export":
-        from megatron_meap.checkpoint.export import ExportJob, export
+        from megatron_meap.huggingface.export import ExportJob, export
 
         export(
             ExportJob(
@@ -71,7 +71,7 @@ def main() -> None:
             )
         )
     else:
-        from megatron_meap.checkpoint.importer import ImportJob, import_model
+        from megatron_meap.huggingface.importer import ImportJob, import_model
 
         import_model(
             ImportJob(

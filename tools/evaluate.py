@@ -105,7 +105,8 @@ def main() -> None:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise UsageError("lm-evaluation-harness is not installed: pip install -e '.[eval]'") from error
-    from megatron_meap.evaluation import models, pictures, report, results
+    from megatron_meap.evaluation import models
+    from megatron_meap.evaluation.reporting import pictures, report, results
     from megatron_meap.evaluation.run import Machine, check_lengths, evaluate, load_tasks, measuring_tokenizer
     from megatron_meap.evaluation.suites import make_plan
 

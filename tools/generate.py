@@ -67,7 +67,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_meap.generation import Generator, Sampling
+    from megatron_meap.huggingface.generation import Generator, Sampling
 
     disable_progress_bar()
     sampling = Sampling(

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_meap import device
+from megatron_meap.backend import device
 from megatron_meap.errors import UsageError, run
 
 
@@ -33,7 +33,7 @@ def main() -> None:
     """Build the datasets as a training run would, and look at them."""
     own = parse()
     device.prepare()
-    from megatron_meap.streams import Streams
+    from megatron_meap.inspection.streams import Streams
 
     streams = Streams()
     if own.digest:

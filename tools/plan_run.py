@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 
-from megatron_meap import device
+from megatron_meap.backend import device
 from megatron_meap.errors import UsageError, run
 
 
@@ -53,25 +53,26 @@ def main() -> None:
     device.prepare_to_look()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # the libraries' chatter: what matters is printed or raised
-    from megatron_meap import arguments, compat
-    from megatron_meap.planning import layouts, report
+    from megatron_meap.backend import megatron_patches
+    from megatron_meap.planning import layouts, text
     from megatron_meap.planning.compute import GPUS
+    from megatron_meap.trainer import arguments
 
     if own.gpu not in GPUS:
         raise UsageError(f"--gpu {own.gpu}: known are {', '.join(GPUS)}")
     gpu = GPUS[own.gpu]
     usable = gpu.memory * 2**30 * (1 - own.reserve)
-    compat.apply()
+    megatron_patches.apply()
     with contextlib.redirect_stdout(io.StringIO()):
         flags = arguments.parse_flags()
     base = layouts.plan(flags)
-    print(report.describe(base))
+    print(text.describe(base))
     hours = base.work.hours(base.args.world_size, gpu, own.mfu)
     cost = f", {hours * base.args.world_size * own.price:,.0f} in money" if own.price else ""
     print(
         f"\ntime          {hours:,.1f} hours on {base.args.world_size} x {gpu.name} at {100 * own.mfu:.0f}% MFU{cost}"
     )
-    for warning in report.warnings(base, usable, own.gpus_per_node):
+    for warning in text.warnings(base, usable, own.gpus_per_node):
         print(f"warning: {warning}")
     if own.compare:
         plans = layouts.best(base, flags, own.gpus_per_node, usable, own.compare)
@@ -81,7 +82,7 @@ def main() -> None:
             f"\nthe best layouts that fit into {usable / 2**30:.1f} GiB; {100 * own.mfu:.0f}% MFU is meant before the "
             "slowdown by recomputation and pipeline"
         )
-        print(report.table(plans, gpu, own.mfu, own.price))
+        print(text.table(plans, gpu, own.mfu, own.price))
 
 
 if __name__ == "__main__":

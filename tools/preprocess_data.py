@@ -11,7 +11,7 @@ import argparse
 from megatron_meap.errors import UsageError, run
 from megatron_meap.preprocessing.pipeline import Job, preprocess
 from megatron_meap.preprocessing.readers import InputOptions
-from megatron_meap.preprocessing.reference import add_tokenizer_flags
+from megatron_meap.tokenization.reference import add_tokenizer_flags
 
 
 def main() -> None:

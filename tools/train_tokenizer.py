@@ -9,7 +9,7 @@ import argparse
 
 from megatron_meap.errors import run
 from megatron_meap.preprocessing.tokenizer_training import train_tokenizer
-from megatron_meap.tokenizer import MASK_TOKEN
+from megatron_meap.tokenization.mask_token import MASK_TOKEN
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import itertools
 from pathlib import Path
 
 from megatron_meap.errors import run
-from megatron_meap.report import follow, plot, read_log
+from megatron_meap.inspection.training_log import follow, plot, read_log
 
 
 def main() -> None:

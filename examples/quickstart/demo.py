@@ -18,7 +18,8 @@ from pathlib import Path
 
 from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError, run
-from megatron_meap.report import History, follow, plot, read_log, unigram_entropy
+from megatron_meap.inspection.training_log import History, follow, plot, read_log
+from megatron_meap.preprocessing.statistics import unigram_entropy
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VOCABULARY = 4096

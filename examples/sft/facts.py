@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_meap.evaluation.documents import Document, closed_book, open_book
+from megatron_meap.evaluation.tasks.documents import Document, closed_book, open_book
 
 DOCUMENTS = 4
 """Documents of a question: one holds the answer, the others are about other people."""

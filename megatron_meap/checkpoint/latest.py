@@ -9,13 +9,54 @@ import json
 import os
 import re
 import shutil
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import Settings, flag
 
 POINTER = "latest_checkpointed_iteration.txt"
 _DIRECTORY = re.compile(r"iter_(\d{7,})")
+
+
+@dataclass(frozen=True)
+class CheckpointSettings(Settings):
+    """Which checkpoints are kept, and which a run may start from."""
+
+    allow_changed_settings: bool = flag(
+        False, "resume from a checkpoint that was trained with other masks (default: refused)"
+    )
+    refuse_damaged_checkpoint: bool = flag(
+        False, "refuse to start where the newest checkpoint is damaged (default: warn and take the newest good one)"
+    )
+    keep_last: int | None = flag(
+        None,
+        "keep only the last N checkpoints, and those at multiples of --meap-keep-every (default: keep all)",
+        metavar="N",
+    )
+    keep_every: int | None = flag(
+        None, "with --meap-keep-last: keep the checkpoints at multiples of this for good", metavar="ITERATIONS"
+    )
+
+    def check(self, args: Namespace) -> None:
+        """Refuse what contradicts itself or Megatron's own flags.
+
+        Raises:
+            UsageError: names the flag.
+        """
+        if self.keep_every is not None and self.keep_last is None:
+            raise UsageError("--meap-keep-every: needs --meap-keep-last, without which all checkpoints are kept")
+        if self.keep_last is None:
+            return
+        if self.keep_last < 1:
+            raise UsageError(f"--meap-keep-last {self.keep_last}: must be at least 1")
+        if args.save is None:
+            raise UsageError(
+                "--meap-keep-last: there is no --save whose checkpoints to keep; name one, or drop the flag"
+            )
+        if args.save_retain_interval is not None:
+            raise UsageError("--meap-keep-last: contradicts --save-retain-interval; use --meap-keep-every instead")
 
 
 @dataclass(frozen=True)

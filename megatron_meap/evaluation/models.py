@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_meap import device
+from megatron_meap.backend import device
 from megatron_meap.checkpoint import latest
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.errors import UsageError
@@ -112,7 +112,7 @@ def _export_here(load: str, output: str, iteration: int | None, tokenizer: str |
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     device.prepare()
-    from megatron_meap.checkpoint.export import ExportJob, export
+    from megatron_meap.huggingface.export import ExportJob, export
 
     export(ExportJob(load=load, output=output, iteration=iteration, tokenizer=tokenizer, overwrite=True))
 

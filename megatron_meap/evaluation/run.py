@@ -11,12 +11,12 @@ from typing import Any
 
 from megatron_meap.errors import UsageError
 from megatron_meap.evaluation import models
-from megatron_meap.evaluation.commonsense import HUB_TASKS, from_folder
-from megatron_meap.evaluation.judge import JudgeUnavailable
 from megatron_meap.evaluation.models import Model
-from megatron_meap.evaluation.options import Unsuitable, counter
-from megatron_meap.evaluation.results import ModelResults
+from megatron_meap.evaluation.reporting.results import ModelResults
 from megatron_meap.evaluation.suites import TASKS, Plan
+from megatron_meap.evaluation.tasks.commonsense import HUB_TASKS, from_folder
+from megatron_meap.evaluation.tasks.judge import JudgeUnavailable
+from megatron_meap.evaluation.tasks.options import Unsuitable, counter
 
 JUDGED = "meap_faithfulness"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meap.errors import UsageError
-from megatron_meap.evaluation.commonsense import HUB_TASKS
-from megatron_meap.evaluation.judge import ENVIRONMENT as JUDGE
+from megatron_meap.evaluation.tasks.commonsense import HUB_TASKS
+from megatron_meap.evaluation.tasks.judge import ENVIRONMENT as JUDGE
 
 TASKS = Path(__file__).parent / "tasks"
 """Our task files, for lm-eval's `--include_path`."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
-from megatron_meap import arguments
 from megatron_meap.errors import UsageError
 from megatron_meap.planning.compute import Work, work
 from megatron_meap.planning.memory import ModelMemory, bytes_per_parameter, measure
+from megatron_meap.trainer import arguments
 
 RECOMPUTATION: dict[str, dict[str, object]] = {
     "none": {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None},

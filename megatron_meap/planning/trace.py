@@ -22,9 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megatron_meap import cpu, cpu_kernels, device, hybrid, kernels, layers, training
-from megatron_meap.arguments import LOCAL_LAYERS
+from megatron_meap.backend import cpu, cpu_patches, device, hybrid, kernels, layers
 from megatron_meap.errors import UsageError
+from megatron_meap.trainer import run
+from megatron_meap.trainer.arguments import LOCAL_LAYERS
 
 
 @dataclass
@@ -111,7 +112,7 @@ def _build(args: Namespace) -> list[Any]:
     local = copy.copy(args)
     vars(local).update(LOCAL_LAYERS, use_cpu_initialization=True, perform_initialization=False, fp8=None, fp4=None)
     local.cuda_graph_impl, local.tp_comm_overlap = "none", False
-    config = training.model_config(local)
+    config = run.model_config(local)
     builder = config.get_builder_cls()(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     models = []
@@ -187,7 +188,7 @@ def _kernels_of(args: Namespace) -> Iterator[None]:
     """
     if device.is_cpu():
         cpu.adapt_megatron()
-        cpu_kernels.install()
+        cpu_patches.install()
         yield
         return
     from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
@@ -202,7 +203,7 @@ def _kernels_of(args: Namespace) -> Iterator[None]:
         patches.enter_context(mock.patch.object(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", _first_part))
         patches.enter_context(mock.patch.object(kernels, "_multiplies_bf16_fast", return_value=True))
         if fused:
-            cpu_kernels._rotate_in_one_step()
+            cpu_patches._rotate_in_one_step()
         try:
             yield
         finally:

@@ -8,9 +8,9 @@ import numpy as np
 
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
-from megatron_meap.preprocessing.encoders import Encoder
 from megatron_meap.preprocessing.readers import InputOptions, Kind
-from megatron_meap.preprocessing.reference import Reference
+from megatron_meap.tokenization.encoders import Encoder
+from megatron_meap.tokenization.reference import Reference
 
 CACHE_BYTES = 384 << 20
 """Memory that the caches of all workers together may take."""

@@ -12,15 +12,15 @@ import megatron_meap
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.blocks import BlockEncoder
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
-from megatron_meap.preprocessing.encoders import Choice, choose_encoder
 from megatron_meap.preprocessing.index import token_dtype
 from megatron_meap.preprocessing.journal import Journal
-from megatron_meap.preprocessing.manifest import tokenizer_fingerprint
 from megatron_meap.preprocessing.outputs import Outputs, dataset_prefix, refuse_existing
 from megatron_meap.preprocessing.progress import Counts, Progress
 from megatron_meap.preprocessing.readers import STDIN, InputFile, InputOptions, Kind, find_inputs
-from megatron_meap.preprocessing.reference import Reference, load_reference
 from megatron_meap.preprocessing.workers import WorkerPool
+from megatron_meap.tokenization.encoders import Choice, choose_encoder
+from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.tokenization.reference import Reference, load_reference
 
 DEFAULT_WORKERS = 8
 """Most workers that are started unasked: each costs memory, and eight encode faster than one thread can unpack."""

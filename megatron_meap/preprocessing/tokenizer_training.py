@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
 from megatron_meap.preprocessing.readers import InputFile, InputOptions, find_inputs
-from megatron_meap.tokenizer import MASK_TOKEN
+from megatron_meap.tokenization.mask_token import MASK_TOKEN
 
 _BYTES_AND_CONTROLS = 256 + 4  # UNK, BOS, EOS and the mask token
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_meap.errors import UsageError
+from megatron_meap.meap.settings import masking_of
 from megatron_meap.preprocessing.readers import find_inputs
 from megatron_meap.sft.dataset import BOTH, COPY, RowSettings, SFTDataset
 from megatron_meap.sft.packing import shuffled
@@ -40,8 +41,6 @@ def datasets(args: Namespace, num_samples: list[int | None]) -> list[SFTDataset 
     """
     from megatron.core.datasets.utils import Split
 
-    from megatron_meap.arguments import masking_from
-
     parts = _parts(args)
     made: list[SFTDataset | None] = []
     for split, samples in zip((Split.train, Split.valid, Split.test), num_samples, strict=True):
@@ -51,7 +50,7 @@ def datasets(args: Namespace, num_samples: list[int | None]) -> list[SFTDataset 
             continue
         settings = RowSettings(
             args.seq_length,
-            masking_from(args, split.name),
+            masking_of(args, split.name),
             args.meap_mask_token_id,
             concat=args.meap_sft_rows == "concat",
             combined=args.meap_sft_combined_loss,

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_meap.masking import Masking
+from megatron_meap.meap.masking import Masking
 from megatron_meap.sft import rows
 from megatron_meap.sft.packing import Plan, plan_epoch
 from megatron_meap.sft.rows import Row

@@ -1,63 +1,66 @@
 """The flags of fine-tuning and their validation."""
 
-import argparse
 from argparse import Namespace
+from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import Settings, derived, flag
 from megatron_meap.sft.templates import TEMPLATES, find_template
 
-MASK_RATIO = 0.10
-"""Of the answer tokens, as in the official code; pretraining has 0.15."""
 
+@dataclass(frozen=True)
+class SFTSettings(Settings):
+    """What decides the rows of fine-tuning, beside the conversations and the masks."""
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags to Megatron's parser."""
-    group = parser.add_argument_group("MEAP fine-tuning", "conversations in JSON lines (docs/finetuning.md)")
-    group.add_argument(
-        "--meap-sft",
-        action="store_true",
-        help="fine-tune: --data-path (with --split), --train-data-path and --valid-data-path name JSON lines files",
+    sft: bool = flag(
+        False,
+        "fine-tune: --data-path (with --split), --train-data-path and --valid-data-path name JSON lines files",
+        decides=True,
     )
-    group.add_argument(
-        "--meap-sft-template",
+    sft_template: str | None = flag(
+        None,
+        f"chat template: {', '.join(TEMPLATES)}, or a Jinja file (default: the tokenizer's own)",
         metavar="NAME",
-        help=f"chat template: {', '.join(TEMPLATES)}, or a Jinja file (default: the tokenizer's own)",
     )
-    group.add_argument(
-        "--meap-sft-rows",
+    sft_rows: str = flag(
+        "rows",
+        "rows: the masked copy is a row of its own, as in the official code; concat: it follows the normal row, and "
+        "sees it (default: %(default)s)",
         choices=("rows", "concat"),
-        default="rows",
-        help="rows: the masked copy is a row of its own, as in the official code; concat: it follows the normal row, "
-        "and sees it (default: %(default)s)",
+        decides=True,
     )
-    group.add_argument(
-        "--meap-sft-combined-loss",
-        action="store_true",
-        help="labels on the whole answer of a masked copy (the paper's formula; default: at masked tokens only)",
+    sft_combined_loss: bool = flag(
+        False,
+        "labels on the whole answer of a masked copy (the paper's formula; default: at masked tokens only)",
+        decides=True,
     )
-    group.add_argument(
-        "--meap-sft-threshold",
-        type=int,
-        default=50,
-        metavar="TOKENS",
-        help="only answers of more tokens get a masked copy (default: %(default)s)",
+    sft_threshold: int = flag(
+        50, "only answers of more tokens get a masked copy (default: %(default)s)", metavar="TOKENS", decides=True
     )
-    group.add_argument(
-        "--meap-sft-no-history",
-        action="store_true",
-        help="prompt each answer with its own question alone, as the official code does (default: with all before it)",
+    sft_no_history: bool = flag(
+        False,
+        "prompt each answer with its own question alone, as the official code does (default: with all before it)",
+        decides=True,
     )
-    group.add_argument(
-        "--meap-sft-no-packing", action="store_true", help="one row a sample, the rest padding (default: packed)"
-    )
-    group.add_argument(
-        "--meap-sft-ntp-budget",
+    sft_no_packing: bool = flag(False, "one row a sample, the rest padding (default: packed)", decides=True)
+    sft_ntp_budget: str = flag(
+        "single",
+        "with --meap-mask-ratio 0: train on every row once an epoch, on the rows that MEAP would copy twice (as many "
+        "rows as MEAP has), or on all twice (default: %(default)s)",
         choices=("single", "equal", "double"),
-        default="single",
-        help="with --meap-mask-ratio 0: train on every row once an epoch, on the rows that MEAP would copy twice "
-        "(as many rows as MEAP has), or on all twice (default: %(default)s)",
+        decides=True,
     )
-    group.add_argument("--skip-bad-lines", action="store_true", help="pass over and count bad lines (default: refuse)")
+    sft_train_digest: str | None = derived(None, "the conversations or their template (a digest)")
+
+
+@dataclass(frozen=True)
+class BadLineSettings(Settings):
+    """What becomes of lines that hold no conversation."""
+
+    PREFIX: ClassVar[str] = ""
+
+    skip_bad_lines: bool = flag(False, "skip and count bad lines (default: refuse)", name="--skip-bad-lines")
 
 
 def validate(args: Namespace) -> None:
@@ -71,27 +74,16 @@ def validate(args: Namespace) -> None:
         return
     if args.meap_sft_threshold < 0:
         raise UsageError(f"--meap-sft-threshold {args.meap_sft_threshold}: must not be negative")
-    for flag, contradicts, reason in _contradictions(args):
+    for given, contradicts, reason in _contradictions(args):
         if contradicts:
-            raise UsageError(f"{flag}: not possible with --meap-sft: {reason}")
+            raise UsageError(f"{given}: not possible with --meap-sft: {reason}")
     args.dataloader_inter_document_masking = True  # batches carry the borders of the rows
     args.calculate_per_token_loss = True  # so that neither packing nor layout weighs a token
 
 
 def _refuse_flags_without_meap_sft(args: Namespace) -> None:
-    given = {
-        "--meap-sft-template": args.meap_sft_template is not None,
-        "--meap-sft-rows": args.meap_sft_rows != "rows",
-        "--meap-sft-combined-loss": args.meap_sft_combined_loss,
-        "--meap-sft-threshold": args.meap_sft_threshold != 50,
-        "--meap-sft-no-history": args.meap_sft_no_history,
-        "--meap-sft-no-packing": args.meap_sft_no_packing,
-        "--meap-sft-ntp-budget": args.meap_sft_ntp_budget != "single",
-        "--skip-bad-lines": args.skip_bad_lines,
-    }
-    for flag, is_given in given.items():
-        if is_given:
-            raise UsageError(f"{flag}: belongs to fine-tuning; add --meap-sft, or drop it")
+    for given in (*SFTSettings.given(args), *BadLineSettings.given(args)):
+        raise UsageError(f"{given}: belongs to fine-tuning; add --meap-sft, or drop it")
 
 
 def _contradictions(args: Namespace) -> list[tuple[str, bool, str]]:

@@ -95,9 +95,9 @@ def turn_encoder(args: Namespace) -> TurnEncoder:
     Raises:
         UsageError: the tokenizer has no text, no EOS or no chat template.
     """
-    from megatron_meap.checkpoint.tokenizer_files import tokenizer_of
+    from megatron_meap.tokenization.huggingface import tokenizer_of
 
-    tokenizer = tokenizer_of(args, add_bos=False)
+    tokenizer = tokenizer_of(args)
     if tokenizer is None:
         raise UsageError("--meap-sft: needs a tokenizer; a NullTokenizer has no text")
     return TurnEncoder(tokenizer, args.meap_sft_template_text, history=not args.meap_sft_no_history)

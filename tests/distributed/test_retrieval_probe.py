@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_meap.evaluation.probe import build
+from megatron_meap.trainer.probe_task import build
 from tests.conftest import Corpus
 from tests.launch import MODEL, TRAINING, Run, launch_many
 
@@ -93,7 +93,7 @@ def test_layouts_agree(runs: dict[str, Run], name: str) -> None:
 
 def test_the_export_agrees(runs: dict[str, Run], folder: Path) -> None:
     """The same numbers from the logits of the model that a conversion to Hugging Face gives."""
-    from megatron_meap.generation import Generator
+    from megatron_meap.huggingface.generation import Generator
 
     generator = Generator(str(folder / "dense"))
     special = {generator.tokenizer.bos_token_id, generator.tokenizer.eos_token_id, generator.mask_id}

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from megatron_meap.checkpoint.importer import ImportJob, import_model
 from megatron_meap.errors import UsageError
-from megatron_meap.evaluation.attention_job import AttentionJob, analyze
+from megatron_meap.evaluation.attention.job import AttentionJob, analyze
+from megatron_meap.huggingface.importer import ImportJob, import_model
 from tests.launch import REPOSITORY, environment
 
 

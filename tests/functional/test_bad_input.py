@@ -11,7 +11,6 @@ import pytest
 from megatron.training.global_vars import unset_global_variables
 from megatron.training.training import destroy_global_state
 
-from megatron_meap import training
 from megatron_meap.errors import UsageError
 from tests.conftest import Corpus
 from tests.launch import ENTRY, MODEL, TRAINING, environment, launch_many
@@ -38,7 +37,7 @@ def refused(monkeypatch: pytest.MonkeyPatch):
             monkeypatch.setenv(name, value)
         try:
             with pytest.raises(UsageError) as refusal:
-                training.prepare()
+                run.prepare()
         finally:
             unset_global_variables()
             destroy_global_state()

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from megatron_meap.checkpoint import megatron_model
-from megatron_meap.checkpoint.export import ExportJob, export
-from megatron_meap.checkpoint.importer import ImportJob, import_model
 from megatron_meap.checkpoint.reader import open_checkpoint
-from megatron_meap.generation import Generator, Sampling
+from megatron_meap.huggingface import megatron_model
+from megatron_meap.huggingface.export import ExportJob, export
+from megatron_meap.huggingface.generation import Generator, Sampling
+from megatron_meap.huggingface.importer import ImportJob, import_model
 from tests.conftest import REPOSITORY, Corpus
 from tests.launch import MODEL, TRAINING, Run, environment, launch_many
 

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 from megatron_meap.errors import UsageError
-from megatron_meap.evaluation import judge
 from megatron_meap.evaluation import models as evaluation_models
 from megatron_meap.evaluation.models import Model, open_models
-from megatron_meap.evaluation.results import ModelResults
+from megatron_meap.evaluation.reporting.results import ModelResults
 from megatron_meap.evaluation.run import Machine, add_tasks, check_lengths, load_tasks, measuring_tokenizer
 from megatron_meap.evaluation.run import evaluate as run_tasks
-from megatron_meap.evaluation.scoring import contains
 from megatron_meap.evaluation.suites import Plan
+from megatron_meap.evaluation.tasks import judge
+from megatron_meap.evaluation.tasks.scoring import contains
 from tests.conftest import REPOSITORY
 from tests.fake_models import RuleModel, look_up
 

@@ -14,15 +14,15 @@ import torch
 from megatron.core.utils import flatten_batch_for_packed_sequences
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from megatron_meap import training
-from megatron_meap.checkpoint import megatron_model
-from megatron_meap.checkpoint.export import ExportJob, export
-from megatron_meap.checkpoint.importer import ImportJob, import_model
-from megatron_meap.checkpoint.tokenizer_files import tokenizer_of
 from megatron_meap.errors import UsageError
+from megatron_meap.huggingface import megatron_model
+from megatron_meap.huggingface.export import ExportJob, export
+from megatron_meap.huggingface.importer import ImportJob, import_model
 from megatron_meap.sft import data
 from megatron_meap.sft.rows import shifted
 from megatron_meap.sft.templates import TEMPLATES
+from megatron_meap.tokenization.huggingface import tokenizer_of
+from megatron_meap.trainer import run
 from tests.conftest import REPOSITORY, Corpus
 from tests.launch import MODEL, TRAINING, environment, launch
 from tests.sft import conversations, prepare, write_jsonl
@@ -60,7 +60,7 @@ def test_packed_rows_have_the_losses_of_rows_alone(prepared, flags: list[str], c
             batch = {key: value.unsqueeze(0) for key, value in dataset[index].items()}
             batch |= {"cu_seqlens_padded": None, "local_cp_size": None, "hybrid_cp_group": None}
             batch = flatten_batch_for_packed_sequences(batch)
-            packing = training._packed_seq_params(batch, args)
+            packing = run._packed_seq_params(batch, args)
             tokens, positions, labels = batch["tokens"], batch["position_ids"], batch["labels"]
             together = model(tokens, positions, None, labels=labels, packed_seq_params=packing)[0]
             start = 0

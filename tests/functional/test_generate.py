@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from megatron_meap.checkpoint.importer import ImportJob, import_model
 from megatron_meap.errors import UsageError
-from megatron_meap.generation import Generator, Sampling
+from megatron_meap.huggingface.generation import Generator, Sampling
+from megatron_meap.huggingface.importer import ImportJob, import_model
 from tests.conftest import REPOSITORY
 
 

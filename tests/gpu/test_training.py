@@ -136,8 +136,8 @@ def test_planned_memory_is_as_measured(implementation: str, folder: Path) -> Non
     code = (
         "import sys, atexit, torch; sys.argv[0] = 'pretrain_gpt_meap.py'; out = sys.argv.pop(1)\n"
         "atexit.register(lambda: open(out, 'w').write(str(torch.cuda.max_memory_allocated())))\n"
-        "from megatron_meap import device; device.prepare()\n"
-        "from megatron_meap import training; training.run()"
+        "from megatron_meap.backend import device; device.prepare()\n"
+        "from megatron_meap.trainer import run; run.run()"
     )
     environ = {**os.environ, "MEAP_DEVICE": "cuda", "PYTHONPATH": str(REPOSITORY), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     ran = subprocess.run([sys.executable, "-c", code, str(peak), *flags], env=environ, capture_output=True, text=True)

@@ -22,9 +22,10 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.arguments import parse_args, validate_args
 
-from megatron_meap import training
-from megatron_meap.arguments import add_arguments
-from megatron_meap.checkpoint import latest, megatron_model
+from megatron_meap.checkpoint import latest
+from megatron_meap.huggingface import megatron_model
+from megatron_meap.trainer import run
+from megatron_meap.trainer.arguments import add_arguments
 from tests.conftest import Corpus
 from tests.functional.test_recipes import RECIPES, Desk
 from tests.launch import MODEL, TRAINING, launch_many
@@ -78,7 +79,7 @@ def transformer_engine_model(args: Namespace, dtype: torch.dtype = torch.float32
     alone = copy.copy(args)
     vars(alone).update({**megatron_model.ALONE, "transformer_impl": "transformer_engine"})
     alone.params_dtype, alone.bf16 = dtype, dtype == torch.bfloat16
-    config = training.model_config(alone)
+    config = run.model_config(alone)
     return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from megatron_meap.preprocessing.pipeline import Job, preprocess
 from megatron_meap.preprocessing.readers import InputOptions
-from megatron_meap.preprocessing.reference import add_tokenizer_flags
 from megatron_meap.preprocessing.tokenizer_training import train_tokenizer
+from megatron_meap.tokenization.reference import add_tokenizer_flags
 
 TEXTS = [
     "Hello, world.\n",

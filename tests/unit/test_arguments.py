@@ -8,9 +8,10 @@ import pytest
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
-from megatron_meap import arguments, compat, device
-from megatron_meap.checkpoint import megatron_model
+from megatron_meap.backend import device, megatron_patches
 from megatron_meap.errors import UsageError
+from megatron_meap.huggingface import megatron_model
+from megatron_meap.trainer import arguments
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_context_parallelism_needs_transformer_engine(gpu) -> None:
 
 
 def test_megatrons_own_linear_layers_are_made_without_apex() -> None:
-    compat.apply()
+    megatron_patches.apply()
     config = ModelParallelConfig(gradient_accumulation_fusion=True, perform_initialization=False)
     config.use_cpu_initialization = True
     with megatron_model.one_process():

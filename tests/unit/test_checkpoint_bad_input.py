@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from megatron_meap.checkpoint import architecture, export, output
-from megatron_meap.checkpoint.export import ExportJob, parse_size
-from megatron_meap.checkpoint.importer import ImportJob, import_model
-from megatron_meap.checkpoint.output import new_directory
 from megatron_meap.checkpoint.reader import open_checkpoint
-from megatron_meap.checkpoint.selfcheck import CheckFailed
-from megatron_meap.checkpoint.weights import inspect
 from megatron_meap.errors import UsageError
+from megatron_meap.huggingface import architecture, export, output
+from megatron_meap.huggingface.export import ExportJob, parse_size
+from megatron_meap.huggingface.importer import ImportJob, import_model
+from megatron_meap.huggingface.output import new_directory
+from megatron_meap.huggingface.selfcheck import CheckFailed
+from megatron_meap.huggingface.weights import inspect
 
 CONFIG = {
     "hidden_size": 32,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_meap.checkpoint.architecture import Architecture
-from megatron_meap.checkpoint.card import write_card
+from megatron_meap.huggingface.architecture import Architecture
+from megatron_meap.huggingface.card import write_card
 
 MODEL = Architecture(
     layers=2, hidden=64, ffn=96, heads=4, groups=2, head_dim=16, vocabulary=512, max_positions=128, tied=True,

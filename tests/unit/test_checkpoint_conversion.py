@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
 
-from megatron_meap.checkpoint import megatron_model, selfcheck
-from megatron_meap.checkpoint.export import ExportJob, export
-from megatron_meap.checkpoint.importer import ImportJob, import_model
 from megatron_meap.checkpoint.reader import open_checkpoint
-from megatron_meap.checkpoint.selfcheck import CheckFailed
-from megatron_meap.checkpoint.tokenizer_files import from_sentencepiece, save_tokenizer
 from megatron_meap.errors import UsageError
+from megatron_meap.huggingface import megatron_model, selfcheck
+from megatron_meap.huggingface.export import ExportJob, export
+from megatron_meap.huggingface.importer import ImportJob, import_model
+from megatron_meap.huggingface.selfcheck import CheckFailed
+from megatron_meap.tokenization.huggingface import from_sentencepiece, save_tokenizer
 
 SMALL = {
     "hidden_size": 64,

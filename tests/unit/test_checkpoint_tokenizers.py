@@ -10,8 +10,11 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from megatron_meap.checkpoint.selfcheck import SAMPLES
-from megatron_meap.checkpoint.tokenizer_files import (
+from megatron_meap.errors import UsageError
+from megatron_meap.huggingface.selfcheck import SAMPLES
+from megatron_meap.huggingface.training_data import trained_tokenizer
+from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.tokenization.huggingface import (
     add_mask_token,
     begin_with_bos,
     from_sentencepiece,
@@ -19,8 +22,6 @@ from megatron_meap.checkpoint.tokenizer_files import (
     save_tokenizer,
     tokenizer_of,
 )
-from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing.manifest import tokenizer_fingerprint
 from tests.conftest import Corpus
 
 KINDS = {
@@ -118,7 +119,7 @@ def test_bos_as_the_manifest_of_the_data_says(trained: Callable[[str], Path], tm
     args.data_path = ["1.0", str(tmp_path / "data")]
 
     def begins(add_bos: bool | None) -> bool:
-        return tokenizer_of(args, add_bos)("x")["input_ids"][0] == processor.bos_id()  # type: ignore[misc]
+        return trained_tokenizer(args, add_bos)("x")["input_ids"][0] == processor.bos_id()  # type: ignore[misc]
 
     assert begins(None)
     assert not begins(False)

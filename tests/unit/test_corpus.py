@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from megatron_meap.corpus import build_corpus
 from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.corpus import build_corpus
 
 
 @pytest.fixture(scope="module")

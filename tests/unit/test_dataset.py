@@ -12,9 +12,9 @@ from megatron.core.tokenizers import MegatronTokenizer
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
 
-from megatron_meap.dataset import MaskedInputDataset
 from megatron_meap.errors import UsageError
-from megatron_meap.masking import Masking, RatioSchedule, num_masks
+from megatron_meap.meap.dataset import MaskedInputDataset
+from megatron_meap.meap.masking import Masking, RatioSchedule, num_masks
 from tests.conftest import Corpus
 
 LENGTH = 128

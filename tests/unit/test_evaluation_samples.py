@@ -10,10 +10,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_meap.errors import UsageError
-from megatron_meap.evaluation import documents, judge, keyvalue, kinship, needle
-from megatron_meap.evaluation.commonsense import piqa
-from megatron_meap.evaluation.options import Options, counter
 from megatron_meap.evaluation.suites import make_plan
+from megatron_meap.evaluation.tasks import documents, judge, keyvalue, kinship, needle
+from megatron_meap.evaluation.tasks.commonsense import piqa
+from megatron_meap.evaluation.tasks.options import Options, counter
 from tests.fake_models import look_up
 
 QUESTIONS = [

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_meap.evaluation import statistics
 from megatron_meap.evaluation.models import Model
-from megatron_meap.evaluation.results import ModelResults, compare, headline, is_share
+from megatron_meap.evaluation.reporting import statistics
+from megatron_meap.evaluation.reporting.results import ModelResults, compare, headline, is_share
+from megatron_meap.evaluation.reporting.statistics import Estimate, adjusted, difference, estimate
 from megatron_meap.evaluation.run import add_tasks, load_tasks
-from megatron_meap.evaluation.scoring import best_subspan_em, contains
-from megatron_meap.evaluation.statistics import Estimate, adjusted, difference, estimate
 from megatron_meap.evaluation.suites import Plan
+from megatron_meap.evaluation.tasks.scoring import best_subspan_em, contains
 from tests.fake_models import RuleModel, look_up, nothing
 
 GENERATED = ["meap_needle", "meap_kv", "meap_kinship"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_meap import device
+from megatron_meap.backend import device
 
 device.prepare()
 
@@ -26,8 +26,8 @@ from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.mlp import MLP  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_meap import cpu_kernels, kernels  # noqa: E402
-from megatron_meap.layers import (  # noqa: E402
+from megatron_meap.backend import cpu_patches, kernels  # noqa: E402
+from megatron_meap.backend.layers import (  # noqa: E402
     CPUAttention,
     CPUNorm,
     CPUSwiGLU,
@@ -187,7 +187,7 @@ def test_swiglu_is_pytorchs(dtype):
 def test_rotary_embedding_is_megatrons(turned, dtype):
     freqs = torch.rand(S, 1, 1, turned) * 6
     x = torch.randn(S, B, N, D).to(dtype)
-    cos_sin = cpu_kernels._cos_sin(freqs, dtype, 1.2)
+    cos_sin = cpu_patches._cos_sin(freqs, dtype, 1.2)
     assert_same(lambda t: kernels.rotate(t, *cos_sin), lambda t: STOCK_ROTARY(t, freqs, mscale=1.2), [x])
 
 
@@ -298,7 +298,7 @@ def kernels_installed(monkeypatch):
     monkeypatch.setattr(rope_utils, "_apply_rotary_pos_emb_bshd", STOCK_ROTARY)
     monkeypatch.setattr(tensor_parallel, "vocab_parallel_cross_entropy", STOCK_CROSS_ENTROPY)
     monkeypatch.setattr(megatrons_layers, "linear_with_grad_accumulation_and_async_allreduce", STOCK_LINEAR)
-    cpu_kernels.install()
+    cpu_patches.install()
 
 
 STOCK_ADAMW = torch.optim.AdamW

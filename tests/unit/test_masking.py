@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_meap.masking import STRATEGIES, Masking, RatioSchedule, num_masks
+from megatron_meap.meap.masking import STRATEGIES, Masking, RatioSchedule, num_masks
 
 LENGTH = 512
 

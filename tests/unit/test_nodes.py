@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_meap.cluster.nodes import Node, check_gpus
 from megatron_meap.errors import UsageError
-from megatron_meap.nodes import Node, check_gpus
 
 NODE = Node("node7", "10.0.0.7")
 

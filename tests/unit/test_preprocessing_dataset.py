@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing import index as index_room
 from megatron_meap.preprocessing.index import index_bytes, read_index, token_dtype
-from megatron_meap.preprocessing.inspection import inspect, read_documents
 from megatron_meap.preprocessing.merge import find_datasets, merge_datasets
+from megatron_meap.preprocessing.statistics import inspect, read_documents
 from megatron_meap.preprocessing.writer import DatasetWriter
 from tests.unit.preprocessing import (
     TEXTS,

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing import encoders
 from megatron_meap.preprocessing.blocks import BlockEncoder
-from megatron_meap.preprocessing.encoders import GigatokenEncoder, ReferenceEncoder, choose_encoder, gigatoken_encoder
 from megatron_meap.preprocessing.readers import InputOptions
-from megatron_meap.preprocessing.reference import TOKENIZER_TYPES, add_tokenizer_flags, load_reference
+from megatron_meap.tokenization import encoders
+from megatron_meap.tokenization.encoders import GigatokenEncoder, ReferenceEncoder, choose_encoder, gigatoken_encoder
+from megatron_meap.tokenization.reference import TOKENIZER_TYPES, add_tokenizer_flags, load_reference
 from tests.unit.preprocessing import (
     TEXTS,
     make_tokenizer,

@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing.manifest import check_manifest, tokenizer_fingerprint
+from megatron_meap.preprocessing.manifest import check_manifest
+from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
 from tests.unit.preprocessing import TEXTS, make_tokenizer, run_job, sentencepiece_args, tokenizer_args, write_jsonl
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_meap import retrieval_probe
 from megatron_meap.errors import UsageError
-from megatron_meap.evaluation.probe import ASKED, CHANCE, FEWEST_TOKENS, PAIRS, SAMPLES, SHORTEST, build, score
+from megatron_meap.trainer import probe
+from megatron_meap.trainer.probe_task import ASKED, CHANCE, FEWEST_TOKENS, PAIRS, SAMPLES, SHORTEST, build, score
 
 
 def alone(tensor: torch.Tensor, how: str) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_padding_rows_are_no_tokens() -> None:
 
 
 def test_the_progress_line_shows_the_probe(tmp_path: Path) -> None:
-    from megatron_meap.report import progress_line, read_log
+    from megatron_meap.inspection.training_log import progress_line, read_log
 
     log = tmp_path / "train.log"
     log.write_text(
@@ -113,8 +113,8 @@ def test_bad_flags_are_one_line(changes: dict, message: str) -> None:
     args |= {"meap_tokenizer_vocab_size": 68, "meap_mask_token_id": 3}
 
     def tokens(args: dict) -> int:
-        retrieval_probe.validate(Namespace(**args))
-        return len(retrieval_probe.ordinary_tokens(Namespace(**args), special=(0, 1, 2)))
+        probe.ProbeSettings.of(Namespace(**args)).check(Namespace(**args))
+        return len(probe.ordinary_tokens(Namespace(**args), special=(0, 1, 2)))
 
     assert tokens(args) == 64
     with pytest.raises(UsageError, match=message):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.utils import Split
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
-from megatron_meap.masking import Masking, RatioSchedule
+from megatron_meap.meap.masking import Masking, RatioSchedule
 from megatron_meap.sft.dataset import RowSettings, SFTDataset
 from megatron_meap.sft.packing import plan_epoch
 from tests.unit.test_sft_rows import MASK, store_of, turn_of

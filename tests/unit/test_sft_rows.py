@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_meap import training
-from megatron_meap.masking import Masking, RatioSchedule
+from megatron_meap.meap.masking import Masking, RatioSchedule
 from megatron_meap.sft.dataset import BOTH, COPY, NORMAL, RowSettings, SFTDataset, list_rows, packed
 from megatron_meap.sft.rows import IGNORE, Row, concatenated, maskable, masked_copy, normal_row, shifted
 from megatron_meap.sft.store import TurnStore
 from megatron_meap.sft.turns import Turn
+from megatron_meap.trainer import run
 
 EOS, MASK = 2, 999
 
@@ -131,8 +131,8 @@ def test_the_masked_copy_by_hand() -> None:
 def test_labels_land_where_megatron_expects_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose logits depend on its input alone: the loss is that of the pairs (input, next token) by hand."""
     settings = SimpleNamespace(check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False, meap_sft=True)
-    monkeypatch.setattr(training, "get_args", lambda: settings)
-    monkeypatch.setattr(training, "get_rerun_state_machine", lambda: None)
+    monkeypatch.setattr(run, "get_args", lambda: settings)
+    monkeypatch.setattr(run, "get_rerun_state_machine", lambda: None)
     table = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0)).double()
     surprise = -torch.log_softmax(table, -1)  # [input, next]
     turn = turn_of([11, 12], [21, 22, 23, 24])
@@ -141,7 +141,7 @@ def test_labels_land_where_megatron_expects_them(monkeypatch: pytest.MonkeyPatch
     assert sample["tokens"].tolist() == [11, 12, 21, 22, 23, 24, 11, 12, MASK, 22, MASK, 24, 0, 0, 0, 0]
     losses = torch.nn.functional.cross_entropy(table[sample["tokens"]], sample["labels"], reduction="none")
     masked = torch.roll(sample["tokens"] == MASK, -1)
-    total, count, report = training.loss_func(sample["loss_mask"], masked, losses)
+    total, count, report = run.loss_func(sample["loss_mask"], masked, losses)
     pairs = [(12, 21), (21, 22), (22, 23), (23, 24), (24, EOS)]
     masked_pairs = [(12, 21), (22, 23)]  # the masked tokens 21 and 23, each from what stands before it
     expected = {

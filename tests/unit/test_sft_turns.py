@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_meap.checkpoint.tokenizer_files import add_mask_token, from_sentencepiece
 from megatron_meap.errors import UsageError
 from megatron_meap.sft.conversations import BadConversation, parse
 from megatron_meap.sft.templates import TEMPLATES, ChatTemplate, find_template
 from megatron_meap.sft.turns import TurnEncoder
+from megatron_meap.tokenization.huggingface import add_mask_token, from_sentencepiece
 from tests.conftest import Corpus
 from tests.sft import conversations
 

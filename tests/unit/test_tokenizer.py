@@ -12,7 +12,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 
 from megatron_meap.errors import UsageError
-from megatron_meap.tokenizer import resolve_mask_token, special_token_ids
+from megatron_meap.tokenization.mask_token import resolve_mask_token, special_token_ids
 from tests.conftest import Corpus
 
 

@@ -1,0 +1,54 @@
+"""Which device trains: CUDA where there is one, else the CPU presented to Megatron as its accelerator."""
+
+import os
+
+import torch
+
+from megatron_meap.backend import megatron_patches
+from megatron_meap.errors import UsageError
+
+_plans_for_gpu = False
+
+
+def prepare() -> bool:
+    """Make Megatron importable and trainable on this machine; call it before anything imports Megatron.
+
+    With a CUDA device this does nothing. Without one, or with `MEAP_DEVICE=cpu` in the environment, it installs the
+    CPU adaptation (`megatron_meap.backend.cpu`).
+
+    Returns:
+        True where the CPU trains.
+    """
+    megatron_patches.silence_known_warnings()
+    choice = os.environ.get("MEAP_DEVICE", "auto")
+    if choice not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"MEAP_DEVICE={choice}: expected auto, cpu or cuda")
+    if choice == "cuda" or (choice == "auto" and torch.cuda.is_available()):
+        return False
+    from megatron_meap.backend import cpu
+
+    cpu.install()
+    return True
+
+
+def prepare_to_look() -> None:
+    """Make Megatron importable without using a GPU, to look at a run rather than to do it.
+
+    The run is one for GPUs, whatever this machine has, unless `MEAP_DEVICE=cpu` says that a CPU will train.
+    """
+    global _plans_for_gpu
+    megatron_patches.silence_known_warnings()
+    _plans_for_gpu = os.environ.get("MEAP_DEVICE", "auto") != "cpu"
+    from megatron_meap.backend import cpu
+
+    cpu.install()
+
+
+def plans_for_gpu() -> bool:
+    """Whether this process only looks at a run that is meant for GPUs."""
+    return _plans_for_gpu
+
+
+def is_cpu() -> bool:
+    """Whether the CPU trains, in the accelerator's place."""
+    return getattr(torch.cuda, "meap_cpu_adaptation", False) and not _plans_for_gpu

@@ -1,0 +1,1 @@
+"""Many hosts: connections, disks, nodes, signals."""

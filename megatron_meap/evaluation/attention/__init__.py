@@ -1,0 +1,1 @@
+"""Where one or two models attend: the paper's measures, with pictures."""

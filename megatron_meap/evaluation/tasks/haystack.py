@@ -1,0 +1,170 @@
+"""The text that needles are hidden in: whole sentences, taken at random places, measured in tokens."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from megatron_meap.errors import UsageError
+from megatron_meap.evaluation.tasks.files import lines, rows
+from megatron_meap.evaluation.tasks.options import GENERATED_TOKENS, Options, Unsuitable, counter
+from megatron_meap.preprocessing.corpus import documents
+
+FLAG = "--haystack"
+MAX_CHARACTERS = 4_000_000  # as much as 128K tokens need, several times over
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_LONGEST = 200  # characters; a longer "sentence" is a table or code, and would make depths coarse
+_DEFAULT_CHARACTERS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive sentences and their lengths in tokens, int64 [sentences]."""
+
+    sentences: Sequence[str]
+    tokens: np.ndarray
+
+    def shortened(self, count: int) -> "Piece":
+        """Without the last `count` sentences."""
+        kept = len(self.sentences) - count
+        return Piece(self.sentences[:kept], self.tokens[:kept])
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """The sentences of one text."""
+
+    name: str
+    whole: Piece
+
+    def piece(self, budget: int, generator: Random) -> Piece:
+        """Consecutive sentences of at most `budget` tokens, from a random place.
+
+        Raises:
+            UsageError: the whole text is shorter than that.
+        """
+        ends = np.concatenate([[0], np.cumsum(self.whole.tokens)])
+        if ends[-1] < budget:
+            raise UsageError(
+                f"--haystack {self.name}: holds about {ends[-1]} tokens, the context asked for needs {budget}; "
+                "give a longer text, or shorter context lengths"
+            )
+        last_start = int(np.searchsorted(ends, ends[-1] - budget, side="right")) - 1
+        start = generator.randrange(last_start + 1)
+        end = int(np.searchsorted(ends, ends[start] + budget, side="right")) - 1
+        return Piece(self.whole.sentences[start:end], self.whole.tokens[start:end])
+
+
+@cache
+def load(path: str | None, tokenizer: str) -> Haystack:
+    """The haystack of a file; Python's own documentation where there is none.
+
+    Raises:
+        UsageError: the file cannot be read or holds no text.
+    """
+    texts = _from_python() if path is None else _from_file(path)
+    special = counter(tokenizer).tokenizer.all_special_tokens
+    sentences = [part for text in texts for part in split(text) if not any(token in part for token in special)]
+    if not sentences:
+        raise UsageError(f"--haystack {path}: holds no text")
+    lengths = np.array(counter(tokenizer).each(sentences), dtype=np.int64)
+    return Haystack(path or "(Python's documentation)", Piece(sentences, lengths))
+
+
+def split(text: str) -> list[str]:
+    """Sentences of a text, white space made single; overlong ones cut between words."""
+    found = []
+    for sentence in _SENTENCE_END.split(" ".join(text.split())):
+        words: list[str] = []
+        for word in sentence.split(" "):
+            if words and sum(map(len, words)) + len(words) + len(word) > _LONGEST:
+                found.append(" ".join(words))
+                words = []
+            words.append(word)
+        found.append(" ".join(words))
+    return [sentence for sentence in found if sentence]
+
+
+def _from_python() -> list[str]:
+    """The demo corpus' prose: the help topics and docstrings of this Python."""
+    texts, size = [], 0
+    for _, text in documents():
+        texts.append(text)
+        size += len(text)
+        if size > _DEFAULT_CHARACTERS:
+            break
+    return texts
+
+
+def _from_file(path: str) -> list[str]:
+    """Texts of a plain or JSON Lines file."""
+    texts: list[str] = []
+    size = 0
+    for text in _json_texts(path) if ".json" in Path(path).name else (line for _, line in lines(path, FLAG)):
+        texts.append(text)
+        size += len(text)
+        if size > MAX_CHARACTERS:
+            break
+    return texts if ".json" in Path(path).name else ["".join(texts)]
+
+
+def _json_texts(path: str) -> Iterator[str]:
+    for place, row in rows(path, FLAG):
+        if not isinstance(row.get("text"), str):
+            raise UsageError(f"{FLAG} {place}: expected a JSON object with the field text")
+        yield row["text"]
+
+
+def bury(build: Callable[[Piece], str], options: Options, length: int, generator: Random) -> tuple[str, int]:
+    """A prompt of (nearly) `length` tokens.
+
+    Args:
+        build: the prompt around a piece of the haystack, needles and question included.
+        options: tokenizer and haystack.
+        length: tokens of the prompt and the room for the answer together.
+        generator: chooses the place in the haystack.
+
+    Returns:
+        The prompt, and the tokens that it and the room take.
+
+    Raises:
+        UsageError: the haystack is too short, or there is no room for any of it.
+    """
+    haystack, count = load(options.haystack, options.tokenizer), options.count
+    budget = length - GENERATED_TOKENS - count(build(haystack.whole.shortened(len(haystack.whole.sentences))))
+    if budget < 1:
+        raise Unsuitable(
+            f"context length {length}: the question and {GENERATED_TOKENS} tokens of room for the answer alone "
+            f"take {length - budget}; use longer contexts"
+        )
+    piece = haystack.piece(budget, generator)
+    while (taken := count(prompt := build(piece)) + GENERATED_TOKENS) > length:
+        piece = piece.shortened(1)
+    return prompt, taken
+
+
+def insert(piece: Piece, needles: Sequence[tuple[float, str]]) -> str:
+    """The context: each needle at the sentence border that is nearest to its depth, measured in tokens.
+
+    Args:
+        piece: of the haystack.
+        needles: pairs of (depth in percent, sentence).
+    """
+    ends = np.concatenate([[0], np.cumsum(piece.tokens)])
+    places = sorted((int(np.abs(ends - depth / 100 * ends[-1]).argmin()), i) for i, (depth, _) in enumerate(needles))
+    parts: list[str] = []
+    before = 0
+    for place, i in places:
+        parts += [*piece.sentences[before:place], needles[i][1]]
+        before = place
+    return " ".join([*parts, *piece.sentences[before:]])
+
+
+def generator_of(options: Options, *cell: Any) -> Random:
+    """The random generator of one sample: a function of the seed and the cell alone."""
+    return Random("/".join(map(str, (options.seed, *cell))))

@@ -1,0 +1,223 @@
+"""Faithfulness of summaries: a judge behind an OpenAI-compatible endpoint says whether a summary adds anything.
+
+A binary judgement, as in the evaluation that the paper follows (Differential Transformer, arXiv 2410.05258, section
+3.4); the wording is this project's own. The endpoint stands in the environment, so that the task runs under lm-eval's
+own command as well: `MEAP_JUDGE_URL` (up to and including `/v1`), `MEAP_JUDGE_MODEL`, `MEAP_JUDGE_KEY` where it asks
+for one, and `MEAP_JUDGE_LOG`, a file that keeps every verdict at once, and is not asked for twice.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_meap.errors import UsageError
+from megatron_meap.evaluation.tasks.files import rows
+from megatron_meap.evaluation.tasks.options import Options, Unsuitable, as_dataset
+
+PROMPT = """Below are a document and a summary of it. Does the summary say anything that the document does not support?
+
+Document:
+{document}
+
+Summary:
+{summary}
+
+Answer with one word: FAITHFUL if everything in the summary is supported by the document, HALLUCINATED otherwise."""
+ENVIRONMENT = ("MEAP_JUDGE_URL", "MEAP_JUDGE_MODEL")
+_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
+_VERDICT = re.compile(r"\W*(FAITHFUL|HALLUCINATED)\b(.*)", re.IGNORECASE | re.DOTALL)
+TRIES = 5
+FIRST_WAIT = 1.0
+"""Seconds before the second try; doubled each time."""
+TIMEOUT = 120.0
+"""Seconds for one answer."""
+GENERATED_TOKENS = 128
+"""Room for a summary."""
+
+
+class JudgeUnavailable(UsageError):
+    """The endpoint does not answer; what it has said so far is kept."""
+
+
+def dataset(**metadata: Any) -> dict[str, Any]:
+    """Documents to summarise, as lm-eval's `custom_dataset`; see `Options` for the metadata.
+
+    Raises:
+        UsageError: no file is given, or a line has no `document`.
+    """
+    return as_dataset(samples(Options.from_metadata(metadata)))
+
+
+def samples(options: Options) -> list[dict[str, Any]]:
+    """The first `options.samples` documents, cut to fit the longest context length.
+
+    Returns:
+        Rows with `prompt`, `document` as the model and the judge see it, `shortened` (whether it was cut) and `tokens`.
+    """
+    if options.summaries_file is None:
+        raise UsageError("--summaries-file: needed for meap_faithfulness; give JSON Lines with the field document")
+    found = []
+    for place, row in rows(options.summaries_file, "--summaries-file"):
+        if not isinstance(row.get("document"), str) or not row["document"].strip():
+            raise UsageError(f"--summaries-file {place}: expected a JSON object with the field document")
+        found.append(_sample(row["document"].strip(), options))
+        if len(found) == options.samples:
+            break
+    if not found:
+        raise UsageError(f"--summaries-file {options.summaries_file}: is empty")
+    return found
+
+
+def _sample(document: str, options: Options) -> dict[str, Any]:
+    count, limit = options.count, max(options.max_seq_lengths)
+    words = document.split(" ")
+    kept = len(words)
+    while (tokens := count(_prompt(words[:kept])) + GENERATED_TOKENS) > limit:
+        kept = int(kept * 0.95 * limit / tokens)
+        if kept < 1:
+            raise Unsuitable(f"context length {limit}: no room for a document and a summary; use longer contexts")
+    return {
+        "prompt": _prompt(words[:kept]),
+        "document": " ".join(words[:kept]),
+        "shortened": kept < len(words),
+        "tokens": tokens,
+    }
+
+
+def _prompt(words: list[str]) -> str:
+    return f"{' '.join(words)}\n\nSummary of the text above:"
+
+
+def judged(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """`process_results` of the task.
+
+    Returns:
+        `faithful`: 1 for a faithful summary, 0 for an unfaithful or an empty one; missing where the judge's answers
+        are no verdict. `judged`: whether there is one. `words`: of the summary.
+    """
+    summary = results[0].strip()
+    faithful = Judge.from_environment().faithful(doc["document"], summary) if summary else False
+    verdict = {} if faithful is None else {"faithful": float(faithful)}
+    return verdict | {"judged": float(faithful is not None), "words": float(len(summary.split()))}
+
+
+def verdict(said: str) -> bool | None:
+    """What a judge's answer says; None where it is not the one word that was asked for, with or without reasons."""
+    match = _VERDICT.fullmatch(_THOUGHTS.sub("", said))
+    if match is None:
+        return None
+    word, rest = match[1].upper(), match[2].upper()
+    other = "HALLUCINATED" if word == "FAITHFUL" else "FAITHFUL"
+    return None if other in rest else word == "FAITHFUL"
+
+
+class Judge:
+    """An OpenAI-compatible chat endpoint that compares summaries with documents.
+
+    Args:
+        url: up to and including `/v1`.
+        model: its name there.
+        key: bearer token.
+        log: JSON Lines file of verdicts; those in it are not asked for again.
+    """
+
+    def __init__(self, url: str, model: str, key: str | None = None, log: str | None = None) -> None:
+        self.url, self.model, self.key = url.rstrip("/"), model, key
+        self.log = Path(log) if log else None
+
+    @classmethod
+    def from_environment(cls) -> "Judge":
+        """The judge that the environment names.
+
+        Raises:
+            UsageError: it names none.
+        """
+        url, model = (os.environ.get(name) for name in ENVIRONMENT)
+        if not url or not model:
+            raise UsageError(
+                "--judge-url and --judge-model (or MEAP_JUDGE_URL, MEAP_JUDGE_MODEL): needed for the judge"
+            )
+        return cls(url, model, os.environ.get("MEAP_JUDGE_KEY"), os.environ.get("MEAP_JUDGE_LOG"))
+
+    def faithful(self, document: str, summary: str) -> bool | None:
+        """Whether the summary says nothing that the document does not; None if what the judge says is no verdict.
+
+        Raises:
+            JudgeUnavailable: no answer after `TRIES` tries, or one that says that none will come.
+        """
+        prompt = PROMPT.format(document=document, summary=summary)
+        digest = hashlib.sha256(f"{self.url}\n{self.model}\n{prompt}".encode()).hexdigest()
+        known = self._known()
+        if digest not in known:
+            known[digest] = self._ask(prompt)
+            if self.log:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.log, "a") as file:
+                    print(json.dumps({"sha256": digest, "faithful": known[digest], "summary": summary}), file=file)
+        return known[digest]
+
+    def _known(self) -> dict[str, bool | None]:
+        """Verdicts so far; a line that a killed run left unfinished is none."""
+        known: dict[str, bool | None] = {}
+        if self.log is not None and self.log.exists():
+            for line in self.log.read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    row = json.loads(line)
+                    known[row["sha256"]] = row["faithful"]
+        return known
+
+    def _ask(self, prompt: str) -> bool | None:
+        """Ask until there is a verdict; None where there are only other answers."""
+        reason, answered = "", False
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
+            try:
+                said = self._answer(prompt)
+            except _NoAnswer as error:
+                reason = str(error)
+                if error.final:
+                    break
+                continue
+            answered = True
+            if (found := verdict(said)) is not None:
+                return found
+        if answered:
+            return None
+        kept = f"; verdicts so far are kept in {self.log}" if self.log and self.log.exists() else ""
+        raise JudgeUnavailable(
+            f"--judge-url {self.url}: no answer after {attempt + 1} tries ({reason}){kept}; the same command goes on"
+        )
+
+    def _answer(self, prompt: str) -> str:
+        """What the judge says, asked once."""
+        import httpx
+
+        request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        try:
+            answer = httpx.post(f"{self.url}/chat/completions", json=request, headers=headers, timeout=TIMEOUT)
+        except (httpx.InvalidURL, UnicodeEncodeError) as error:
+            raise _NoAnswer(f"the URL or the key cannot be used: {error}", final=True) from error
+        except httpx.HTTPError as error:
+            raise _NoAnswer(str(error) or type(error).__name__) from error
+        if answer.is_error:
+            unwilling = answer.is_client_error and answer.status_code not in (408, 409, 425, 429)
+            raise _NoAnswer(f"HTTP status {answer.status_code}", final=unwilling)
+        try:
+            return str(answer.json()["choices"][0]["message"]["content"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise _NoAnswer(f"not a chat completion: {answer.text[:60]!r}") from error
+
+
+class _NoAnswer(Exception):
+    """The endpoint gave no answer; `final` where asking again would change nothing."""
+
+    def __init__(self, reason: str, final: bool = False) -> None:
+        super().__init__(reason)
+        self.final = final

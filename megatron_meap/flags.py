@@ -1,0 +1,118 @@
+"""Flags declared once, as fields of a frozen dataclass beside the component that they drive.
+
+    @dataclass(frozen=True)
+    class ProbeSettings(Settings):
+        probe_interval: int | None = flag(None, "take the probe every N steps", metavar="N")
+
+declares `--meap-probe-interval`, held in `args.meap_probe_interval`. What a field says decides how it is parsed, shown
+in `--help`, recorded in a checkpoint and compared on resume.
+"""
+
+import argparse
+import dataclasses
+import types
+from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Self, get_args, get_type_hints
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    metavar: str | None = None,
+    choices: Sequence[str] | None = None,
+    name: str | None = None,
+    decides: bool = False,
+) -> Any:
+    """A field of a `Settings` class that is a command-line flag.
+
+    Args:
+        default: value where the flag is not given; None may stand for a default that depends on other flags.
+        help: one sentence for `--help`; `%(default)s` is replaced by the default.
+        metavar: name of the value in `--help`.
+        choices: the values allowed.
+        name: the whole flag, where it is not `--meap-` and the field's name.
+        decides: whether the run's result depends on it, so that a resumed run must repeat it.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={"help": help, "metavar": metavar, "choices": choices, "name": name, "decides": decides},
+    )
+
+
+def derived(default: Any, described: str) -> Any:
+    """A field that no flag sets, found from other settings and recorded with them; `described` names it for people."""
+    return dataclasses.field(default=default, metadata={"described": described, "decides": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Base of the dataclasses that declare flags; the fields stand in Megatron's arguments under `PREFIX`."""
+
+    PREFIX: ClassVar[str] = "meap_"
+
+    @classmethod
+    def add_arguments(cls, group: Any) -> None:
+        """Add one flag per field to an `argparse` group."""
+        types_of = get_type_hints(cls)
+        for field in _flags(cls):
+            kind = _plain(types_of[field.name])
+            options: dict[str, Any] = {"dest": cls.PREFIX + field.name, "help": field.metadata["help"]}
+            if kind is bool:
+                options["action"] = "store_true" if field.default is False else BooleanOptionalAction
+            else:
+                options |= {"type": kind, "metavar": field.metadata["metavar"], "choices": field.metadata["choices"]}
+            group.add_argument(cls.flag_of(field.name), default=field.default, **options)
+
+    @classmethod
+    def flag_of(cls, name: str) -> str:
+        """How people write a field: its flag, or what it is where no flag sets it."""
+        metadata = cls.__dataclass_fields__[name].metadata
+        return metadata.get("described") or metadata["name"] or "--" + (cls.PREFIX + name).replace("_", "-")
+
+    @classmethod
+    def of(cls, args: Namespace) -> Self:
+        """The settings in Megatron's arguments; a field that older arguments do not have takes its default."""
+        return cls(
+            **{field.name: getattr(args, cls.PREFIX + field.name, field.default) for field in dataclasses.fields(cls)}
+        )
+
+    @classmethod
+    def given(cls, args: Namespace) -> Iterator[str]:
+        """The flags that were given another value than their default."""
+        for field in _flags(cls):
+            if getattr(args, cls.PREFIX + field.name) != field.default:
+                yield cls.flag_of(field.name)
+
+    @classmethod
+    def differences(cls, saved: Namespace, args: Namespace) -> list[str]:
+        """What decides a run and differs between a checkpoint's arguments and these, a phrase each.
+
+        A setting that the checkpoint does not know, because it is older than the flag, is not compared.
+        """
+        found = []
+        for field in dataclasses.fields(cls):
+            name = cls.PREFIX + field.name
+            if field.metadata["decides"] and hasattr(saved, name) and getattr(saved, name) != getattr(args, name):
+                found.append(f"{cls.flag_of(field.name)} {getattr(saved, name)} there, {getattr(args, name)} here")
+        return found
+
+
+def add_group(parser: argparse.ArgumentParser, title: str, description: str, *settings: type[Settings]) -> None:
+    """Add the flags of several components under one title."""
+    group = parser.add_argument_group(title, description)
+    for each in settings:
+        each.add_arguments(group)
+
+
+def _flags(settings: type[Settings]) -> Iterator[dataclasses.Field]:
+    """Fields that are flags."""
+    return (field for field in dataclasses.fields(settings) if "help" in field.metadata)
+
+
+def _plain(hint: Any) -> type:
+    """`float` of `float | None`."""
+    if isinstance(hint, types.UnionType):
+        return next(each for each in get_args(hint) if each is not types.NoneType)
+    return hint

@@ -1,0 +1,140 @@
+"""From a Megatron checkpoint to a Hugging Face directory: streaming, in one process, from whatever layout."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_meap.checkpoint.reader import open_checkpoint
+from megatron_meap.errors import UsageError
+from megatron_meap.huggingface import card
+from megatron_meap.huggingface.generation_config import ending_ids
+from megatron_meap.huggingface.memory import PeakMemory
+from megatron_meap.huggingface.output import new_directory
+from megatron_meap.huggingface.training_data import trained_tokenizer
+from megatron_meap.huggingface.weights import Source, inspect
+from megatron_meap.tokenization.huggingface import moved, save_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What to export, and how."""
+
+    load: str
+    """Checkpoint directory, as given to `--save`, or that of one iteration."""
+    output: str
+    iteration: int | None = None
+    """The latest where not given."""
+    dtype: str | None = None
+    """A key of `DTYPES`; as stored where not given."""
+    tokenizer: str | None = None
+    """A file or directory to take instead of the path recorded in the checkpoint."""
+    add_bos: bool | None = None
+    """Whether the tokenizer puts BOS before a text; where not given, if the documents of the training data began so."""
+    max_shard_size: str = "2GB"
+    overwrite: bool = False
+    check: bool = True
+
+
+def export(job: ExportJob) -> None:
+    """Write the Hugging Face directory, check it, and only then let it appear under its name.
+
+    Raises:
+        UsageError: the checkpoint, its tokenizer or the output directory cannot be used, or the check failed.
+    """
+    shard_bytes = parse_size(job.max_shard_size)
+    memory = PeakMemory()
+    checkpoint = open_checkpoint(job.load, job.iteration)
+    args = moved(checkpoint.args, job.tokenizer)
+    tokenizer = trained_tokenizer(args, job.add_bos)
+    source = inspect(checkpoint, tokenizer)
+    dtype = DTYPES[job.dtype] if job.dtype else checkpoint.dtype("embedding.word_embeddings.weight")
+    parameters = sum(math.prod(shape) for _, shape in source.names())
+    size = parameters * dtype.itemsize
+    output = Path(job.output)
+    with new_directory(
+        output, source=checkpoint.directory, overwrite=job.overwrite, mark="config.json", needed=size
+    ) as directory:
+        write_weights(directory, source, dtype, shard_bytes)
+        write_json(directory / "config.json", source.config(dtype, tokenizer))
+        _write_tokenizer(directory, source, tokenizer)
+        card.write_card(directory, output.name, source.model, parameters, checkpoint.args, checkpoint.iteration)
+        print(f"wrote {parameters:,} weights, {size / 1e6:,.1f} MB in {dtype}; {memory}", flush=True)
+        if job.check:
+            from megatron_meap.huggingface import selfcheck
+
+            selfcheck.check_export(checkpoint, directory, dtype, args)
+    print(f"{output}: exported{'' if job.check else ', not checked (--no-check)'}", flush=True)
+
+
+def write_weights(directory: Path, source: Source, dtype: torch.dtype, shard_bytes: int) -> None:
+    """Write the safetensors files, one at a time, and their index where there are several."""
+    plan: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in source.names():
+        size = math.prod(shape) * dtype.itemsize
+        if plan[-1] and filled + size > shard_bytes:
+            plan.append([])
+            filled = 0
+        plan[-1].append(name)
+        filled += size
+    files = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
+    if len(plan) == 1:
+        files = ["model.safetensors"]
+    total = 0
+    tensors = source.tensors(dtype)
+    for file, names in zip(files, plan, strict=True):
+        total += _write_shard(directory / file, tensors, names)
+    if len(plan) > 1:
+        places = {name: file for file, names in zip(files, plan, strict=True) for name in names}
+        write_json(
+            directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places}
+        )
+
+
+def _write_shard(path: Path, tensors: Iterator[tuple[str, Tensor]], names: list[str]) -> int:
+    """Write the next tensors, which must be those named; returns their bytes."""
+    shard = dict(next(tensors) for _ in names)
+    assert list(shard) == names
+    save_file(shard, path, metadata={"format": "pt"})
+    return sum(tensor.nbytes for tensor in shard.values())
+
+
+def _write_tokenizer(directory: Path, source: Source, tokenizer: Any | None) -> None:
+    """Write the tokenizer and the generation config; without a tokenizer say that there is none."""
+    mask_id = getattr(source.checkpoint.args, "meap_mask_token_id", None)
+    ids: dict[str, Any] = {}
+    if tokenizer is None:
+        print("note: trained without a tokenizer (NullTokenizer), so the export has none", flush=True)
+    else:
+        save_tokenizer(tokenizer, directory, source.model.max_positions)
+        mask_id = tokenizer.mask_token_id
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        if len(ends := ending_ids(source.checkpoint.args, tokenizer)) > 1:
+            ids["eos_token_id"] = ends
+    known = {name: value for name, value in ids.items() if value is not None}
+    suppressed = {} if mask_id is None else {"suppress_tokens": [mask_id]}
+    write_json(directory / "generation_config.json", known | suppressed)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file as transformers formats its own."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `5GB`, `500MB` or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise UsageError(f"--max-shard-size {text}: expected a size such as 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -1,0 +1,154 @@
+"""Text out of a model: a Megatron checkpoint of any layout, or a Hugging Face directory.
+
+A Megatron checkpoint is converted in memory, so that there is one forward pass to trust, the one that every exported
+model runs with too: transformers' own, with its cache, samplers and streaming.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config, TextStreamer
+
+from megatron_meap.backend import device
+from megatron_meap.checkpoint.reader import open_checkpoint
+from megatron_meap.errors import UsageError
+from megatron_meap.huggingface.generation_config import ending_ids
+from megatron_meap.huggingface.training_data import trained_tokenizer
+from megatron_meap.huggingface.weights import Source, inspect
+from megatron_meap.tokenization.huggingface import load_directory, moved
+
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; greedily where the temperature is 0."""
+
+    max_new_tokens: int = 100
+    temperature: float = 1.0
+    top_k: int = 0
+    """Choose among the k likeliest; 0 for all."""
+    top_p: float = 1.0
+    """Choose among the likeliest that together have this probability."""
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.max_new_tokens >= 1, f"--max-new-tokens {self.max_new_tokens}: must be at least 1"),
+            (self.temperature >= 0, f"--temperature {self.temperature}: must not be negative (0 is greedy)"),
+            (self.top_k >= 0, f"--top-k {self.top_k}: must not be negative (0 is no limit)"),
+            (0 < self.top_p <= 1, f"--top-p {self.top_p}: must be above 0 and at most 1"),
+        ]
+        for fine, message in checks:
+            if not fine:
+                raise UsageError(message)
+
+
+class Generator:
+    """A model and its tokenizer, ready to continue texts.
+
+    Args:
+        path: a Megatron checkpoint (what was given to `--save`) or a Hugging Face directory.
+        iteration: of a Megatron checkpoint; the latest where not given.
+        tokenizer: a tokenizer file or directory to take instead of the model's own.
+    """
+
+    def __init__(self, path: str, iteration: int | None = None, tokenizer: str | None = None) -> None:
+        if (Path(path) / "config.json").is_file():
+            self.model, self.tokenizer, self.mask_id = _from_huggingface(path, tokenizer)
+        else:
+            self.model, self.tokenizer, self.mask_id = _from_megatron(path, iteration, tokenizer)
+        on_gpu = torch.cuda.is_available() and os.environ.get("MEAP_DEVICE") != "cpu" and not device.is_cpu()
+        self.model.eval().to("cuda" if on_gpu else "cpu")
+
+    def generate(self, prompt: str, sampling: Sampling, stream: bool = False) -> str:
+        """Continue a text.
+
+        Args:
+            prompt: taken literally: `[MASK]` or `<s>` in it are ordinary characters.
+            sampling: how tokens are chosen; the same seed gives the same text.
+            stream: print the text while it is made.
+
+        Returns:
+            The prompt and its continuation.
+        """
+        tokens = self._encode(prompt)
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        streamer = TextStreamer(self.tokenizer, skip_special_tokens=True) if stream else None
+        with torch.inference_mode():
+            output = self.model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                generation_config=self._config(sampling, tokens.shape[1]),
+                streamer=streamer,
+            )
+        return self.tokenizer.decode(output[0], skip_special_tokens=True)
+
+    def _encode(self, prompt: str) -> torch.Tensor:
+        """Ids of the prompt [1, tokens]; a document's start where there is no text."""
+        ids = self.tokenizer(prompt, split_special_tokens=True)["input_ids"] if prompt else []
+        start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        if not ids and start is None:
+            raise UsageError("--prompt: empty, and the tokenizer has no BOS or EOS token to start from")
+        limit = self.model.config.max_position_embeddings
+        if len(ids) >= limit:
+            raise UsageError(f"the prompt has {len(ids)} tokens, the model's context only {limit}")
+        return torch.tensor([ids or [start]], device=self.model.device)
+
+    def _config(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:
+        """Transformers' settings: up to the end of the context, and never the mask token."""
+        room = self.model.config.max_position_embeddings - prompt_tokens
+        greedy = sampling.temperature == 0
+        how = {} if greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        end = ends[0] if isinstance(ends, list) else ends
+        return GenerationConfig(
+            max_new_tokens=min(sampling.max_new_tokens, room),
+            do_sample=not greedy,
+            suppress_tokens=None if self.mask_id is None else [self.mask_id],
+            eos_token_id=ends,
+            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else end,
+            **how,
+        )
+
+
+def _from_huggingface(path: str, tokenizer: str | None) -> tuple[Any, Any, int | None]:
+    """Model, tokenizer and mask id of a Hugging Face directory."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"{path}: holds no model that transformers can load ({reason})") from error
+    loaded = load_directory(Path(tokenizer or path))
+    return model, loaded, loaded.mask_token_id
+
+
+def _from_megatron(path: str, iteration: int | None, tokenizer: str | None) -> tuple[Any, Any, int]:
+    """Model, tokenizer and mask id of a Megatron checkpoint."""
+    checkpoint = open_checkpoint(path, iteration)
+    loaded = trained_tokenizer(moved(checkpoint.args, tokenizer))
+    if loaded is None:
+        raise UsageError(f"{path}: was trained without a tokenizer (NullTokenizer), so it has no text to generate")
+    source = inspect(checkpoint, loaded)
+    model = model_in_memory(source, checkpoint.dtype("embedding.word_embeddings.weight"))
+    model.generation_config.eos_token_id = ending_ids(checkpoint.args, loaded) or None
+    return model, loaded, loaded.mask_token_id
+
+
+def model_in_memory(source: Source, dtype: torch.dtype) -> Any:
+    """The checkpoint as a transformers model, without a file in between."""
+    config = source.config(dtype, None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS[config["model_type"]](**config), dtype=dtype)
+    weights = dict(source.tensors(dtype))
+    if source.model.tied:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    rotary = type(model.model.rotary_emb)(config=model.config)  # its frequencies are computed, not stored
+    model.model.rotary_emb = rotary
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model

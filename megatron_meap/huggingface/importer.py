@@ -1,0 +1,224 @@
+"""From a Hugging Face directory to a Megatron checkpoint that any layout loads, the mask token added.
+
+Megatron's own model is built in one process, filled weight by weight, and saved by Megatron: in memory are the model
+in the dtype of the checkpoint and one weight, and while Megatron saves up to half the model again.
+
+New rows of the embedding and of the head (the mask token and the padding of the vocabulary) are the mean of the
+tokens' rows plus normal noise of a hundredth of their standard deviation, column by column, from a fixed seed: a new
+token starts as an average one, and no two are the same.
+"""
+
+import contextlib
+import io
+import math
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_meap.checkpoint import latest
+from megatron_meap.errors import UsageError
+from megatron_meap.huggingface.architecture import Architecture, megatron_flags
+from megatron_meap.huggingface.export import DTYPES
+from megatron_meap.huggingface.mapping import Weight, layer_weights, outer_weights
+from megatron_meap.huggingface.memory import PeakMemory
+from megatron_meap.huggingface.output import new_directory
+from megatron_meap.huggingface.selfcheck import compare, same_ids
+from megatron_meap.huggingface.source import HuggingFaceWeights, read_directory
+from megatron_meap.tokenization.huggingface import add_mask_token, load_directory, save_tokenizer
+
+NOISE = 0.01  # of the rows' standard deviation
+LARGEST_PADDING = 1024  # no vocabulary is padded to a multiple of more
+FLAGS_FILE = "megatron_flags.txt"
+
+
+@dataclass(frozen=True)
+class ImportJob:
+    """What to import, and how."""
+
+    load: str
+    """Hugging Face directory."""
+    output: str
+    mask_token: str = "[MASK]"
+    dtype: str | None = None
+    """A key of `export.DTYPES`; as stored where not given."""
+    tokenizer: str | None = None
+    """Directory of a tokenizer to take instead of the model's own."""
+    divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this."""
+    seed: int = 1234
+    overwrite: bool = False
+    check: bool = True
+
+
+def import_model(job: ImportJob) -> None:
+    """Write the Megatron checkpoint, check it, and only then let it appear under its name.
+
+    Raises:
+        UsageError: the model, its tokenizer or the output directory cannot be used, or the check failed.
+    """
+    memory = PeakMemory()
+    folder, output = Path(job.load), Path(job.output)
+    source = read_directory(folder)
+    tokenizer, tokens = _tokenizer(job, source.model)
+    dtype = DTYPES[job.dtype] if job.dtype else source.dtype()
+    size = dtype.itemsize * sum(math.prod(source.shape(name)) for name in source.places)
+    with new_directory(output, source=folder, overwrite=job.overwrite, mark=FLAGS_FILE, needed=size) as directory:
+        save_tokenizer(tokenizer, directory / "tokenizer", source.model.max_positions)
+        flags = _model_flags(source.model, directory / "tokenizer", job)
+        args = _megatron_args(flags, dtype)
+        args.tokenizer_model = str(output.resolve() / "tokenizer")
+        release = directory / "release"
+        _convert(source, args, dtype, tokens, job.seed, release)
+        (directory / latest.POINTER).write_text("release")
+        line = _write_flags(directory, flags, args)
+        print(f"wrote {size / 1e6:,.1f} MB in {dtype}; {memory}", flush=True)
+        if job.check:
+            _check(job, source, directory, dtype, tokens)
+    print(f"{output}: imported{'' if job.check else ', not checked (--no-check)'}. Train it with\n", flush=True)
+    print(f"  pretrain_gpt_meap.py --pretrained-checkpoint {output} {line}")
+
+
+def _tokenizer(job: ImportJob, model: Architecture) -> tuple[Any, int]:
+    """The tokenizer with the mask token, and how many tokens it had before."""
+    folder = Path(job.tokenizer or job.load)
+    tokenizer = load_directory(folder)
+    tokens = len(tokenizer)
+    if tokens > model.vocabulary or model.vocabulary - tokens >= LARGEST_PADDING:
+        raise UsageError(
+            f"{folder}: its tokenizer has {tokens} tokens, the weights have {model.vocabulary} rows: "
+            "it is not the tokenizer of this model"
+        )
+    known = tokenizer.get_vocab().get(job.mask_token)
+    if known is not None and known not in tokenizer.all_special_ids:
+        raise UsageError(
+            f"--mask-token {job.mask_token}: is an ordinary token of this tokenizer (id {known}), so text can produce "
+            "it; name one that the tokenizer does not have"
+        )
+    add_mask_token(tokenizer, job.mask_token)
+    return tokenizer, tokens
+
+
+def _model_flags(model: Architecture, tokenizer: Path, job: ImportJob) -> list[str]:
+    """Flags of the model, its tokenizer and its mask token."""
+    flags = megatron_flags(model)
+    flags += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer)]
+    flags += ["--make-vocab-size-divisible-by", str(job.divisible_by)]
+    if job.mask_token != "[MASK]":
+        flags += ["--meap-mask-token", job.mask_token]
+    return flags
+
+
+def _megatron_args(flags: list[str], dtype: torch.dtype) -> Namespace:
+    """The arguments that a training run with these flags would save."""
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.training.global_vars import destroy_global_vars
+
+    from megatron_meap.backend import megatron_patches
+    from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+    from megatron_meap.trainer.arguments import parse_arguments
+
+    megatron_patches.apply()
+    length = flags[flags.index("--max-position-embeddings") + 1]
+    run = ["--seq-length", length, "--micro-batch-size", "1", "--train-iters", "1"]
+    precision = "--bf16" if dtype == torch.bfloat16 else "--fp32"
+    command_line, sys.argv = sys.argv, [sys.argv[0], *flags, *run, precision]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            args = parse_arguments()
+    finally:
+        sys.argv = command_line
+        destroy_global_vars()
+        unset_num_microbatches_calculator()
+    args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
+    return args
+
+
+def _convert(
+    source: HuggingFaceWeights, args: Namespace, dtype: torch.dtype, tokens: int, seed: int, release: Path
+) -> None:
+    """Build Megatron's model, fill it and save it."""
+    from megatron_meap.huggingface import megatron_model
+
+    with megatron_model.one_process():
+        model = megatron_model.build(args, dtype)
+        fill(dict(model.named_parameters()), source, args.padded_vocab_size, tokens, seed)
+        megatron_model.save(model, args, release)
+
+
+def fill(parameters: dict[str, Tensor], source: HuggingFaceWeights, rows: int, tokens: int, seed: int) -> None:
+    """Set the parameters of a Megatron model.
+
+    Args:
+        parameters: by Megatron's names in the local layer spec.
+        source: where the weights come from.
+        rows: of Megatron's embedding, padding included.
+        tokens: the rows of the source's embedding that are tokens.
+        seed: of the new rows.
+    """
+    model = source.model
+    values: dict[str, Callable[[], Tensor]] = {}
+    before, after = outer_weights(model)
+    for number, weight in enumerate(before + after):
+        if weight.shape == (model.vocabulary, model.hidden):
+            values[weight.megatron] = partial(_extended, source, weight, rows, tokens, seed + number)
+        else:
+            values[weight.megatron] = partial(source.fused, weight)
+    linear = model.output_bias or model.mlp_bias
+    complete = replace(model, qkv_bias=model.qkv_bias or linear, output_bias=linear, mlp_bias=linear)
+    for layer in range(model.layers):
+        for weight in layer_weights(complete):
+            name = local_name(layer, weight.megatron)
+            values[name] = partial(source.fused, weight, f"model.layers.{layer}.")
+    assert values.keys() == parameters.keys(), sorted(parameters.keys() ^ values.keys())
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value())
+
+
+def _extended(source: HuggingFaceWeights, weight: Weight, rows: int, tokens: int, seed: int) -> Tensor:
+    """The embedding or the head with new rows for the mask token and the padding."""
+    return new_rows(source.fused(weight)[:tokens], rows, seed)
+
+
+def local_name(layer: int, name: str) -> str:
+    """Name of a layer's parameter in the local layer spec, whose norms are modules of their own."""
+    name = name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
+    name = name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+    return f"decoder.layers.{layer}.{name}"
+
+
+def new_rows(rows: Tensor, count: int, seed: int) -> Tensor:
+    """Rows [tokens, hidden] followed by new ones up to `count`: their mean plus a little noise."""
+    values = rows.float()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count - len(rows), rows.shape[1], generator=generator)
+    added = values.mean(dim=0) + NOISE * values.std(dim=0) * noise
+    return torch.cat([rows, added.to(rows.dtype)])
+
+
+def _write_flags(directory: Path, flags: list[str], args: Namespace) -> str:
+    """Write the flags for training to a file, and return them as one line."""
+    final = [args.tokenizer_model if flag == str(directory / "tokenizer") else flag for flag in flags]
+    line = shlex.join([*final, "--padded-vocab-size", str(args.padded_vocab_size)])
+    (directory / FLAGS_FILE).write_text(line + "\n")
+    return line
+
+
+def _check(job: ImportJob, source: HuggingFaceWeights, directory: Path, dtype: torch.dtype, tokens: int) -> None:
+    """Compare the checkpoint with the directory that it was made from."""
+    original, carried = load_directory(Path(job.tokenizer or job.load)), load_directory(directory / "tokenizer")
+
+    def encode(text: str) -> list[int]:
+        return original(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    same_ids(carried, encode, original.decode, str(directory / "tokenizer"))
+    print(f"self-check: the tokenizer round-trips; {carried.mask_token} is id {carried.mask_token_id}", flush=True)
+    compare(source.folder, directory / "release", dtype, tokens)

@@ -1,0 +1,109 @@
+"""Names and layouts of the weights, in Megatron's checkpoints and in Hugging Face's; both directions.
+
+Megatron fuses projections that Hugging Face keeps apart. With g query groups of n/g query heads of d rows each:
+
+- `linear_qkv` holds, group after group, the group's query heads, its key head and its value head:
+  [g, n/g + 2, d, hidden]. Hugging Face's q, k and v are [n * d, hidden], [g * d, hidden], [g * d, hidden].
+- `linear_fc1` holds the gate above the up projection: [2 * ffn, hidden].
+
+RoPE rotates the halves of a head in both, so no row changes its place within a head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_meap.huggingface.architecture import Architecture
+
+Split = Callable[[Tensor], list[Tensor]]
+Join = Callable[[list[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of Megatron's, and the weights of Hugging Face's that it is made of."""
+
+    megatron: str
+    shape: tuple[int, ...]
+    """In Megatron; for a layer's weight, of one layer."""
+    huggingface: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """Of each weight in `huggingface`."""
+    split: Split = lambda whole: [whole]
+    """From Megatron's to Hugging Face's."""
+    join: Join = lambda parts: parts[0]
+    """From Hugging Face's to Megatron's."""
+
+
+def _plain(megatron: str, huggingface: str, *shape: int) -> Weight:
+    return Weight(megatron, shape, (huggingface,), (shape,))
+
+
+def outer_weights(model: Architecture) -> tuple[list[Weight], list[Weight]]:
+    """The weights before the layers, and those after them."""
+    rows, hidden = model.vocabulary, model.hidden
+    before = [_plain("embedding.word_embeddings.weight", "model.embed_tokens.weight", rows, hidden)]
+    after = [_plain("decoder.final_layernorm.weight", "model.norm.weight", hidden)]
+    if not model.tied:
+        after.append(_plain("output_layer.weight", "lm_head.weight", rows, hidden))
+    return before, after
+
+
+def layer_weights(model: Architecture) -> list[Weight]:
+    """The weights of one layer: Megatron's below `decoder.layers.`, Hugging Face's below `model.layers.<i>.`."""
+    hidden, ffn = model.hidden, model.ffn
+    attention_out = model.heads * model.head_dim
+    weights = [
+        _plain("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", hidden),
+        _qkv(model, "weight", hidden),
+        _plain("self_attention.linear_proj.weight", "self_attn.o_proj.weight", hidden, attention_out),
+        _plain("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", hidden),
+        _gate_up(model, "weight", hidden),
+        _plain("mlp.linear_fc2.weight", "mlp.down_proj.weight", hidden, ffn),
+    ]
+    if model.qkv_bias:
+        weights.append(_qkv(model, "bias"))
+    if model.output_bias:
+        weights.append(_plain("self_attention.linear_proj.bias", "self_attn.o_proj.bias", hidden))
+    if model.mlp_bias:
+        weights.append(_gate_up(model, "bias"))
+        weights.append(_plain("mlp.linear_fc2.bias", "mlp.down_proj.bias", hidden))
+    return weights
+
+
+def _qkv(model: Architecture, kind: str, *columns: int) -> Weight:
+    """The fused query, key and value projection: its weight [rows, hidden], or its bias [rows]."""
+    groups, dim = model.groups, model.head_dim
+    queries = model.heads // groups  # query heads of a group
+
+    def split(whole: Tensor) -> list[Tensor]:
+        grouped = whole.view(groups, queries + 2, dim, *columns)
+        parts = grouped[:, :queries], grouped[:, queries], grouped[:, queries + 1]
+        return [part.reshape(-1, *columns) for part in parts]
+
+    def join(parts: list[Tensor]) -> Tensor:
+        q, k, v = (part.reshape(groups, -1, dim, *columns) for part in parts)
+        return torch.cat([q, k, v], dim=1).reshape(-1, *columns)
+
+    return Weight(
+        f"self_attention.linear_qkv.{kind}",
+        (sum(model.qkv_rows), *columns),
+        tuple(f"self_attn.{name}_proj.{kind}" for name in "qkv"),
+        tuple((rows, *columns) for rows in model.qkv_rows),
+        split,
+        join,
+    )
+
+
+def _gate_up(model: Architecture, kind: str, *columns: int) -> Weight:
+    """The fused gate and up projection."""
+    return Weight(
+        f"mlp.linear_fc1.{kind}",
+        (2 * model.ffn, *columns),
+        (f"mlp.gate_proj.{kind}", f"mlp.up_proj.{kind}"),
+        ((model.ffn, *columns), (model.ffn, *columns)),
+        lambda whole: list(whole.chunk(2)),
+        torch.cat,
+    )

@@ -1,0 +1,44 @@
+"""What a checkpoint's training data says of itself, as far as its manifests can still be found."""
+
+import hashlib
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX
+from megatron_meap.tokenization.huggingface import begin_with_bos, tokenizer_of
+
+
+def manifests(args: Namespace) -> list[tuple[str, str, dict[str, Any]]]:
+    """Manifests of the data of a run, from its arguments: name of the dataset, sha256, contents."""
+    found = []
+    for entry in [*(getattr(args, "data_path", None) or ()), *(getattr(args, "train_data_path", None) or ())]:
+        path = Path(str(entry) + MANIFEST_SUFFIX)
+        if path.is_file():
+            stored = path.read_bytes()
+            found.append((Path(entry).name, hashlib.sha256(stored).hexdigest(), json.loads(stored)))
+    return found
+
+
+def documents_begin_with(args: Namespace) -> list[int]:
+    """Ids put before every document of the training data; none where the manifests do not agree, or are not there."""
+    starts = [manifest.get("before_document", []) for _, _, manifest in manifests(args)]
+    return starts[0] if starts and all(start == starts[0] for start in starts) else []
+
+
+def trained_tokenizer(args: Namespace, add_bos: bool | None = None) -> Any | None:
+    """The tokenizer of a run (`tokenizer_of`), putting BOS before a text as the documents of its training data did.
+
+    Args:
+        args: the arguments in a checkpoint.
+        add_bos: whether to put BOS before every text, where the caller knows better than the manifests.
+    """
+    tokenizer = tokenizer_of(args)
+    if tokenizer is None:
+        return None
+    if add_bos is None:
+        add_bos = tokenizer.bos_token is not None and documents_begin_with(args) == [tokenizer.bos_token_id]
+    if add_bos:
+        begin_with_bos(tokenizer)
+    return tokenizer

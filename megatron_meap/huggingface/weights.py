@@ -1,0 +1,153 @@
+"""A checkpoint's weights as Hugging Face's, one after another: at any moment one layer's are in memory."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_meap.checkpoint.reader import LAYERS, Checkpoint
+from megatron_meap.errors import UsageError
+from megatron_meap.huggingface.architecture import Architecture, from_megatron, huggingface_config
+from megatron_meap.huggingface.mapping import Weight, layer_weights, outer_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A checkpoint that has been found convertible."""
+
+    checkpoint: Checkpoint
+    model: Architecture
+    """As exported, but with the vocabulary's padding; it may have fewer biases than are stored, or more, as zeros."""
+    rows: int
+    """Rows of the vocabulary that are tokens; the rest is padding."""
+
+    def exported(self) -> Architecture:
+        """The model without the vocabulary's padding."""
+        return dataclasses.replace(self.model, vocabulary=self.rows)
+
+    def names(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the Hugging Face weights, in the order of `tensors`."""
+        model = self.exported()
+        before, after = outer_weights(model)
+        for weight in before:
+            yield from zip(weight.huggingface, weight.shapes, strict=True)
+        for layer in range(model.layers):
+            for weight in layer_weights(model):
+                for name, shape in zip(weight.huggingface, weight.shapes, strict=True):
+                    yield f"model.layers.{layer}.{name}", shape
+        for weight in after:
+            yield from zip(weight.huggingface, weight.shapes, strict=True)
+
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The Hugging Face weights, read when they are asked for."""
+        before, after = outer_weights(self.model)
+        for weight in before:
+            yield from self._outer(weight, dtype)
+        for layer in range(self.model.layers):
+            for weight in layer_weights(self.model):
+                stored = self.checkpoint.has_layers(weight.megatron)
+                whole = self.checkpoint.read_layer(weight.megatron, layer) if stored else torch.zeros(weight.shape)
+                for name, part in zip(weight.huggingface, weight.split(whole), strict=True):
+                    yield f"model.layers.{layer}.{name}", _own(part, dtype)
+        for weight in after:
+            yield from self._outer(weight, dtype)
+
+    def _outer(self, weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """A weight outside the layers, without the vocabulary's padding where it has one."""
+        whole = self.checkpoint.read(weight.megatron)
+        if weight.shape[0] == self.model.vocabulary and len(weight.shape) == 2:
+            whole = whole[: self.rows]
+        yield weight.huggingface[0], _own(whole, dtype)
+
+    def config(self, dtype: torch.dtype, tokenizer: Any | None) -> dict[str, Any]:
+        """Contents of config.json."""
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+        return huggingface_config(self.exported(), str(dtype).removeprefix("torch."), ids)
+
+
+def _own(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor with a memory of its own, without what it was cut from."""
+    return part.to(dtype, copy=True).contiguous()
+
+
+def inspect(checkpoint: Checkpoint, tokenizer: Any | None) -> Source:
+    """Find out whether and how a checkpoint converts, from its arguments and its index alone.
+
+    Args:
+        checkpoint: as `open_checkpoint` returns it.
+        tokenizer: the Hugging Face tokenizer, mask token included; None where the run had none.
+
+    Raises:
+        UsageError: another architecture; or layers, shapes or a vocabulary other than the arguments say.
+    """
+    try:
+        model = from_megatron(checkpoint.args)
+    except AttributeError as error:
+        raise UsageError(f"{checkpoint.directory}: its arguments are not those of a GPT model ({error})") from error
+    _check_shapes(checkpoint, model)
+    rows = vocabulary_rows(checkpoint, tokenizer)
+    if rows > model.vocabulary:
+        raise UsageError(
+            f"{checkpoint.directory}: the tokenizer has {rows} tokens with the mask token, but the embedding only "
+            f"{model.vocabulary} rows: it is not the tokenizer of this checkpoint"
+        )
+    return Source(checkpoint, _biases_to_write(checkpoint, model, tokenizer), rows)
+
+
+def vocabulary_rows(checkpoint: Checkpoint, tokenizer: Any | None) -> int:
+    """Rows of the embedding that are tokens, the mask token among them."""
+    if tokenizer is not None:
+        return len(tokenizer)
+    args = checkpoint.args
+    mask_id = getattr(args, "meap_mask_token_id", -1)
+    return max(getattr(args, "meap_tokenizer_vocab_size", args.padded_vocab_size), mask_id + 1)
+
+
+def _check_shapes(checkpoint: Checkpoint, model: Architecture) -> None:
+    """Refuse a checkpoint that does not hold exactly the weights that its arguments promise."""
+    stored = checkpoint.weights()
+    stacked = not any(name.startswith(f"{LAYERS}0.") for name in stored)
+    expected = {weight.megatron: weight.shape for group in outer_weights(model) for weight in group}
+    for weight in layer_weights(model):
+        if stacked:
+            expected[LAYERS + weight.megatron] = (model.layers, *weight.shape)
+        else:
+            expected |= {f"{LAYERS}{layer}.{weight.megatron}": weight.shape for layer in range(model.layers)}
+    for name, shape in expected.items():
+        if stored.get(name) != shape:
+            found = f"is {list(stored[name])}" if name in stored else "is missing"
+            raise UsageError(
+                f"{checkpoint.directory}: {name} {found}, but by the checkpoint's own arguments it is {list(shape)}: "
+                "it is damaged, or was put together from different runs"
+            )
+    unknown = sorted(stored.keys() - expected.keys())
+    if unknown:
+        raise UsageError(
+            f"{checkpoint.directory}: holds {unknown[0]}{' and others' if unknown[1:] else ''}, "
+            "which a Llama-style model does not have; its conversion is not supported"
+        )
+
+
+def _biases_to_write(checkpoint: Checkpoint, model: Architecture, tokenizer: Any | None) -> Architecture:
+    """Choose the biases of the exported model, so that there is an architecture for them.
+
+    Megatron has biases on all linear layers or on Q, K and V alone. Hugging Face's Llama switches those of the
+    attention (the output projection's too) and those of the MLP; Qwen2 has those of Q, K and V. So biases that are zero
+    throughout, as an import writes them, are dropped; and a model with those of Q, K and V is a Qwen2 only if its
+    tokenizer is: for a Qwen2 transformers 5 takes Qwen2's tokenizer class, whatever the files say. Any other becomes
+    a Llama whose output projections have zero biases.
+    """
+    if model.qkv_bias and not model.output_bias:
+        qwen2 = tokenizer is None or type(tokenizer).__name__.startswith("Qwen2Tokenizer")
+        return model if qwen2 else dataclasses.replace(model, output_bias=True)
+    if not model.output_bias:
+        return model
+
+    def all_zero(*names: str) -> bool:
+        return not any(checkpoint.read_layer(name, i).any() for name in names for i in range(model.layers))
+
+    attention = all_zero("self_attention.linear_qkv.bias", "self_attention.linear_proj.bias")
+    mlp = all_zero("mlp.linear_fc1.bias", "mlp.linear_fc2.bias")
+    return dataclasses.replace(model, qkv_bias=not attention, output_bias=not attention, mlp_bias=not mlp)

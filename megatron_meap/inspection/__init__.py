@@ -1,0 +1,1 @@
+"""Looking at a run: its samples, its stream's digest, a dry run, its log."""

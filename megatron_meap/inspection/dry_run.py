@@ -1,0 +1,107 @@
+"""`--dry-run`: check all that a run would check, show what it would do, and end.
+
+One process looks at the whole job: the layout is that of WORLD_SIZE ranks, but nothing is communicated, no weight is
+allocated, and nothing is written but the data's index cache, which the run itself would write.
+"""
+
+import contextlib
+import io
+import logging
+import os
+from argparse import Namespace
+from typing import Any
+
+from megatron.training import get_tokenizer
+from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
+
+from megatron_meap.backend import device, megatron_patches
+from megatron_meap.errors import UsageError
+from megatron_meap.inspection.samples import view
+from megatron_meap.planning.memory import count_parameters
+from megatron_meap.planning.text import layout_of
+from megatron_meap.planning.world import pretended
+from megatron_meap.sft import data as sft
+from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.trainer import preflight
+from megatron_meap.trainer.arguments import parse_arguments
+from megatron_meap.trainer.batches import datasets_provider
+
+
+def run() -> None:
+    """Show what the command line would run."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun one process speaks for all
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
+    logging.disable(logging.WARNING)
+    megatron_patches.apply()
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's table of arguments and what it builds
+        args = _parse()
+        args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
+        checked = preflight.look(args)
+        total, by_stage = count_parameters(args)
+        with pretended(args):
+            update_train_iters(args)
+            dataset = datasets_provider(list(get_train_valid_test_num_samples()))[0]
+    for line in (*_model(args, total, by_stage), *_schedule(args), *_masks(args), *_checkpoints(args, checked)):
+        print(line)
+    if dataset is None:
+        raise UsageError("--data-path: names no training data")
+    for line in sft.lines(args) if args.meap_sft else ():
+        print(line)
+    print(f"data          {len(dataset):,} training samples; one of them, masked tokens marked:\n")
+    print(view(dataset, _sample_to_show(dataset, args), get_tokenizer(), args.meap_mask_token_id).for_terminal())
+    print("dry run: all checks passed, nothing was trained or saved", flush=True)
+
+
+def _parse() -> Namespace:
+    """The checked arguments; nothing is logged to, for the run does not take place."""
+    args = parse_arguments(tensorboard_dir=None, wandb_project="")
+    args.iteration = 0
+    return args
+
+
+def _sample_to_show(dataset: Any, args: Namespace) -> int:
+    """Index of the first sample that has a mask, if one of the first has: in fine-tuning not every one does."""
+    indices = range(min(64, len(dataset)))
+    return next((i for i in indices if (dataset[i]["tokens"] == args.meap_mask_token_id).any()), 0)
+
+
+def _model(args: Namespace, total: int, by_stage: list[int]) -> list[str]:
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    ranks = "GPUs" if device.plans_for_gpu() else "CPU processes"
+    return [
+        f"model         {total:,} parameters: {args.num_layers} layers, hidden {args.hidden_size}, FFN "
+        f"{args.ffn_hidden_size}, {args.num_attention_heads} heads, vocabulary {args.padded_vocab_size}, {precision}",
+        f"layout        {layout_of(args)} on {args.world_size} {ranks}; at most {max(by_stage):,} parameters on one",
+    ]
+
+
+def _schedule(args: Namespace) -> list[str]:
+    samples = args.train_samples or args.train_iters * args.global_batch_size
+    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    validation = f"{args.eval_iters} batches every {args.eval_interval} steps" if args.eval_iters else "none"
+    return [
+        f"batch         {args.global_batch_size} sequences of {args.seq_length} tokens: {micro_batches} micro batches "
+        f"of {args.micro_batch_size} on each of {args.data_parallel_size} data-parallel ranks",
+        f"schedule      {args.train_iters:,} steps, {samples:,} samples, {samples * args.seq_length / 1e9:,.3f} B "
+        f"tokens; learning rate {args.lr} to {args.min_lr}, {args.lr_decay_style}",
+        f"validation    {validation}",
+    ]
+
+
+def _masks(args: Namespace) -> list[str]:
+    if args.meap_mask_ratio == 0:
+        return ["masks         none: next-token prediction"]
+    what = "input tokens"
+    if args.meap_sft:
+        what = f"tokens of a copy of each answer of more than {args.meap_sft_threshold} tokens"
+    return [
+        f"masks         {args.meap_mask_strategy}, {100 * args.meap_mask_ratio:g}% of the {what} become "
+        f"{args.meap_mask_token} (id {args.meap_mask_token_id}), seed {args.meap_mask_seed}"
+    ]
+
+
+def _checkpoints(args: Namespace, checked: dict[str, Any]) -> list[str]:
+    start = f"starts from {checked['start']}" if checked["start"] else "starts anew"
+    saves = f"saves every {args.save_interval} steps to {args.save}" if args.save else "saves nothing (no --save)"
+    return [f"checkpoint    {start}; {saves}"]

@@ -1,0 +1,156 @@
+"""What the model really sees: decoded samples with the masked tokens marked, mask statistics, a stream digest."""
+
+import hashlib
+import html
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_meap.meap.dataset import MaskedInputDataset
+from megatron_meap.meap.masking import num_masks
+from megatron_meap.sft.dataset import SFTDataset
+from megatron_meap.tokenization.mask_token import special_id
+
+MARKED = "\033[7m{}\033[0m"  # reverse video
+FAINT = "\033[2m{}\033[0m"
+_SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens")
+
+
+def sample_digest(sample: dict[str, torch.Tensor]) -> str:
+    """sha256 of a sample as the model gets it: tokens, labels, loss mask, position ids, document borders."""
+    digest = hashlib.sha256()
+    for key in _SEQUENCE_KEYS:
+        if sample.get(key) is not None:
+            digest.update(key.encode() + sample[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stream_digest(digests: Iterable[str]) -> str:
+    """One digest of the samples in the order in which they are trained on."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def token_texts(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
+    """Text of single tokens: pieces as they stand in the vocabulary, with spaces and line ends readable."""
+    names = {special_id(tokenizer, name): f"<{name}>" for name in ("pad", "bos", "eod")}
+    for token in ids:
+        piece = names.get(token) or _piece(tokenizer, token)
+        yield piece.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")
+
+
+def _piece(tokenizer: Any, token: int) -> str:
+    library = getattr(tokenizer, "_tokenizer", tokenizer)
+    return str(library.ids_to_tokens([token])[0]) if token < tokenizer.vocab_size else f"<{token}>"
+
+
+@dataclass
+class View:
+    """One sample, ready to be shown."""
+
+    index: int
+    texts: list[str]
+    """The clean input tokens as text."""
+    masked: np.ndarray
+    """bool [s]: replaced by the mask token."""
+    unlearned: np.ndarray
+    """bool [s]: the label does not count."""
+    borders: set[int]
+    """Positions at which another document begins."""
+    padding: int = 0
+    """Positions after these that hold nothing."""
+
+    @property
+    def heading(self) -> str:
+        """One line of figures."""
+        return (
+            f"sample {self.index}: {len(self.texts)} tokens, {int(self.masked.sum())} masked "
+            f"({100 * self.masked.mean():.1f}%), {int(self.unlearned.sum())} without loss, "
+            f"{len(self.borders) + 1} document{'s' if self.borders else ''}"
+            + (f", {self.padding} of padding" if self.padding else "")
+        )
+
+    def for_terminal(self) -> str:
+        """Masked tokens in reverse video, those without a loss faint, documents apart."""
+        parts = []
+        for position, text in enumerate(self.texts):
+            if position in self.borders:
+                parts.append("\n----- next document -----\n")
+            style = MARKED if self.masked[position] else FAINT if self.unlearned[position] else "{}"
+            parts.append(style.format(text))
+        return f"{self.heading}\n{''.join(parts)}\n"
+
+    def for_html(self) -> str:
+        """The same as a section of a page."""
+        parts = []
+        for position, text in enumerate(self.texts):
+            if position in self.borders:
+                parts.append("<hr>")
+            kind = "masked" if self.masked[position] else "unlearned" if self.unlearned[position] else ""
+            escaped = html.escape(text)
+            parts.append(f'<span class="{kind}" title="{position}">{escaped}</span>' if kind else escaped)
+        return f"<h2>{html.escape(self.heading)}</h2>\n<pre>{''.join(parts)}</pre>\n"
+
+
+def view(dataset: Any, index: int, tokenizer: Any, mask_token_id: int) -> View:
+    """Look at one sample of a (masked) training dataset.
+
+    Args:
+        dataset: the training dataset, masked or not.
+        index: global sample index.
+        tokenizer: Megatron's.
+        mask_token_id: what a masked input holds.
+    """
+    sample = dataset[index]
+    if isinstance(dataset, SFTDataset):
+        inputs = [row.tokens[:-1] for row in dataset.sample_rows(index, masked=False)]
+        clean = np.concatenate(inputs).tolist()
+        starts = set(np.cumsum([len(each) for each in inputs])[:-1].tolist())
+    else:
+        clean = (dataset.dataset if isinstance(dataset, MaskedInputDataset) else dataset)[index]["tokens"].tolist()
+        starts = {position + 1 for position, token in enumerate(clean[:-1]) if token == tokenizer.eod}
+        if "cu_seqlens" in sample:
+            starts = set(sample["cu_seqlens"].tolist()) - {0, len(clean)}
+    used = len(clean)
+    return View(
+        index,
+        list(token_texts(tokenizer, clean)),
+        (sample["tokens"][:used] == mask_token_id).numpy(),
+        (sample["loss_mask"][:used] == 0).numpy(),
+        starts,
+        len(sample["tokens"]) - used,
+    )
+
+
+def page(views: list[View], statistics: str) -> str:
+    """A self-contained HTML page."""
+    style = (
+        "body{font-family:sans-serif;max-width:60em;margin:2em auto}pre{white-space:pre-wrap;line-height:1.6;"
+        "background:#f6f6f6;padding:1em}.masked{background:#c33;color:#fff}.unlearned{color:#aaa}h2{font-size:1em}"
+    )
+    sections = "\n".join(each.for_html() for each in views)
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Batches</title><style>{style}</style>\n'
+        '<h1>What the model sees</h1>\n<p><span class="masked">masked input</span> shown by its clean text, '
+        '<span class="unlearned">no loss</span>; a line parts two documents.</p>\n'
+        f"<pre>{html.escape(statistics)}</pre>\n"
+        f"{sections}</html>\n"
+    )
+
+
+def mask_statistics(dataset: Any, count: int, mask_token_id: int, ratio: float) -> str:
+    """Figures over the first `count` samples: share and spread of the masks, evenness over positions."""
+    count = min(count, len(dataset))
+    masks = np.stack([(dataset[index]["tokens"] == mask_token_id).numpy() for index in range(count)])
+    seen = masks.sum(axis=1)
+    by_position = masks.mean(axis=0)
+    repeated = count - len({mask.tobytes() for mask in masks})
+    length = masks.shape[1]
+    return (
+        f"masks of {count} samples of {length} tokens: {seen.mean():.1f} a sample (from {seen.min()} to {seen.max()}; "
+        f"int({ratio} x {length}) = {num_masks(ratio, length)}), {100 * masks.mean():.2f}% of all inputs\n"
+        f"share by position: {by_position.min():.3f} to {by_position.max():.3f}; samples that repeat another's masks: "
+        f"{repeated}"
+    )

@@ -1,0 +1,1 @@
+"""Tokenizers: the mask token, encoders, the reference they must equal, Hugging Face directories, fingerprints."""

@@ -1,0 +1,147 @@
+"""The fastest library that gives exactly the reference tokenizer's ids."""
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+from megatron_meap.errors import UsageError
+from megatron_meap.tokenization.reference import Reference
+
+Choice = Literal["auto", "gigatoken", "reference"]
+
+
+class Encoder(Protocol):
+    """Turns text into ids; what is inside stays the same in a forked worker."""
+
+    name: str
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Ids of a text, without BOS and EOS."""
+
+    def shed(self) -> None:
+        """Give back memory held by caches."""
+
+
+class ReferenceEncoder:
+    """The tokenizer's own library."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.name = f"reference ({reference.library})"
+        self.encode = reference.encode
+
+    def shed(self) -> None:
+        """Nothing to give back: these libraries hold small caches only."""
+
+
+class GigatokenEncoder:
+    """gigatoken: the same ids, many times faster. Its cache of words grows with the text, so it can be emptied."""
+
+    name = "gigatoken"
+
+    def __init__(self, make: Callable[[], Any], offset: int = 0) -> None:
+        """`make` builds the gigatoken tokenizer; `offset` is added to its ids."""
+        self._make = make
+        self._offset = offset
+        self.shed()
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Ids of a text as a numpy array of uint32."""
+        ids = self._tokenizer.encode(text)
+        return ids + self._offset if self._offset else ids
+
+    def shed(self) -> None:
+        """Start with an empty cache."""
+        self._tokenizer: Any = None  # the old cache goes before the new tokenizer comes
+        self._tokenizer = self._make()
+
+
+def choose_encoder(reference: Reference, sample: list[str], choice: Choice = "auto") -> tuple[Encoder, str]:
+    """The encoder for a job, and one line that says which and why.
+
+    gigatoken is taken only where it gives the reference's ids for every text of the sample.
+
+    Raises:
+        UsageError: gigatoken was asked for, and cannot do this tokenizer or gives other ids.
+    """
+    plain = ReferenceEncoder(reference)
+    if choice == "reference":
+        return plain, f"{plain.name}, as asked"
+    try:
+        fast = gigatoken_encoder(reference)
+    except _NotPossibleError as error:
+        why = str(error)
+    else:
+        different = [text for text in sample if list(fast.encode(text)) != list(reference.encode(text))]
+        if not different:
+            return fast, f"gigatoken, same ids as {reference.library} for all {len(sample)} sampled documents"
+        why = f"WARNING: other ids than {reference.library} for {len(different)} of {len(sample)} sampled documents"
+    if choice == "gigatoken":
+        raise UsageError(f"--encoder gigatoken: {why}; use --encoder auto")
+    return plain, f"{plain.name}; gigatoken: {why}"
+
+
+class _NotPossibleError(Exception):
+    """Why gigatoken cannot stand in for a tokenizer."""
+
+
+def gigatoken_encoder(reference: Reference) -> GigatokenEncoder:
+    """gigatoken for the reference's tokenizer, its special tokens taken out so that text never becomes one."""
+    try:
+        if reference.library == "sentencepiece":
+            from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+
+            definition = json.loads(sentencepiece_to_tokenizer_json(reference.model.serialized_model_proto()))
+            _refuse_inexact_sentencepiece(definition)
+            return _from_json(definition)
+        if reference.library in ("huggingface", "megatron") and hasattr(reference.model, "backend_tokenizer"):
+            return _from_json(json.loads(reference.model.backend_tokenizer.to_str()))
+        if reference.library == "tiktoken":
+            return _from_tiktoken(reference)
+    except _NotPossibleError:
+        raise
+    except Exception as error:  # gigatoken refuses a tokenizer with whatever exception its parts raise
+        raise _NotPossibleError(" ".join(str(error).split("\n")[0].split()) or type(error).__name__) from error
+    raise _NotPossibleError(f"does not do {reference.library} tokenizers")
+
+
+def _refuse_inexact_sentencepiece(definition: dict[str, Any]) -> None:
+    """Refuse the models of which gigatoken 0.10 gives other ids for some rare text, which a sample may not contain."""
+    if not all(token["special"] for token in definition["added_tokens"]):
+        raise _NotPossibleError("is not exact with user-defined symbols")
+    steps = [step["type"] for step in definition["normalizer"]["normalizers"]]
+    if "Strip" in steps and "Precompiled" not in steps:
+        raise _NotPossibleError("is not exact where extra spaces are removed and nothing else is normalised")
+
+
+def _from_json(definition: dict[str, Any]) -> GigatokenEncoder:
+    """From the contents of a tokenizer.json."""
+    import gigatoken
+
+    added = [token for token in definition.get("added_tokens") or [] if not token["special"]]
+    if any(token["single_word"] for token in added):
+        raise _NotPossibleError("is not exact with added tokens that only match whole words")
+    stripped = json.dumps({**definition, "added_tokens": added})
+    return GigatokenEncoder(lambda: gigatoken.Tokenizer.from_json(stripped))
+
+
+def _from_tiktoken(reference: Reference) -> GigatokenEncoder:
+    """From a Megatron tiktoken tokenizer, whose ordinary ids begin after its special ones."""
+    import base64
+
+    import gigatoken
+    from megatron.core.tokenizers.text.libraries.tiktoken_tokenizer import _PATTERN_TIKTOKEN_V2
+
+    if reference.model._pat_str != _PATTERN_TIKTOKEN_V2:
+        raise _NotPossibleError("does not know this --tiktoken-pattern")
+    ranks: dict[bytes, int] = reference.model._mergeable_ranks
+    offset = min(ranks.values())
+    lines = [base64.b64encode(token) + b" %d\n" % (rank - offset) for token, rank in ranks.items()]
+
+    def make() -> Any:
+        with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
+            file.writelines(lines)
+            file.flush()
+            return gigatoken.Tokenizer.from_tiktoken(file.name, "nemotron")
+
+    return GigatokenEncoder(make, offset)

@@ -1,0 +1,206 @@
+"""The tokenizer that training uses, as preprocessing needs it.
+
+Megatron's own `build_tokenizer` makes it, so that ids agree with training. The one exception is a plain SentencePiece
+model: Megatron hands the text to the sentencepiece library as it is, and so do we, without the seconds that importing
+Megatron costs (a test holds the two together).
+
+Text is never parsed for special tokens: a document that contains `</s>` or `[MASK]` as text gets ordinary ids.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_meap.errors import UsageError
+from megatron_meap.tokenization.mask_token import MASK_TOKEN, MaskToken, resolve_mask_token, special_id
+
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "TikTokenizer", "GPT2BPETokenizer", "NullTokenizer")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A tokenizer, and the facts about it that a dataset depends on."""
+
+    library: str
+    """`sentencepiece`, `huggingface`, `megatron` (GPT2BPETokenizer), `tiktoken` or `null-text`."""
+
+    encode: Callable[[str], Sequence[int]]
+    """Ids of a text alone: no BOS, no EOS, special tokens as plain text."""
+
+    vocab_size: int
+    """Without a mask token that has to be appended."""
+
+    prefix: tuple[int, ...]
+    """Ids that the tokenizer itself puts before every text (Hugging Face post-processors may)."""
+
+    suffix: tuple[int, ...]
+    """Ids that the tokenizer itself puts after every text."""
+
+    bos: int | None
+    eod: int | None
+    unk: int | None
+    model: Any
+    """The library's own tokenizer object."""
+
+    tokenizer: Any
+    """What `detokenize(ids)` can be called on: Megatron's tokenizer, or a stand-in for it."""
+
+    mask: MaskToken | None
+    """The mask token; None for a NullTokenizer."""
+
+
+def add_tokenizer_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add Megatron-LM's tokenizer flags, with its names and defaults (declared here: importing its parser is slow)."""
+    group = parser.add_argument_group("tokenizer, as for training")
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=required)
+    group.add_argument("--tokenizer-model", help="SentencePiece .model, Hugging Face folder, or tiktoken JSON file")
+    group.add_argument("--vocab-file", help="vocabulary of a BPE tokenizer")
+    group.add_argument("--merge-file", help="merges of a BPE tokenizer")
+    group.add_argument("--vocab-size", type=int, help="of a NullTokenizer, or to cut a tiktoken vocabulary")
+    group.add_argument("--tokenizer-special-tokens", dest="special_tokens", nargs="+", help="TikTokenizer only")
+    group.add_argument("--tiktoken-pattern", choices=["v1", "v2"])
+    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
+    group.add_argument("--tokenizer-hf-no-use-fast", action="store_true")
+    group.add_argument("--tokenizer-hf-no-include-special-tokens", action="store_true")
+    group.add_argument("--trust-remote-code", action="store_true")
+    group.add_argument("--null-tokenizer-eod-id", type=int)
+    group.add_argument("--meap-mask-token", default=MASK_TOKEN, help=f"how it is written (default: {MASK_TOKEN})")
+
+
+def load_reference(args: Any) -> Reference:
+    """Load the tokenizer that Megatron-style arguments name (`tokenizer_type`, `tokenizer_model`, ...).
+
+    Raises:
+        UsageError: missing or wrong flags, or files that are not a tokenizer.
+    """
+    if args.tokenizer_type not in TOKENIZER_TYPES:
+        raise UsageError(f"--tokenizer-type {args.tokenizer_type}: use one of {', '.join(TOKENIZER_TYPES)}")
+    _check_files(args)
+    if args.tokenizer_type in SENTENCEPIECE_TYPES:
+        return _sentencepiece(args.tokenizer_model, args.meap_mask_token)
+    megatron = _megatron_tokenizer(args)
+    model: Any = getattr(megatron._tokenizer, "tokenizer", None)
+    encode: Callable[[str], Sequence[int]] = megatron.tokenize
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    if megatron.library == "tiktoken":
+        encode = model.encode_ordinary
+    elif megatron.library in ("huggingface", "megatron"):
+        encode = _huggingface_encode(model)
+        if not args.tokenizer_hf_no_include_special_tokens:
+            prefix, suffix = _around(model("a")["input_ids"], encode("a"))
+    return Reference(
+        megatron.library,
+        encode,
+        megatron.vocab_size,
+        prefix,
+        suffix,
+        bos=special_id(megatron, "bos"),
+        eod=special_id(megatron, "eod"),
+        unk=special_id(megatron, "unk"),
+        model=model,
+        tokenizer=megatron,
+        mask=None if megatron.library == "null-text" else resolve_mask_token(megatron, args.meap_mask_token),
+    )
+
+
+def _check_files(args: Any) -> None:
+    """The files that a tokenizer type needs are named and exist."""
+    kind = args.tokenizer_type
+    needed = {"GPT2BPETokenizer": ("vocab_file", "merge_file"), "NullTokenizer": ("vocab_size",)}
+    for name in needed.get(kind, ("tokenizer_model",)):
+        flag, value = "--" + name.replace("_", "-"), getattr(args, name, None)
+        if not value:
+            raise UsageError(f"{flag}: needed by --tokenizer-type {kind}")
+        if name == "vocab_size":
+            continue
+        if not Path(value).exists() and kind != "HuggingFaceTokenizer":
+            raise UsageError(f"{flag} {value}: no such file")
+        if Path(value).is_dir() and kind != "HuggingFaceTokenizer":
+            raise UsageError(f"{flag} {value}: a folder; --tokenizer-type {kind} needs a file")
+
+
+def _sentencepiece(path: str, mask_token: str) -> Reference:
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.Load(path)
+    except (RuntimeError, OSError) as error:
+        raise UsageError(f"--tokenizer-model {path}: not a SentencePiece model") from error
+    stand_in = SimpleNamespace(
+        library="sentencepiece",
+        _tokenizer=SimpleNamespace(tokenizer=model),
+        vocab_size=model.get_piece_size(),
+        detokenize=model.decode_ids,
+    )
+
+    def present(token: int) -> int | None:
+        return token if token >= 0 else None
+
+    return Reference(
+        "sentencepiece",
+        model.encode_as_ids,
+        stand_in.vocab_size,
+        (),
+        (),
+        bos=present(model.bos_id()),
+        eod=present(model.eos_id()),
+        unk=present(model.unk_id()),
+        model=model,
+        tokenizer=stand_in,
+        mask=resolve_mask_token(stand_in, mask_token),
+    )
+
+
+def _megatron_tokenizer(args: Any) -> Any:
+    """Megatron's own tokenizer for these arguments, without what its imports print."""
+    full = argparse.Namespace(**{**_MEGATRON_DEFAULTS, **vars(args)})
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch").setLevel(logging.ERROR)
+        try:
+            from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+            return build_tokenizer(full)
+        except Exception as error:  # whatever a library says about a file that is not its own
+            named = args.tokenizer_model or args.vocab_file or args.vocab_size
+            reason = " ".join((str(error) or type(error).__name__).split())
+            raise UsageError(f"{named}: not a tokenizer of --tokenizer-type {args.tokenizer_type}: {reason}") from error
+
+
+_MEGATRON_DEFAULTS = {
+    "metadata_path": None,
+    "chat_template": None,
+    "pad_vocab_size": False,
+    "null_tokenizer_pad_id": -1,
+}
+
+
+def _huggingface_encode(model: Any) -> Callable[[str], Sequence[int]]:
+    """Encode as the Hugging Face tokenizer does, but special tokens in the text are text."""
+    backend = getattr(model, "backend_tokenizer", None)
+    if backend is None:
+        return lambda text: model(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    own = type(backend).from_str(backend.to_str())  # a copy: calling the model resets these settings
+    own.encode_special_tokens = True
+    own.no_truncation()
+    own.no_padding()
+    return lambda text: own.encode(text, add_special_tokens=False).ids
+
+
+def _around(whole: Sequence[int], inner: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What stands before and after `inner` in `whole`."""
+    whole, inner = list(whole), list(inner)
+    for start in range(len(whole) - len(inner) + 1):
+        if whole[start : start + len(inner)] == inner:
+            return tuple(whole[:start]), tuple(whole[start + len(inner) :])
+    raise UsageError("--tokenizer-model: this tokenizer's post-processor changes the text's own ids; not supported")

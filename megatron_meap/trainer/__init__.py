@@ -1,0 +1,1 @@
+"""Megatron's trainer with MEAP in it: flags, batches, the checks before the start, the run, the retrieval probe."""

@@ -1,0 +1,257 @@
+"""The flags that this project adds to Megatron's, the defaults it changes, and their validation."""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import traceback
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_meap.backend import device
+from megatron_meap.checkpoint.latest import CheckpointSettings
+from megatron_meap.cluster.connections import ConnectionSettings
+from megatron_meap.errors import UsageError
+from megatron_meap.flags import Settings, add_group, flag
+from megatron_meap.meap import settings as meap
+from megatron_meap.meap.settings import MaskSettings
+from megatron_meap.sft import flags as sft
+from megatron_meap.sft.flags import BadLineSettings, SFTSettings
+from megatron_meap.tokenization.mask_token import resolve_mask_token
+from megatron_meap.trainer.official import OfficialSettings
+from megatron_meap.trainer.probe import ProbeSettings
+
+LOCAL_LAYERS = {
+    "transformer_impl": "local",
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_swiglu_fusion": False,
+}
+"""Megatron's arguments for the local layers (layers.py): PyTorch only, no kernels of Apex or Transformer Engine."""
+
+
+@dataclass(frozen=True)
+class RunSettings(Settings):
+    """The two flags of a run as a whole."""
+
+    PREFIX: ClassVar[str] = ""
+
+    dry_run: bool = flag(
+        False,
+        "check everything, show what would run on WORLD_SIZE ranks, and end: one process, without a GPU",
+        name="--dry-run",
+    )
+    fp32: bool = flag(
+        False,
+        "train in 32-bit floats (a GPU does so without --bf16 or --fp16; on a CPU with bf16 matrix units bf16 is the "
+        "default)",
+        name="--fp32",
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add this project's flags to Megatron's parser, and set the defaults for this machine."""
+    groups = (
+        ("MEAP", "mask-enhanced autoregressive prediction (arXiv 2502.07490)", MaskSettings, ProbeSettings),
+        ("MEAP, training as the paper's code", "docs/recipes.md", OfficialSettings),
+        ("MEAP fine-tuning", "conversations in JSON lines (docs/finetuning.md)", SFTSettings, BadLineSettings),
+        ("MEAP, the run", "docs/training.md", RunSettings, CheckpointSettings, ConnectionSettings),
+    )
+    for title, description, *settings in groups:
+        add_group(parser, title, description, *settings)
+    parser.set_defaults(
+        eval_interval=1000,
+        create_attention_mask_in_dataloader=False,  # attention is causal without it
+        verify_integrity=True,  # torn and corrupted checkpoints are detected
+        async_strategy="nvrx" if importlib.util.find_spec("nvidia_resiliency_ext") else "mcore",
+        **_local_defaults(),
+    )
+    return parser
+
+
+def _local_defaults() -> dict[str, object]:
+    """Defaults that make Megatron run with what is installed here; the user's own flags still win."""
+    if device.is_cpu():
+        defaults: dict[str, object] = {"distributed_backend": "gloo", "use_cpu_initialization": True}
+    elif _uses_transformer_engine():
+        return {}
+    else:
+        defaults = {}
+    return defaults | LOCAL_LAYERS
+
+
+def _uses_transformer_engine() -> bool:
+    """Whether a run on GPUs does: as it asks for, else wherever it is installed, or where the run is only planned."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--transformer-impl")
+    asked = parser.parse_known_args()[0].transformer_impl
+    if asked is not None:
+        return asked != "local"
+    return device.plans_for_gpu() or importlib.util.find_spec("transformer_engine") is not None
+
+
+def parse_arguments(**changes: object) -> Namespace:
+    """Parse, validate and complete the command line, and set Megatron's global variables from it.
+
+    Args:
+        changes: arguments to set differently.
+
+    Raises:
+        UsageError: a flag, or a combination of flags, cannot be used; one line that says which and why.
+    """
+    from megatron.training.global_vars import set_global_variables
+
+    args = parse_flags()
+    vars(args).update(changes)
+    check(args)
+    _explain(lambda: set_global_variables(args, build_tokenizer=False))
+    set_tokenizer(args)
+    return args
+
+
+def parse_flags() -> Namespace:
+    """What the command line says, not yet checked."""
+    from megatron.training.arguments import parse_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    args = parse_args(add_arguments)
+    _choose_precision(args)
+    if args.use_checkpoint_args:
+        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
+        load_args_from_checkpoint(args)
+    return args
+
+
+def check(args: Namespace) -> None:
+    """Check the flags by our rules and by Megatron's, which completes them as well.
+
+    Raises:
+        UsageError: as `parse_arguments`.
+    """
+    from megatron.training.arguments import validate_args
+
+    _require_the_models_shape(args)
+    _validate_meap(args)
+    _refuse_what_this_device_cannot(args)
+    args.use_persistent_ckpt_worker |= args.async_save  # without it Megatron saves in the foreground after all
+    args.verify_integrity &= args.ckpt_format == "torch_dist"  # Megatron records hashes for no other format
+    args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
+    args.create_attention_mask_in_dataloader |= args.reset_attention_mask  # then it is more than the causal one
+    _explain(lambda: validate_args(args))
+    _check_warmup(args)
+
+
+def _require_the_models_shape(args: Namespace) -> None:
+    """Name the flags that this run cannot go without, all at once: Megatron asserts them one by one, unnamed."""
+    needed = ["hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings", "micro_batch_size"]
+    needed += [] if args.hybrid_layer_pattern else ["num_layers"]
+    needed += ["save_interval"] if args.save else []
+    if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]:
+        raise UsageError(f"{', '.join(missing)}: missing, and no run goes without; README.md shows a whole command")
+
+
+def _check_warmup(args: Namespace) -> None:
+    """Refuse a warm-up that the schedule has no room for: Megatron would fail when it builds the optimizer."""
+    for unit in ("iters", "samples"):
+        warmup = getattr(args, f"lr_warmup_{unit}")
+        whole = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+        if warmup and whole and warmup >= whole:
+            raise UsageError(
+                f"--lr-warmup-{unit} {warmup}: must be less than the {whole} {unit} of the schedule "
+                f"(--lr-decay-{unit}, else --train-{unit})"
+            )
+
+
+def _explain(validate: Callable[[], None]) -> None:
+    """Run a check of Megatron's; say its failed assertion in one line, since those are about flags."""
+    try:
+        validate()
+    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+        said = "" if isinstance(error, TypeError) else " ".join(str(error).split())
+        reason = said or _source_line(error)
+        raise UsageError(f"Megatron refuses these flags: {reason}") from error
+
+
+def _source_line(error: BaseException) -> str:
+    """The failed assertion itself, for those that Megatron leaves without a message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].line or type(error).__name__
+
+
+def _choose_precision(args: Namespace) -> None:
+    """bf16 by default on a CPU that has the units for it; elsewhere what the flags say."""
+    if args.fp32 and (args.bf16 or args.fp16):
+        raise UsageError("--fp32: contradicts --bf16 and --fp16; give one of them")
+    if device.is_cpu() and not (args.fp32 or args.bf16 or args.fp16):
+        from megatron_meap.backend.cpu import has_bf16_units
+
+        args.bf16 = has_bf16_units()
+
+
+def _validate_meap(args: Namespace) -> None:
+    """Check this project's flags, alone and against Megatron's."""
+    ConnectionSettings.of(args).check()
+    meap.complete(args)
+    sft.validate(args)
+    CheckpointSettings.of(args).check(args)
+    ProbeSettings.of(args).check(args)
+    OfficialSettings.of(args).check(args)
+    if args.sft:
+        raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; use --meap-sft")
+    if args.full_validation and not args.multiple_validation_sets:
+        raise UsageError("--full-validation: megatron-core 0.19 fails without --multiple-validation-sets; add it")
+    if args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:
+        raise UsageError(
+            f"--micro-batch-size {args.micro_batch_size}: Megatron passes packed documents between pipeline stages "
+            "only with --micro-batch-size 1 (--meap-sft, or --dataloader-inter-document-masking, with "
+            "--pipeline-model-parallel-size)"
+        )
+
+
+def _refuse_what_this_device_cannot(args: Namespace) -> None:
+    """What cannot work on a CPU, or with the local layers: say why, instead of failing deep inside Megatron."""
+    if device.is_cpu():
+        from megatron_meap.backend.cpu import unsupported
+
+        for flag, reason in unsupported(args):
+            raise UsageError(f"{flag}: cannot work on a CPU: {reason}; drop it, or train on a GPU")
+    if args.context_parallel_size > 1 and args.transformer_impl == "local":
+        raise UsageError(
+            f"--context-parallel-size {args.context_parallel_size}: needs Transformer Engine, whose attention reaches "
+            "beyond a rank's part of the sequence; install it (pip install -e '.[gpu]'), or use tensor parallelism"
+        )
+
+
+def set_tokenizer(args: Namespace) -> None:
+    """Build the tokenizer, find or append the mask token, and pad the vocabulary that holds them both."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
+    from megatron.training import global_vars
+
+    padded_by_user = args.padded_vocab_size
+    pad_vocab_size, args.pad_vocab_size = args.pad_vocab_size, False  # padding comes after the mask token
+    try:
+        # sentencepiece and tokenizers write about a bad file to stdout and stderr before they raise
+        with contextlib.redirect_stdout(io.StringIO()):
+            tokenizer = build_tokenizer(args)
+    except Exception as error:
+        path = args.tokenizer_model or args.vocab_file or "(no --tokenizer-model given)"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"--tokenizer-model {path}: not a {args.tokenizer_type} tokenizer ({reason})") from error
+    args.pad_vocab_size = pad_vocab_size
+    mask = resolve_mask_token(tokenizer, args.meap_mask_token)
+    needed = max(tokenizer.vocab_size, mask.id + 1)
+    if padded_by_user is None:
+        args.padded_vocab_size = vocab_size_with_padding(needed, args) if pad_vocab_size else needed
+    elif padded_by_user < needed:
+        raise UsageError(
+            f"the vocabulary has {padded_by_user} rows, but the tokenizer and the mask token {mask.text!r} need "
+            f"{needed}; raise --padded-vocab-size, or use the tokenizer the checkpoint was trained with"
+        )
+    args.meap_mask_token_id = mask.id
+    args.meap_tokenizer_vocab_size = tokenizer.vocab_size
+    global_vars._GLOBAL_TOKENIZER = tokenizer

@@ -1,0 +1,292 @@
+"""From Megatron's datasets to the batches of one rank: the datasets provider and `get_batch`."""
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.utils import Split
+from megatron.core.parallel_state import get_context_parallel_group, get_hybrid_data_context_parallel_groups
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_tokenizer
+from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_meap.cluster import connections, disks
+from megatron_meap.meap.dataset import MaskedInputDataset
+from megatron_meap.meap.settings import masking_of
+from megatron_meap.sft import data as sft
+from megatron_meap.tokenization.mask_token import special_token_ids
+from megatron_meap.trainer import preflight
+
+BATCH_KEYS = [
+    "attention_mask",
+    "cu_seqlens",
+    "cu_seqlens_padded",
+    "hybrid_cp_group",
+    "labels",
+    "local_cp_size",
+    "loss_mask",
+    "max_seqlen",
+    "position_ids",
+    "tokens",
+]
+"""What Megatron's batch helpers expect on the rank that loads the data, absent ones as None."""
+
+
+def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+    """Build the train, validation and test datasets that this rank needs, the train inputs masked.
+
+    Args:
+        num_samples: samples wanted of each split; None means one epoch.
+        vp_stage: virtual pipeline stage, as Megatron passes it.
+
+    Returns:
+        The three datasets, None on ranks that load no data; validation may be a list of datasets.
+    """
+    args = get_args()
+    provide = _conversations if args.meap_sft else _documents
+    datasets = provide(args, num_samples, partial(loads_data, vp_stage))
+    connections.watch(args.meap_lost_host_seconds)  # the trainer has made all its connections by now
+    return tuple(datasets)  # type: ignore[return-value]
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, not TP rank 0 alone
+
+
+def _documents(args: Namespace, num_samples: list[int | None], loads_here: Callable[[], bool]) -> list[Any]:
+    """Megatron's datasets of documents, their inputs masked."""
+    config = dataset_config(args)
+    kind = MockGPTDataset if args.mock_data else StatelessFIMDataset if args.fim_data else GPTDataset
+    caches = None
+    if not args.mock_data:
+        alone = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config)
+        caches = disks.Caches(
+            partial(preflight.cache_directory, args), partial(preflight.data_facts, args), alone.build
+        )
+    disks.prepare(args, loads_here(), caches)
+    built = BlendedMegatronDatasetBuilder(kind, num_samples, loads_here, config).build()
+    return [
+        [_masked(part, split, args) for part in dataset] if isinstance(dataset, list) else _masked(dataset, split, args)
+        for dataset, split in zip(built, (Split.train, Split.valid, Split.test), strict=True)
+    ]
+
+
+def _conversations(args: Namespace, num_samples: list[int | None], loads_here: Callable[[], bool]) -> list[Any]:
+    """The datasets of fine-tuning, whose rows are masked already."""
+    build = partial(sft.datasets, args, num_samples)
+    caches = disks.Caches(partial(sft.cache_directory, args), partial(sft.data_facts, args), build)
+    disks.prepare(args, loads_here(), caches)
+    return build() if loads_here() else [None, None, None]
+
+
+class StatelessFIMDataset(GPTFIMDataset):
+    """Fill-in-the-middle samples that depend on their index alone.
+
+    Megatron's own draws from one running generator a process, so that a sample depends on all that were read before
+    it: on the layout, the data workers and the point of resumption.
+    """
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, Any, list]:
+        self.np_rng = np.random.RandomState([self.config.random_seed % 2**32, idx])
+        return super()._query_document_sample_shuffle_indices(idx)
+
+
+def _masked(dataset: Any, split: Split, args: Namespace) -> Any:
+    """Wrap a top-level dataset; as it is where the split stays clean (ratio 0 is Megatron's own pipeline)."""
+    if dataset is None or len(dataset) == 0:  # Megatron's data loader fails on a split without samples (--eval-iters 0)
+        return None
+    masking = masking_of(args, split.name)
+    if masking is None:
+        return dataset
+    return MaskedInputDataset(
+        dataset,
+        masking,
+        split=split,
+        mask_token_id=args.meap_mask_token_id,
+        vocab_size=args.meap_tokenizer_vocab_size,
+        protected_ids=special_token_ids(get_tokenizer()) if args.meap_protect_special_tokens else (),
+        first_index=_samples_before_this_phase(args) if split is Split.train else 0,
+    )
+
+
+def _samples_before_this_phase(args: Namespace) -> int:
+    """Samples of the earlier training phases: Megatron restarts the index at every phase transition."""
+    passed = [iteration for iteration in args.phase_transition_iterations or () if iteration <= args.iteration]
+    return max(passed, default=0) * args.global_batch_size
+
+
+def dataset_config(args: Namespace) -> GPTDatasetConfig:
+    """Megatron's dataset configuration from its flags, as its own `pretrain_gpt.py` fills it."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences_per_dataset = None
+    if args.per_dataset_sequences_path is not None:
+        with open(args.per_dataset_sequences_path) as file:
+            sequences_per_dataset = json.load(file)
+    fields: dict[str, Any] = {
+        "random_seed": args.seed,
+        "sequence_length": args.seq_length,
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "split": args.split,
+        "multiple_validation_sets": args.multiple_validation_sets,
+        "full_validation": args.full_validation,
+        "num_dataset_builder_threads": args.num_dataset_builder_threads,
+        "path_to_cache": args.data_cache_path,
+        "mmap_bin_files": args.mmap_bin_files,
+        "tokenizer": get_tokenizer(),
+        "reset_position_ids": args.reset_position_ids,
+        "reset_attention_mask": args.reset_attention_mask,
+        "eod_mask_loss": args.eod_mask_loss,
+        "create_attention_mask": args.create_attention_mask_in_dataloader,
+        "object_storage_cache_path": args.object_storage_cache_path,
+        "mid_level_dataset_surplus": args.mid_level_dataset_surplus,
+        "allow_ambiguous_pad_tokens": args.allow_ambiguous_pad_tokens,
+        "fast_cache_load": args.dataloader_fast_cache_load,
+        "sequences_per_dataset": sequences_per_dataset,
+        "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
+        "context_parallel_size": args.context_parallel_size,
+        "data_parallel_size": args.data_parallel_size,
+        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
+        "hybrid_context_parallel": args.hybrid_context_parallel,
+        "inter_document_masking": args.dataloader_inter_document_masking,
+    }
+    if not args.fim_data:
+        return GPTDatasetConfig(**fields)
+    return GPTFIMDatasetConfig(
+        **fields,
+        fim_rate=args.fim_rate,
+        fim_spm_rate=args.fim_spm_rate,
+        fim_split_sample=args.fim_split_sample,
+        fim_fragment_rate=args.fim_fragment_rate,
+        fim_no_prefix=args.fim_no_prefix,
+        fim_extra_tokens={
+            "prefix": args.fim_prefix_token,
+            "middle": args.fim_middle_token,
+            "suffix": args.fim_suffix_token,
+            "pad": args.fim_pad_token,
+            "eod": args.fim_eod_token,
+        },
+    )
+
+
+def loads_data(vp_stage: int | None = None) -> bool:
+    """Whether this rank reads the dataset: tensor-parallel rank 0 of the pipeline stages that see a batch."""
+    return mpu.get_tensor_model_parallel_rank() == 0 and needs_batch(vp_stage)
+
+
+def needs_batch(vp_stage: int | None) -> bool:
+    """Whether this (virtual) pipeline stage sees a batch.
+
+    The first, the last and those with multi-token prediction do; with packed sequences all, for the document borders.
+    """
+    args = get_args()
+    return is_first_or_last_pipeline_stage(vp_stage) or _has_mtp(args, vp_stage) or has_packed_sequences(args)
+
+
+def has_packed_sequences(args: Namespace) -> bool:
+    """Whether batches carry `cu_seqlens`, which every pipeline stage needs."""
+    return args.dataloader_inter_document_masking
+
+
+def _has_mtp(args: Namespace, vp_stage: int | None) -> bool:
+    if args.mtp_num_layers is None:  # building the configuration at every step would cost for nothing
+        return False
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    config = core_transformer_config_from_args(args)
+    return mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+
+
+def get_batch(
+    data_iterator: Iterator | None, vp_stage: int | None, *, training: bool, want_masked: bool
+) -> dict[str, Any]:
+    """The next micro batch on this rank.
+
+    Args:
+        data_iterator: yields samples of [b, s] tensors on tensor-parallel rank 0, None elsewhere.
+        vp_stage: virtual pipeline stage of the model chunk.
+        training: False during evaluation, whose micro batch size may differ.
+        want_masked: also tell which inputs are masked; the last pipeline stage needs it for its report, and has no
+            tokens of its own.
+
+    Returns:
+        The keys of `BATCH_KEYS`, None where this stage needs no such tensor, and `input_masked`, bool [b, s] or None;
+        in fine-tuning it tells which *labels* are masked where they are inputs, for those are what is learned.
+    """
+    args = get_args()
+    if not needs_batch(vp_stage):
+        return dict.fromkeys([*BATCH_KEYS, "input_masked"])
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    batch: dict[str, Any] = {}
+    tokens = None
+    if tp_rank == 0:
+        assert data_iterator is not None
+        loaded = next(data_iterator)
+        batch = {key: loaded[key].cuda(non_blocking=True) if key in loaded else None for key in BATCH_KEYS}
+        tokens = batch["tokens"]
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        has_cu_seqlens=has_packed_sequences(args),
+        is_hybrid_cp=args.hybrid_context_parallel,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=_has_mtp(args, vp_stage),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch["input_masked"] = None
+    if want_masked and batch["labels"] is not None:
+        batch["input_masked"] = _input_masked(tokens if tokens is not None else batch["tokens"], batch["labels"])
+        if args.meap_sft:  # a row begins with its prompt, so that no mask is carried over from the next one
+            batch["input_masked"] = torch.roll(batch["input_masked"], -1, dims=-1)
+    if has_packed_sequences(args):
+        batch = flatten_batch_for_packed_sequences(batch)
+        if batch["input_masked"] is not None:
+            batch["input_masked"] = batch["input_masked"].reshape(1, -1)
+    return get_batch_on_this_cp_rank(
+        batch,
+        is_hybrid_cp=args.hybrid_context_parallel,
+        cp_group=get_context_parallel_group(),
+        hybrid_cp_group_func=get_hybrid_data_context_parallel_groups,
+        use_per_sequence_balancing=args.dataloader_inter_document_masking,
+    )
+
+
+def _input_masked(tokens: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+    """Which inputs are masked, bool [b, s]: the mask token cannot come from text, so it marks them itself.
+
+    On the last of several pipeline stages only tensor-parallel rank 0 has tokens; it tells the others.
+    """
+    if mpu.get_pipeline_model_parallel_world_size() == 1:
+        assert tokens is not None
+        return tokens == get_args().meap_mask_token_id
+    masked = torch.empty(labels.shape, dtype=torch.uint8, device=labels.device)
+    if tokens is not None:
+        masked.copy_(tokens == get_args().meap_mask_token_id)
+    torch.distributed.broadcast(
+        masked, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group()
+    )
+    return masked.bool()

@@ -1,0 +1,334 @@
+"""What can be known to fail is refused before Megatron starts: looked at once, by rank 0, for the whole job."""
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_meap.checkpoint import latest
+from megatron_meap.errors import UsageError
+from megatron_meap.meap.settings import MaskSettings
+from megatron_meap.preprocessing.index import read_index
+from megatron_meap.preprocessing.manifest import check_manifest
+from megatron_meap.sft import data as sft
+from megatron_meap.sft.flags import SFTSettings
+from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+
+MODEL_SHAPE = [
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "normalization",
+    "swiglu",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "position_embedding_type",
+    "rotary_base",
+    "untie_embeddings_and_output_weights",
+    "num_experts",
+    "multi_latent_attention",
+]
+"""Arguments that a checkpoint's weights depend on."""
+
+SFT_DATA = {"seq_length": "--seq-length", "seed": "--seed", "split": "--split"}
+"""Megatron's settings that decide, in fine-tuning, which rows a sample holds."""
+
+_lock: Any = None  # the open file that holds the lock on --save, for as long as the process lives
+
+
+def check(args: Namespace, data_only: bool = False) -> torch.distributed.Store | None:
+    """Check the data and the checkpoint that a run starts from, and settle in `args` which checkpoint that is.
+
+    Args:
+        args: parsed and validated; `ckpt_step` is set where an older checkpoint than the newest is taken.
+        data_only: leave `--save` and `--load` alone, for tools that only look at the data.
+
+    Returns:
+        The store over which the ranks met, for `init_process_group`; None where they need none or have one.
+
+    Raises:
+        UsageError: on every rank alike, with what rank 0 found.
+    """
+    args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
+    found, store = _on_rank_zero(args, lambda: look(args, data_only))
+    args.ckpt_step, args.eval_iters = found["iteration"], found["eval_iters"]
+    args.meap_sft_digests, args.meap_sft_train_digest = found["digests"], found["train"]
+    return store
+
+
+def look(args: Namespace, data_only: bool = False) -> dict[str, Any]:
+    """The checks themselves, by one process; with `--dry-run` they leave no trace.
+
+    Returns:
+        `iteration`, for `ckpt_step`, and `start`: the checkpoint that the run starts from, None where it starts anew;
+        `eval_iters`, 0 without validation data; `digests` and `train`, which name the conversations of a fine-tuning.
+    """
+    args.meap_sft_digests, args.meap_sft_train_digest = {}, None
+    if args.meap_sft:
+        sft.check(args)
+    else:
+        _check_data(args)
+    if args.eval_iters > 0 and not _has_validation(args):
+        print("no data is named for validation: nothing is evaluated (--eval-iters 0)", flush=True)
+        args.eval_iters = 0  # Megatron would evaluate on None
+    found = {
+        "eval_iters": args.eval_iters,
+        "digests": args.meap_sft_digests,
+        "train": args.meap_sft_train_digest,
+    }
+    if data_only:
+        return found | {"iteration": args.ckpt_step}
+    if args.dry_run:
+        _look_at_save_directory(args)
+    else:
+        _lock_save_directory(args)
+    return found | _check_checkpoint(args)
+
+
+def _on_rank_zero(
+    args: Namespace, look: Callable[[], dict[str, Any]]
+) -> tuple[dict[str, Any], torch.distributed.Store | None]:
+    """Result of `look` on rank 0, on all ranks; a UsageError there is a UsageError everywhere."""
+    store = None
+
+    def looked() -> str:
+        try:
+            return json.dumps(look())
+        except UsageError as error:
+            return json.dumps({"error": str(error)})
+
+    if args.world_size == 1:
+        answer = looked()
+    elif torch.distributed.is_initialized():
+        answers = [looked() if args.rank == 0 else ""]
+        torch.distributed.broadcast_object_list(answers, src=0)
+        answer = answers[0]
+    else:
+        timeout = timedelta(minutes=args.distributed_timeout_minutes)
+        store, _, _ = next(torch.distributed.rendezvous("env://", args.rank, args.world_size, timeout=timeout))
+        if args.rank == 0:
+            store.set("meap_preflight", looked())
+        store.set_timeout(timedelta(days=1))  # rank 0 may have a large checkpoint to read through
+        answer = store.get("meap_preflight").decode()
+        store.set_timeout(timeout)
+    result = json.loads(answer)
+    if "error" in result:
+        raise UsageError(result["error"])
+    return result, store
+
+
+def _check_data(args: Namespace) -> None:
+    """Every dataset must be there, whole, long enough, and made with this tokenizer; the cache must be writable."""
+    if args.mock_data:
+        return
+    prefixes = data_prefixes(args)
+    if args.per_dataset_sequences_path is not None and not Path(args.per_dataset_sequences_path).is_file():
+        raise UsageError(f"--per-dataset-sequences-path {args.per_dataset_sequences_path}: no such file")
+    for prefix in prefixes:
+        if not prefix.startswith(("s3://", "msc://")):
+            _check_dataset(prefix, args)
+    cache = cache_directory(args)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--data-cache-path {cache}: cannot be written ({error.strerror}); name a writable directory"
+        ) from error
+
+
+def _has_validation(args: Namespace) -> bool:
+    """Whether there is data to validate on."""
+    if args.meap_sft:
+        return sft.has_validation(args)
+    _, per_split = get_blend_and_blend_per_split(args)
+    if per_split is not None:
+        return per_split[1] is not None
+    return args.split is None or _shares(args)[1] is not None
+
+
+def _shares(args: Namespace) -> list[tuple[float, float] | None]:
+    """Beginning and end of training, validation and test data by `--split`; None for one without a share."""
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    return convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+
+
+def data_prefixes(args: Namespace) -> list[str]:
+    """The prefixes of all datasets that the flags name, each once."""
+    try:
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except (OSError, ValueError, KeyError) as error:
+        path = args.data_args_path or args.per_split_data_args_path or args.data_path
+        raise UsageError(f"{path}: cannot be read as a list of datasets ({error}); see Megatron's help") from error
+    prefixes = [prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]]
+    if not prefixes:
+        raise UsageError("--data-path: no data is named; give the prefix of a dataset (or --mock-data)")
+    return list(dict.fromkeys(prefixes))
+
+
+def data_facts(args: Namespace) -> dict[str, str]:
+    """What tells the datasets of one host from those of another, by prefix."""
+    return {prefix: f"{read_index(prefix).tokens} tokens" for prefix in data_prefixes(args)}
+
+
+def cache_directory(args: Namespace) -> Path:
+    """Where Megatron keeps the indices of the samples."""
+    return Path(args.data_cache_path) if args.data_cache_path else Path(data_prefixes(args)[0]).parent / "cache"
+
+
+def _check_dataset(prefix: str, args: Namespace) -> None:
+    """Check one .bin/.idx pair."""
+    tokens = read_index(prefix).tokens
+    if tokens <= args.seq_length:
+        raise UsageError(
+            f"{prefix}: holds {tokens} tokens, less than one sample of {args.seq_length} + 1; "
+            "use more data or a shorter --seq-length"
+        )
+    if args.split is not None:
+        _check_split(prefix, args)
+    check_manifest(prefix, tokenizer_sha256=args.meap_tokenizer_sha256, vocab_size=args.meap_tokenizer_vocab_size)
+
+
+def _check_split(prefix: str, args: Namespace) -> None:
+    """Refuse a split without a document: Megatron would look for samples of it without end, wanted or not."""
+    documents = len(read_index(prefix).lengths)
+    for name, share in zip(("training", "validation", "test"), _shares(args), strict=True):
+        if share is not None and round(share[0] * documents) == round(share[1] * documents):
+            raise UsageError(
+                f"--split {args.split}: gives {name} none of the {documents} documents of {prefix}; "
+                "give it a larger share, or 0 for none"
+            )
+
+
+def _lock_save_directory(args: Namespace) -> None:
+    """Refuse a second job that saves to the same directory: the lock lives as long as this process."""
+    global _lock
+    if args.save is None:
+        return
+    path = Path(args.save) / ".lock"
+    if _lock is not None and _lock.name == str(path):
+        return  # a second run in this process
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = open(path, "a+")  # noqa: SIM115  # stays open
+    except OSError as error:
+        raise UsageError(f"--save {args.save}: cannot be written ({error.strerror})") from error
+    _take_lock(opened, args.save)
+    opened.truncate(0)
+    opened.write(f"process {os.getpid()} on {os.uname().nodename}")
+    opened.flush()
+    _lock = opened
+
+
+def _take_lock(opened: Any, save: str) -> None:
+    """Lock an open file until it is closed, or refuse as another job has it."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        opened.seek(0)
+        holder = opened.read().strip() or "unknown"
+        raise UsageError(
+            f"--save {save}: another job saves there ({holder}); wait for it, stop it, or name another directory"
+        ) from error
+
+
+def _look_at_save_directory(args: Namespace) -> None:
+    """What `_lock_save_directory` would refuse, without leaving anything behind."""
+    if args.save is None:
+        return
+    path = Path(args.save).absolute()
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"--save {args.save}: cannot be written ({existing} is not a directory that can be written)")
+    with contextlib.suppress(FileNotFoundError), open(path / ".lock") as opened:
+        _take_lock(opened, args.save)
+
+
+def _check_checkpoint(args: Namespace) -> dict[str, Any]:
+    """Choose the checkpoint to load, and compare it with this run's model, tokenizer and masks."""
+    if args.load is not None:
+        choice = latest.choose(Path(args.load), args.ckpt_step, args.meap_refuse_damaged_checkpoint)
+        if choice is not None:
+            _compare("--load", choice.path, args)
+            return {**_settle(choice, args), "start": str(choice.path)}
+        if args.save is None or Path(args.load).resolve() != Path(args.save).resolve():
+            raise UsageError(f"--load {args.load}: holds no checkpoint; check the path, or drop the flag to start anew")
+    if args.pretrained_checkpoint is not None:  # Megatron starts from it where --load holds none yet
+        flag = f"--pretrained-checkpoint {args.pretrained_checkpoint}"
+        choice = latest.choose(Path(args.pretrained_checkpoint), None, refuse_damaged=False)
+        if choice is None:
+            raise UsageError(f"{flag}: holds no checkpoint; check the path")
+        if choice.warning is not None:
+            raise UsageError(f"{flag}: {choice.warning.partition(';')[0]}; copy or convert it again")
+        _compare("--pretrained-checkpoint", choice.path, args)
+        return {"iteration": args.ckpt_step, "start": str(choice.path)}
+    return {"iteration": args.ckpt_step, "start": None}
+
+
+def _settle(choice: latest.Choice, args: Namespace) -> dict[str, Any]:
+    """Say and record that an older checkpoint is taken; the pointer follows where this job owns the directory."""
+    if choice.warning is None:
+        return {"iteration": args.ckpt_step}
+    print(f"warning: {choice.warning}", flush=True)
+    if not args.dry_run and args.save is not None and Path(args.load).resolve() == Path(args.save).resolve():
+        latest.set_pointer(Path(args.load), choice.iteration)
+    return {"iteration": choice.iteration}
+
+
+def _compare(flag: str, path: Path, args: Namespace) -> None:
+    """Refuse a checkpoint of another model or tokenizer; and, when resuming, of other masks."""
+    from megatron.core import dist_checkpointing
+
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        return  # a legacy checkpoint: Megatron's own checks must do
+    saved = dist_checkpointing.load_common_state_dict(str(path)).get("args")
+    if saved is None:
+        return
+
+    def differing(names: dict[str, str]) -> list[str]:
+        pairs = {name: (getattr(saved, name), getattr(args, name)) for name in names if hasattr(saved, name)}
+        return [f"{names.get(name, name)} {old} there, {new} here" for name, (old, new) in pairs.items() if old != new]
+
+    shape = set(MODEL_SHAPE)
+    if not args.group_query_attention:
+        shape.remove("num_query_groups")
+    if args.finetune or flag != "--load":
+        shape.remove("rotary_base")  # no weight depends on it: contexts are extended by changing it
+    if args.hybrid_layer_pattern and not getattr(saved, "hybrid_layer_pattern", None):
+        shape.remove("num_layers")  # a GPTModel's, which Megatron pairs with the pattern itself
+    if different := differing({name: name for name in sorted(shape)}):
+        raise UsageError(f"{flag}: {path} holds another model: {'; '.join(different)}")
+    if getattr(saved, "meap_tokenizer_sha256", args.meap_tokenizer_sha256) != args.meap_tokenizer_sha256:
+        raise UsageError(
+            f"{flag}: {path} was trained with another tokenizer ({saved.tokenizer_model} there, "
+            f"{args.tokenizer_model} here); use the same one"
+        )
+    if args.finetune or flag != "--load" or args.meap_allow_changed_settings:
+        return
+    different = [name for kind in (MaskSettings, SFTSettings) for name in kind.differences(saved, args)]
+    different += differing(SFT_DATA) if args.meap_sft else []
+    if args.meap_mask_strategy == "official":
+        different += differing({"global_batch_size": "--global-batch-size"})
+    if different:
+        raise UsageError(
+            f"--load: {path} was trained with other masks: {'; '.join(different)}; repeat its settings, or add "
+            "--meap-allow-changed-settings if the change is meant"
+        )

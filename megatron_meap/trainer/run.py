@@ -1,0 +1,249 @@
+"""The seam to Megatron's trainer: the model's configuration, the forward step, the loss and its report."""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
+from megatron.training import get_args, get_timers, get_tokenizer, global_vars, pretrain
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
+from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_meap.backend import device, megatron_patches
+from megatron_meap.backend.hybrid import local_stack_spec
+from megatron_meap.backend.layers import local_block_spec
+from megatron_meap.checkpoint import latest
+from megatron_meap.cluster import connections
+from megatron_meap.cluster.signals import EXIT_STOPPED, StopRequest
+from megatron_meap.errors import UsageError
+from megatron_meap.meap.losses import next_token_loss
+from megatron_meap.tokenization.mask_token import special_token_ids
+from megatron_meap.trainer import official, preflight
+from megatron_meap.trainer.arguments import parse_arguments
+from megatron_meap.trainer.batches import datasets_provider, get_batch
+from megatron_meap.trainer.probe import RetrievalProbe
+
+stimer = StragglerDetector()
+
+
+def run() -> None:
+    """Pretrain as the command line says; end with status 75 where a signal stopped the job."""
+    args, store = prepare()
+    atexit.register(_end_workers)
+    stop = StopRequest().install()
+    global_vars._GLOBAL_SIGNAL_HANDLER = stop
+    args.exit_signal_handler = True  # the trainer asks it after every step
+    if args.meap_keep_last is not None:
+        megatron_patches.after_each_save(
+            partial(latest.prune, Path(args.save), args.meap_keep_last, args.meap_keep_every)
+        )
+    if args.meap_probe_interval is not None:
+        megatron_patches.after_each_step(RetrievalProbe(args, special_token_ids(get_tokenizer())).after_step)
+    if args.rank == 0 and device.is_cpu():
+        from megatron_meap.backend.cpu import describe
+
+        print(describe(), flush=True)
+    try:
+        _pretrain(args, store)
+    except SystemExit:  # Megatron's own way out of the training loop
+        if stop.stopping:
+            _leave_stopped(args, stop)
+        raise
+
+
+def prepare(data_only: bool = False) -> tuple[Namespace, torch.distributed.Store | None]:
+    """Parse and check the command line: the arguments, and the store over which the ranks met to do so.
+
+    `data_only` leaves `--save` and `--load` alone.
+    """
+    _run_alone_without_launcher()
+    megatron_patches.apply()
+    if device.is_cpu():
+        from megatron_meap.backend import cpu, cpu_patches
+
+        cpu.adapt_megatron()
+        cpu_patches.install()
+    args = parse_arguments()
+    return args, preflight.check(args, data_only)
+
+
+def _pretrain(args: Namespace, store: torch.distributed.Store | None) -> None:
+    """Hand over to Megatron's trainer."""
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config(args)),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            get_embedding_ranks=embedding_ranks,
+            store=store,
+        )
+    except UsageError:
+        raise
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        problem = latest.full_disk(Path(args.save)) if args.save else None
+        if problem is None and (lost := connections.explain(error)) is not None:
+            raise lost from error
+        if problem is None:
+            raise
+        raise UsageError(f"--save {args.save}: {problem}; free some space and run the same command again") from error
+
+
+def _end_workers() -> None:
+    """End the data loader's worker processes: they ignore the SIGTERM by which Python would end them at exit.
+
+    (It is also the signal to stop the job.) Python would wait for them without end.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes every end of a worker for a failure
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def _run_alone_without_launcher() -> None:
+    """Let `python pretrain_gpt_meap.py` be a job of one process, as torchrun would start it."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+
+
+def _leave_stopped(args: Namespace, stop: StopRequest) -> NoReturn:
+    """Say what a signal has led to, and leave with the status that means so."""
+    if args.rank == 0:
+        name = signal.Signals(stop.received or 0).name
+        saved = f"checkpoint in {args.save}; the same command goes on" if args.save else "nothing saved: no --save"
+        print(f"stopped by {name} after iteration {args.curr_iteration + 1}: {saved}", flush=True)
+    sys.exit(EXIT_STOPPED)
+
+
+def model_config(args: Namespace) -> Any:
+    """Configuration of the model that Megatron builds; the one place that knows its class."""
+    local = args.transformer_impl == "local" and args.spec is None
+    if args.hybrid_layer_pattern:
+        config = hybrid_config_from_args(args)
+        config.hybrid_stack_spec = local_stack_spec(config) if local else config.hybrid_stack_spec
+    else:
+        config = gpt_config_from_args(args)
+        config.transformer_layer_spec = local_block_spec if local else config.transformer_layer_spec
+        config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19 leaves this flag unused
+    official.initialise(config.transformer, args)
+    return config
+
+
+def embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """Ranks of a pipeline that hold word embeddings: the first; where they are tied the last; those with MTP layers."""
+    args = get_args()
+    ranks = {pp_ranks[0], *get_mtp_ranks(pp_ranks, core_transformer_config_from_args(args))}
+    if not args.untie_embeddings_and_output_weights:
+        ranks.add(pp_ranks[-1])
+    return sorted(ranks)
+
+
+def forward_step(
+    data_iterator: Iterator | None, model: Any, return_schedule_plan: bool = False
+) -> tuple[Any, Callable]:
+    """Megatron's forward step: one micro batch through this rank's part of the model.
+
+    Returns:
+        The output (losses [b, s] on the last pipeline stage, activations [s, b, h] before it) and the loss function.
+    """
+    args = get_args()
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    with stimer(bdata=True):
+        masked = args.meap_mask_ratio > 0 and (model.training or args.meap_mask_validation)
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = get_batch(data_iterator, vp_stage, training=model.training, want_masked=masked)
+    packed = _packed_seq_params(batch, args)
+    timers("batch-generator").stop()
+
+    inputs = batch["tokens"], batch["position_ids"], batch["attention_mask"]
+    targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+    loss = partial(loss_func, batch["loss_mask"], batch["input_masked"])
+    with stimer:
+        if return_schedule_plan:
+            return model.build_schedule_plan(*inputs, **targets), loss
+        return model(*inputs, **targets, packed_seq_params=packed), loss
+
+
+def _packed_seq_params(batch: dict[str, Any], args: Namespace) -> PackedSeqParams | None:
+    """Borders of the documents packed into the micro batch, for attention that stays within them."""
+    if batch["cu_seqlens"] is None:
+        return None
+    borders = batch["cu_seqlens"].squeeze(0)
+    padded = None if batch["cu_seqlens_padded"] is None else batch["cu_seqlens_padded"].squeeze(0)
+    if not device.is_cpu():  # it names a CUDA device by its number; only the TFLOP/s in the log depend on it
+        update_seqlen_stats_from_cu_seqlens(borders)
+    longest = int(batch["max_seqlen"].item())
+    local_cp_size = batch["local_cp_size"]
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders if padded is None else padded,
+        cu_seqlens_kv=borders if padded is None else padded,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        local_cp_size=None if local_cp_size is None else int(local_cp_size.item()),
+        cp_group=batch["hybrid_cp_group"],
+        tokens_per_sample=args.seq_length,
+    )
+
+
+def loss_func(
+    loss_mask: torch.Tensor, input_masked: torch.Tensor | None, output_tensor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Next-token loss over all positions, and its parts at masked and at clean inputs (or answers, in fine-tuning).
+
+    Args:
+        loss_mask: [b, s], 1 where the label counts.
+        input_masked: bool [b, s], as `get_batch` gives it; None for no such report.
+        output_tensor: losses [b, s].
+
+    Returns:
+        The summed loss, the number of tokens it is over, and the report: for each name [sum, count], which Megatron
+        sums over micro batches and data-parallel ranks before it divides. A name whose count is 0 is reported as NaN.
+    """
+    loss, count, report = next_token_loss(output_tensor, loss_mask, input_masked, answers=get_args().meap_sft)
+    _refuse_bad_loss(loss)
+    return loss, count.detach().to(torch.int), report
+
+
+def _refuse_bad_loss(loss: torch.Tensor) -> None:
+    """Stop at a loss that is NaN or infinite, before it is reduced over ranks; report a spiky one, if asked."""
+    args = get_args()
+    machine = get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for name, rejected in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            machine.validate_result(
+                result=loss,
+                rejection_func=rejected,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,  # the forward pass is deterministic
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        machine.validate_result(
+            result=loss,
+            rejection_func=partial(machine.is_unexpectedly_large, threshold=10, context="loss"),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
