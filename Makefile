@@ -13,7 +13,7 @@ PYTHON ?= $(shell for each in $(CANDIDATES); do \
 # The PyTorch that the CPU adaptation is tested with; TORCH=torch takes the newest.
 TORCH ?= torch==2.13.0
 
-.venv/installed: setup.py
+.venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no working Python >= 3.12 found: install one (apt install python3.12 python3.12-venv, \
 	or pyenv install 3.12) or name it: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv

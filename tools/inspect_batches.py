@@ -1,49 +1,7 @@
-"""Show what the model really sees: decoded samples with the masked tokens marked, mask statistics, a stream digest.
+"""Show what the model really sees: decoded samples with the masked tokens marked, mask statistics, a stream digest."""
 
-    python tools/inspect_batches.py --show 0 1 --digest 0:64 <the flags of the training run>
-    torchrun --nproc_per_node 4 tools/inspect_batches.py --digest 0:64 <the same flags>
-
-The digest is one line over the samples in the order in which they are trained on, read by the real data loaders of
-the given layout: equal lines mean that two runs, layouts or resumptions train on the same masked batches.
-"""
-
-import argparse
-import sys
-from pathlib import Path
-
-from megatron_meap.backend import device
-from megatron_meap.errors import UsageError, run
-
-
-def parse() -> argparse.Namespace:
-    """Take this tool's flags from the command line and leave the rest for Megatron's parser."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--show", type=int, nargs="+", default=[], metavar="INDEX", help="samples to decode")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the decoded samples as a page, too")
-    parser.add_argument("--statistics", type=int, default=0, metavar="SAMPLES", help="mask statistics over so many")
-    parser.add_argument("--digest", metavar="FIRST:END", help="digest of the stream of these samples")
-    own, rest = parser.parse_known_args()
-    sys.argv = [sys.argv[0], *rest]
-    return own
-
-
-def main() -> None:
-    """Build the datasets as a training run would, and look at them."""
-    own = parse()
-    device.prepare()
-    from megatron_meap.inspection.streams import Streams
-
-    streams = Streams()
-    if own.digest:
-        first, _, end = own.digest.partition(":")
-        if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
-            raise UsageError(f"--digest {own.digest}: expected FIRST:END, such as 0:64")
-        streams.print_digest(int(first), int(end))
-    if own.show or own.statistics or own.html:
-        streams.print_samples(own.show, own.statistics, own.html)
-
+from megatron_meap.commands.inspect_batches import main
+from megatron_meap.errors import run
 
 if __name__ == "__main__":
     run(main)

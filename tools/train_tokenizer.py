@@ -1,39 +1,7 @@
-"""Train a SentencePiece tokenizer (byte-fallback BPE as Llama's, with [MASK] as a control symbol).
+"""Train a SentencePiece tokenizer (byte-fallback BPE as Llama's, with [MASK] as a control symbol)."""
 
-    python tools/train_tokenizer.py --input corpus/train.jsonl --output tokenizer/tokenizer.model --vocab-size 8000
-
-Use it with `--tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer/tokenizer.model`.
-"""
-
-import argparse
-
+from megatron_meap.commands.train_tokenizer import main
 from megatron_meap.errors import run
-from megatron_meap.preprocessing.tokenizer_training import train_tokenizer
-from megatron_meap.tokenization.mask_token import MASK_TOKEN
-
-
-def main() -> None:
-    """Parse the flags and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, help="files, globs or folders, as for preprocessing")
-    parser.add_argument("--output", required=True, help="path of the .model file")
-    parser.add_argument("--vocab-size", type=int, required=True, help="number of ids, special tokens included")
-    parser.add_argument("--json-key", default="text", help="JSON key or Parquet column of the text (default: text)")
-    parser.add_argument("--max-mb", type=float, default=50, help="text to train on, in 10^6 bytes (default: 50)")
-    parser.add_argument("--mask-token", default=MASK_TOKEN, help=f"how it is written (default: {MASK_TOKEN})")
-    parser.add_argument("--pad-token", help="how a padding token is written (default: none is made)")
-    args = parser.parse_args()
-    train_tokenizer(
-        args.input,
-        args.output,
-        vocab_size=args.vocab_size,
-        key=args.json_key,
-        max_bytes=int(args.max_mb * 1e6),
-        mask_token=args.mask_token,
-        pad_token=args.pad_token,
-    )
-    print(f"{args.output}: {args.vocab_size:,} ids")
-
 
 if __name__ == "__main__":
     run(main)

@@ -8,7 +8,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megatron_meap.backend import device
 from megatron_meap.checkpoint.latest import CheckpointSettings
@@ -54,16 +54,24 @@ class RunSettings(Settings):
     )
 
 
+GROUPS: tuple[tuple[Any, ...], ...] = (
+    ("MEAP", "mask-enhanced autoregressive prediction (arXiv 2502.07490)", MaskSettings, ProbeSettings),
+    ("MEAP, training as the paper's code", "docs/recipes.md", OfficialSettings),
+    ("MEAP fine-tuning", "conversations in JSON lines (docs/finetuning.md)", SFTSettings, BadLineSettings),
+    ("MEAP, the run", "docs/training.md", RunSettings, CheckpointSettings, ConnectionSettings),
+)
+"""This project's flags as `--help` shows them: title, description, and the components that declare them."""
+
+
+def add_own_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this project's flags."""
+    for title, description, *settings in GROUPS:
+        add_group(parser, title, description, *settings)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this project's flags to Megatron's parser, and set the defaults for this machine."""
-    groups = (
-        ("MEAP", "mask-enhanced autoregressive prediction (arXiv 2502.07490)", MaskSettings, ProbeSettings),
-        ("MEAP, training as the paper's code", "docs/recipes.md", OfficialSettings),
-        ("MEAP fine-tuning", "conversations in JSON lines (docs/finetuning.md)", SFTSettings, BadLineSettings),
-        ("MEAP, the run", "docs/training.md", RunSettings, CheckpointSettings, ConnectionSettings),
-    )
-    for title, description, *settings in groups:
-        add_group(parser, title, description, *settings)
+    add_own_arguments(parser)
     parser.set_defaults(
         eval_interval=1000,
         create_attention_mask_in_dataloader=False,  # attention is causal without it

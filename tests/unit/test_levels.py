@@ -24,6 +24,9 @@ LEVELS = {
     "huggingface": 7,
     "inspection": 8,
     "evaluation": 8,
+    "commands": 9,
+    "pretrain": 9,
+    "cli": 10,
 }
 """Level of every room: imports go down, or stay within a room."""
 

@@ -1,0 +1,23 @@
+"""Gather real text from this machine (Python's documentation, docstrings and library sources) as JSON Lines.
+
+    python tools/build_corpus.py --train corpus/train.jsonl --valid corpus/valid.jsonl --max-mb 20
+
+Nothing is downloaded, and the same installation always gives the same two files.
+"""
+
+import argparse
+
+from megatron_meap.preprocessing.corpus import build_corpus
+
+
+def main() -> None:
+    """Parse the flags and build."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", required=True, help="JSON Lines file to write the training documents to")
+    parser.add_argument("--valid", required=True, help="JSON Lines file to write the validation documents to")
+    parser.add_argument("--max-mb", type=float, default=20, help="text of both, in 10^6 bytes (default 20)")
+    parser.add_argument("--valid-share", type=float, default=0.02, help="share of modules to validate on")
+    args = parser.parse_args()
+    made = build_corpus(args.train, args.valid, max_bytes=int(args.max_mb * 1e6), valid_share=args.valid_share)
+    print(f"{args.train}: {made.train_documents:,} documents, {made.train_bytes / 1e6:.2f} MB of text")
+    print(f"{args.valid}: {made.valid_documents:,} documents, {made.valid_bytes / 1e6:.2f} MB of text")

@@ -1,0 +1,158 @@
+"""Evaluate models on retrieval, long context and commonsense, side by side, with lm-evaluation-harness.
+
+    python tools/evaluate.py runs/demo/checkpoints --suite quick --output results/demo
+    python tools/evaluate.py NTP=runs/ntp/checkpoints MEAP=runs/meap/checkpoints --suite paper \\
+        --qa-file nq-open-20_total_documents_gold_at_0.jsonl.gz --output results/compare
+    python tools/evaluate.py exported/model --tasks meap_needle,hellaswag --context-lengths 1024 --output results/one
+
+A model is a Hugging Face directory or a Megatron --save directory (exported to a cache first): [NAME=]PATH[@ITERATION];
+@all takes every checkpoint there is and draws curves over training tokens. The first model is the baseline.
+What was cut off goes on where it was: give the same command again.
+"""
+
+import argparse
+import logging
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from megatron_meap.errors import UsageError
+
+OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "context-lengths": ("max_seq_lengths", {"type": int, "nargs": "+"}, "tokens of the generated prompts"),
+    "samples": ("samples", {"type": int}, "samples of each cell (a length and depth, a position, ...)"),
+    "seed": ("seed", {"type": int}, "of all samples"),
+    "chat-template": (
+        "chat_template",
+        {"action": "store_true", "default": None},
+        "ask in the tokenizer's chat template, as fine-tuned models want it",
+    ),
+    "haystack": ("haystack", {"metavar": "FILE"}, "text or JSON Lines with text (default: Python's documentation)"),
+    "depths": ("depths", {"type": float, "nargs": "+"}, "percent of the context before the needle"),
+    "needle": ("needle", {"metavar": "TEXT"}, "sentence to hide, with {key} and {value}"),
+    "question": ("question", {"metavar": "TEXT"}, "what is asked for, with {key}"),
+    "answer": (
+        "answer",
+        {"metavar": "TEXT"},
+        "what must be found, a part of the needle; to be ranked it needs {value}",
+    ),
+    "needles": ("needles", {"type": int, "nargs": "+"}, "lengths of the kinship chains"),
+    "kv-pairs": ("kv_pairs", {"type": int}, "pairs of an object (default: what fits)"),
+    "kv-digits": ("kv_digits", {"type": int}, "hexadecimal digits of keys and values (default: UUIDs)"),
+    "kv-positions": ("kv_positions", {"type": int}, "gold positions, spread evenly"),
+    "kv-instruction": (
+        "kv_instruction",
+        {"action": argparse.BooleanOptionalAction},
+        "ask in words, or only by the key",
+    ),
+    "kv-file": ("kv_file", {"metavar": "FILE"}, "lost-in-the-middle's key-value file, instead of generated pairs"),
+    "qa-file": ("qa_file", {"metavar": "FILE"}, "lost-in-the-middle's questions, for the document tasks"),
+    "qa-documents": ("qa_documents", {"type": int}, "documents of a question in meap_multidoc"),
+    "qa-positions": ("qa_positions", {"type": int, "nargs": "+"}, "gold positions, from 0"),
+    "piqa-file": ("piqa_file", {"metavar": "FILE"}, "PIQA's valid.jsonl, its labels beside it"),
+    "commonsense-data": (
+        "commonsense_data",
+        {"metavar": "DIR"},
+        "<task>.jsonl of lm-eval's commonsense tasks, where no hub is",
+    ),
+    "summaries-file": ("summaries_file", {"metavar": "FILE"}, "JSON Lines with document, for meap_faithfulness"),
+}
+"""Flags that decide the samples: their name among the tasks' options, how they are parsed, their help."""
+
+
+UNFINISHED = "unfinished.txt"
+"""Stands in the output folder until all is done."""
+
+
+def parse_flags() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="[NAME=]PATH[@ITERATION|@all]")
+    parser.add_argument("--suite", choices=("quick", "paper"), help="quick: minutes; paper: all that the paper reports")
+    parser.add_argument("--tasks", default="", metavar="A,B", help="tasks by name, ours (meap_...) or lm-eval's")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace finished results there")
+    parser.add_argument("--batch-size", default="8", metavar="N", help="samples at once, or auto (default %(default)s)")
+    parser.add_argument("--device", help="as PyTorch names it (default: a GPU where there is one)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: fp32 on CPU, else as stored"
+    )
+    parser.add_argument("--tokenizer", metavar="PATH", help="of the checkpoints (default: each one's own)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="exported checkpoints (default: the user's cache)")
+    parser.add_argument(
+        "--judge-url", metavar="URL", help="OpenAI-compatible endpoint, up to /v1 (key: MEAP_JUDGE_KEY)"
+    )
+    parser.add_argument("--judge-model", metavar="NAME", help="its model")
+    samples = parser.add_argument_group("samples of the generated tasks")
+    for flag, (name, how, text) in OPTIONS.items():
+        samples.add_argument(f"--{flag}", dest=name, help=text, **how)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Evaluate."""
+    flags = parse_flags()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.simplefilter("ignore")  # the libraries' chatter: what matters is printed or raised
+    logging.disable(logging.ERROR)
+    _prepare_output(flags)
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UsageError("lm-evaluation-harness is not installed: pip install -e '.[eval]'") from error
+    from megatron_meap.evaluation import models
+    from megatron_meap.evaluation.reporting import pictures, report, results
+    from megatron_meap.evaluation.run import Machine, check_lengths, evaluate, load_tasks, measuring_tokenizer
+    from megatron_meap.evaluation.suites import make_plan
+
+    chosen = models.open_models(flags.models, flags.cache or models.default_cache(), flags.tokenizer)
+    given = {name: getattr(flags, name) for name, _, _ in OPTIONS.values()}
+    context = min(models.context_length(model) for model in chosen)
+    plan = make_plan(flags.suite, [task for task in flags.tasks.split(",") if task], given, context)
+    tasks = check_lengths(load_tasks(plan, measuring_tokenizer(chosen)), plan, chosen)
+    if not tasks:
+        reasons = "; ".join(f"{task}: {reason}" for task, reason in plan.left_out.items())
+        raise UsageError(f"--suite {flags.suite}: nothing of it can be run ({reasons})")
+
+    def finished(found: list[Any]) -> None:
+        if found:
+            results.save(found, flags.output)
+            drawn = pictures.draw_all(found, flags.output / "pictures")
+            report.write(found, plan, drawn, shlex.join(["python", *sys.argv]), flags.output / "report.html")
+
+    batch_size = flags.batch_size if flags.batch_size == "auto" else int(flags.batch_size)
+    answers = flags.output / "answers"
+    machine = Machine(batch_size, flags.device, flags.dtype, bool(flags.chat_template), answers)
+    unfinished = flags.output / UNFINISHED
+    unfinished.write_text("an evaluation was begun here; the same command goes on with it\n")
+    found = evaluate(chosen, tasks, machine, finished)
+    shutil.rmtree(answers, ignore_errors=True)
+    unfinished.unlink()
+    print(report.summary(found))
+    for task, reason in plan.left_out.items():
+        print(f"not run: {task}: {reason}")
+    print(f"{flags.output}/report.html, results.csv, differences.csv, pictures/, lm_eval/", flush=True)
+
+
+def _prepare_output(flags: argparse.Namespace) -> None:
+    """Refuse what cannot be written before hours are spent; tell the judge where to keep its verdicts."""
+    if not (flags.batch_size == "auto" or (flags.batch_size.isdigit() and int(flags.batch_size) > 0)):
+        raise UsageError(f"--batch-size {flags.batch_size}: must be a positive number or auto")
+    finished = (flags.output / "report.html").exists() and not (flags.output / UNFINISHED).exists()
+    if finished and not flags.overwrite:
+        raise UsageError(f"--output {flags.output}: holds earlier results; add --overwrite, or name another folder")
+    try:
+        flags.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=flags.output):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output {flags.output}: cannot be written ({error.strerror})") from error
+    os.environ["MEAP_JUDGE_LOG"] = str(flags.output / "judge.jsonl")
+    for name in ("url", "model"):
+        if value := getattr(flags, f"judge_{name}"):
+            os.environ[f"MEAP_JUDGE_{name.upper()}"] = value

@@ -1,0 +1,80 @@
+"""Continue a text with a trained model: a Megatron checkpoint of any layout, or a Hugging Face directory.
+
+    python tools/generate.py --load checkpoints/demo --prompt "Returns the"
+
+Without --prompt or --prompt-file it asks for prompts until the end of input (Ctrl-D).
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+
+from megatron_meap.errors import UsageError
+
+
+def parse_flags() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--load", required=True, help="checkpoint directory, as given to --save, or Hugging Face directory"
+    )
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of the checkpoint (default: the latest)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer file or directory (default: the model's own)")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--prompt", action="append", help="text to continue; may be repeated")
+    text.add_argument("--prompt-file", help="file with one prompt a line; - is standard input")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=100, help="length of a continuation (default %(default)s)"
+    )
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token, as --temperature 0")
+    parser.add_argument("--temperature", type=float, default=1.0, help="below 1 is more cautious (default %(default)s)")
+    parser.add_argument("--top-k", type=int, default=0, help="among the k likeliest only (default: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="among those that together have this probability")
+    parser.add_argument("--seed", type=int, help="make the sampling repeatable")
+    parser.add_argument("--no-stream", action="store_true", help="print a text when it is complete")
+    return parser.parse_args()
+
+
+def prompts(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+    """The prompts: from the flags, from a file, or from the keyboard, one at a time."""
+    if args.prompt is not None:
+        yield from args.prompt
+        return
+    if args.prompt_file is None or args.prompt_file == "-":
+        lines = sys.stdin
+    else:
+        try:
+            lines = open(args.prompt_file, encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UsageError(f"--prompt-file {args.prompt_file}: {error.strerror}") from error
+    ask = args.prompt_file is None and sys.stdin.isatty()
+    while True:
+        if ask:
+            print("prompt> ", end="", flush=True)
+        line = lines.readline()
+        if not line:
+            return
+        yield line.rstrip("\n")
+
+
+def main() -> None:
+    """Load the model, then continue every prompt."""
+    args = parse_flags()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.simplefilter("ignore")  # the libraries' chatter: what matters is printed or raised
+    logging.disable(logging.WARNING)
+    from transformers.utils.logging import disable_progress_bar
+
+    from megatron_meap.huggingface.generation import Generator, Sampling
+
+    disable_progress_bar()
+    sampling = Sampling(
+        args.max_new_tokens, 0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.seed
+    )
+    generator = Generator(args.load, args.ckpt_step, args.tokenizer)
+    for prompt in prompts(args):
+        text = generator.generate(prompt, sampling, stream=not args.no_stream)
+        if args.no_stream:
+            print(text, flush=True)

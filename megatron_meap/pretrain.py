@@ -1,0 +1,33 @@
+"""Pretrain a GPT-style model with MEAP on Megatron's trainer, from one laptop to many nodes.
+
+    torchrun --nproc_per_node 2 -m megatron_meap.pretrain --meap-mask-ratio 0.15 <Megatron's own flags>
+
+In a checkout `pretrain_gpt_meap.py` is the same. Without a GPU the CPU trains, with no further flag.
+"""
+
+import sys
+
+from megatron_meap import errors
+from megatron_meap.backend import device
+
+
+def main() -> None:
+    """Choose the device, then hand over to Megatron's trainer; or show what it would do."""
+    if "--help" in sys.argv or "-h" in sys.argv or "--help-all" in sys.argv:
+        device.prepare_to_look()
+        from megatron_meap.trainer import help
+
+        return help.show(everything="--help-all" in sys.argv)
+    if "--dry-run" in sys.argv:
+        device.prepare_to_look()
+        from megatron_meap.inspection import dry_run
+
+        return dry_run.run()
+    device.prepare()  # before anything imports Megatron
+    from megatron_meap.trainer import run
+
+    run.run()
+
+
+if __name__ == "__main__":
+    errors.run(main)
