@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from megatron.core.parallel_state import get_context_parallel_group, get_hybrid_data_context_parallel_groups
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
@@ -20,7 +19,7 @@ from megatron.core.utils import (
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_tokenizer
-from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
+from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_meap.cluster import connections, disks
@@ -29,6 +28,7 @@ from megatron_meap.meap.settings import masking_of
 from megatron_meap.sft import data as sft
 from megatron_meap.tokenization.mask_token import special_token_ids
 from megatron_meap.trainer import preflight
+from megatron_meap.trainer.documents import GPTDataset, MockGPTDataset, StatelessFIMDataset
 
 BATCH_KEYS = [
     "attention_mask",
@@ -89,18 +89,6 @@ def _conversations(args: Namespace, num_samples: list[int | None], loads_here: C
     caches = disks.Caches(partial(sft.cache_directory, args), partial(sft.data_facts, args), build)
     disks.prepare(args, loads_here(), caches)
     return build() if loads_here() else [None, None, None]
-
-
-class StatelessFIMDataset(GPTFIMDataset):
-    """Fill-in-the-middle samples that depend on their index alone.
-
-    Megatron's own draws from one running generator a process, so that a sample depends on all that were read before
-    it: on the layout, the data workers and the point of resumption.
-    """
-
-    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, Any, list]:
-        self.np_rng = np.random.RandomState([self.config.random_seed % 2**32, idx])
-        return super()._query_document_sample_shuffle_indices(idx)
 
 
 def _masked(dataset: Any, split: Split, args: Namespace) -> Any:
