@@ -6,15 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers import MegatronTokenizer
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
-from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
+from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
 
 from megatron_meap.errors import UsageError
 from megatron_meap.meap.dataset import MaskedInputDataset
 from megatron_meap.meap.masking import Masking, RatioSchedule, num_masks
+from megatron_meap.trainer.documents import GPTDataset, MockGPTDataset, StatelessFIMDataset
 from tests.conftest import Corpus
 
 LENGTH = 128
@@ -54,7 +55,7 @@ def build(corpus: Corpus, huggingface_folder: Path, tmp_path_factory: pytest.Tem
             )  # fmt: skip
         else:
             config = GPTDatasetConfig(**fields)
-        dataset = {"mock": MockGPTDataset, "fim": GPTFIMDataset}.get(kind, GPTDataset)
+        dataset = {"mock": MockGPTDataset, "fim": StatelessFIMDataset}.get(kind, GPTDataset)
         return BlendedMegatronDatasetBuilder(dataset, [samples, 8, 0], lambda: True, config).build()[0]
 
     return make
@@ -71,9 +72,7 @@ def test_masks_the_tokens_and_nothing_else(build, kind: str) -> None:
     wrapped = masked(inner)
     assert len(wrapped) == len(inner)
     for index in (0, 1, SAMPLES - 1):
-        torch.manual_seed(0)
-        # FIM draws from a running generator of its own (a defect of Megatron's): look at one sample only once.
-        before = {} if kind == "fim" else dict(inner[index])
+        before = dict(inner[index])
         after = wrapped[index]
         changed = after["tokens"] == MASK
         assert int(changed.sum()) == num_masks(0.15, LENGTH)
@@ -109,6 +108,33 @@ def test_never_leaks_into_what_the_inner_dataset_caches(build) -> None:
             for key, value in clean[index].items():
                 assert torch.equal(cached.samples[index][key], value)
                 assert torch.equal(inner[index][key], value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("create_attention_mask",), ("eod_mask_loss",), ("reset_position_ids",), ("reset_attention_mask",)],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("kind", ["gpt", "blend", "documents", "fim", "mock"])
+def test_samples_do_not_depend_on_those_read_before(build, kind: str, flags: tuple[str, ...]) -> None:
+    """Read in two orders by two processes' datasets, with padding in some samples: the same; and nothing changes."""
+
+    def fresh() -> MaskedInputDataset:
+        dataset = build(kind, samples=24, **dict.fromkeys(flags, True))
+        for part in getattr(dataset, "datasets", [dataset]):
+            part._pad_token_id = padding
+        return masked(dataset)
+
+    padding = int(build(kind, samples=24)[0]["tokens"][5])
+    forward, backward = fresh(), fresh()
+    read = [forward[index] for index in range(24)]
+    as_read = [{key: torch.as_tensor(value).clone() for key, value in sample.items()} for sample in read]
+    assert any((sample["loss_mask"] == 0).any() for sample in read)
+    for index in reversed(range(24)):
+        sample = backward[index]
+        for key, value in as_read[index].items():
+            assert torch.equal(torch.as_tensor(sample[key]), value), key
+            assert torch.equal(torch.as_tensor(read[index][key]), value), key
 
 
 def test_epochs_differ(build) -> None:
