@@ -31,8 +31,8 @@ def next_token_loss(
     total = torch.stack([loss.detach(), count])
     report = {"lm loss": total}
     if input_masked is not None:
-        masked = input_masked.reshape(-1)
+        masked = input_masked.reshape(-1)  # selecting by it would make the host wait for the device
         names = (MASKED_ANSWER_LOSS, CLEAN_ANSWER_LOSS) if answers else (MASKED_LOSS, CLEAN_LOSS)
-        report[names[0]] = torch.stack([weighted.detach()[masked].sum(), weights[masked].sum()])
+        report[names[0]] = torch.stack([(weighted.detach() * masked).sum(), (weights * masked).sum()])
         report[names[1]] = total - report[names[0]]
     return loss, count, report
