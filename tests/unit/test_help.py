@@ -1,0 +1,77 @@
+"""`--help` of everything a person can run; every flag of ours shown, documented and declared once."""
+
+import dataclasses
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_meap import cli
+from megatron_meap.trainer.arguments import GROUPS
+from tests.launch import ENTRY, REPOSITORY
+
+SCRIPTS = sorted(path for folder in ("tools", "benchmarks", "examples") for path in (REPOSITORY / folder).rglob("*.py"))
+RUNNABLE = [path for path in SCRIPTS if '__name__ == "__main__"' in path.read_text()]
+
+
+def own_flags() -> list[str]:
+    """This project's flags, from the dataclasses."""
+    settings = [each for _, _, *group in GROUPS for each in group]
+    return [
+        each.flag_of(field.name) for each in settings for field in dataclasses.fields(each) if "help" in field.metadata
+    ]
+
+
+def printed(call, capsys: pytest.CaptureFixture) -> str:
+    """What a command prints before it ends well."""
+    with pytest.raises(SystemExit) as ended:
+        call()
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", RUNNABLE, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_scripts_explain_themselves(script: Path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.syspath_prepend(str(script.parent))
+    assert "usage" in printed(lambda: runpy.run_path(str(script), run_name="__main__"), capsys)
+
+
+@pytest.mark.parametrize("name", [name for name in cli.subcommands() if name != cli.PRETRAIN])
+def test_subcommands_explain_themselves(name: str, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["megatron-meap", name, "--help"])
+    assert "usage" in printed(cli.main, capsys)
+
+
+def test_the_command_lists_its_subcommands(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["megatron-meap"])
+    cli.main()
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("pretrain", "preprocess-data", "evaluate"))
+    monkeypatch.setattr(sys, "argv", ["megatron-meap", "preproces"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+
+
+def test_training_shows_our_flags_first_and_megatrons_on_request():
+    short, whole = (
+        subprocess.run([sys.executable, ENTRY, word], capture_output=True, text=True, check=True).stdout
+        for word in ("--help", "--help-all")
+    )
+    for flag in own_flags():
+        assert f"{flag} " in short or f"{flag}\n" in short or f"{flag}," in short, flag
+    assert "--tensor-model-parallel-size" not in short
+    assert "--tensor-model-parallel-size" in whole
+    assert "--moe-paged-stash-buffer-size-factor-cuda" in whole
+    assert whole.index("--meap-mask-ratio") < whole.index("--tensor-model-parallel-size")
+
+
+def test_every_flag_is_documented_and_declared_once():
+    flags = own_flags()
+    assert len(flags) == len(set(flags))
+    docs = " ".join(path.read_text() for path in [*(REPOSITORY / "docs").glob("*.md"), REPOSITORY / "README.md"])
+    named = set(re.findall(r"--[a-z0-9-]+", docs.replace("--[no-]", "--").replace("--no-meap", "--meap")))
+    assert set(flags) <= named
