@@ -1,1 +1,1 @@
-"""Checkpoints outside the trainer: reading them, and converting them from and to Hugging Face directories."""
+"""Checkpoints on disk: which one a run starts from, which are kept, and reading one without a trainer."""

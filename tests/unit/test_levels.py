@@ -1,6 +1,8 @@
 """The house: arrows between packages go one way, and the method needs no Megatron."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,8 @@ def test_modules_are_small():
     sizes = sorted(len(path.read_text().splitlines()) for path in MODULES)
     assert sizes[-1] <= 350
     assert sizes[len(sizes) // 2] <= 150
+
+
+def test_the_page_shows_the_rooms_as_they_are():
+    check = [sys.executable, "tools/draw_architecture.py", "--check", "--no-walk"]
+    subprocess.run(check, cwd=ROOT.parent, check=True)
