@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 # Mostly all ranks meet the same error: rank 0 says it and leaves, whereupon torchrun ends the others before they
 # repeat it. An error of another rank alone is said by that rank, a little later.
@@ -19,6 +20,12 @@ class UsageError(Exception):
 
 class JobError(Exception):
     """What ends a job through no fault of its input or of this code, as a host that is gone; one line says it."""
+
+
+def refuse_to_overwrite(flag: str, path: str | Path, overwrite: bool) -> None:
+    """Refuse an output that is there already, unless `--overwrite` says that it is meant."""
+    if Path(path).exists() and not overwrite:
+        raise UsageError(f"{flag} {path}: is there already; name another one, or add --overwrite to replace it")
 
 
 def run(main: Callable[[], None]) -> None:

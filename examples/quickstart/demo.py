@@ -45,9 +45,9 @@ def main() -> None:
 def prepare_data(folder: Path, megabytes: float) -> None:
     """Corpus, tokenizer and datasets."""
     train_text, valid_text = folder / "train.jsonl", folder / "valid.jsonl"
-    if not valid_text.exists():
+    if not (train_text.exists() and valid_text.exists()):
         title("corpus: real text from this machine's own Python")
-        tool("build_corpus", "--train", train_text, "--valid", valid_text, "--max-mb", megabytes)
+        tool("build_corpus", "--train", train_text, "--valid", valid_text, "--max-mb", megabytes, "--overwrite")
     tokenizer = folder / "tokenizer.model"
     if not tokenizer.exists():
         title(f"tokenizer: {VOCABULARY} pieces, [MASK] among them as a control symbol")

@@ -27,6 +27,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--needle", metavar="TEXT", help="sentence to hide, with {key} and {value}")
     parser.add_argument("--question", metavar="TEXT", help="end of a prompt, with {key}; the value would come next")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="directory to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results there")
     return parser.parse_args()
 
 
@@ -41,6 +42,6 @@ def main() -> None:
     disable_progress_bar()
     from megatron_meap.evaluation.attention.job import AttentionJob, analyze
 
-    names = ("models", "tokenizer", "text", "length", "samples", "mask_ratio", "seed", "output")
+    names = ("models", "tokenizer", "text", "length", "samples", "mask_ratio", "seed", "output", "overwrite")
     templates = {name: getattr(flags, name) for name in ("needle", "question") if getattr(flags, name) is not None}
     analyze(AttentionJob(**{name: getattr(flags, name) for name in names}, templates=templates))

@@ -17,7 +17,14 @@ def main() -> None:
     parser.add_argument("--valid", required=True, help="JSON Lines file to write the validation documents to")
     parser.add_argument("--max-mb", type=float, default=20, help="text of both, in 10^6 bytes (default 20)")
     parser.add_argument("--valid-share", type=float, default=0.02, help="share of modules to validate on")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     args = parser.parse_args()
-    made = build_corpus(args.train, args.valid, max_bytes=int(args.max_mb * 1e6), valid_share=args.valid_share)
+    made = build_corpus(
+        args.train,
+        args.valid,
+        max_bytes=int(args.max_mb * 1e6),
+        valid_share=args.valid_share,
+        overwrite=args.overwrite,
+    )
     print(f"{args.train}: {made.train_documents:,} documents, {made.train_bytes / 1e6:.2f} MB of text")
     print(f"{args.valid}: {made.valid_documents:,} documents, {made.valid_bytes / 1e6:.2f} MB of text")

@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--max-mb", type=float, default=50, help="text to train on, in 10^6 bytes (default: 50)")
     parser.add_argument("--mask-token", default=MASK_TOKEN, help=f"how it is written (default: {MASK_TOKEN})")
     parser.add_argument("--pad-token", help="how a padding token is written (default: none is made)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     args = parser.parse_args()
     train_tokenizer(
         args.input,
@@ -30,5 +31,6 @@ def main() -> None:
         max_bytes=int(args.max_mb * 1e6),
         mask_token=args.mask_token,
         pad_token=args.pad_token,
+        overwrite=args.overwrite,
     )
     print(f"{args.output}: {args.vocab_size:,} ids")

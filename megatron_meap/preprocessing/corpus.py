@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refuse_to_overwrite
 
 MIN_CHARACTERS = 200
 """Shorter documents (empty `__init__.py` files and the like) are left out."""
@@ -39,7 +39,12 @@ class CorpusSummary:
 
 
 def build_corpus(
-    train: str | Path, valid: str | Path, *, max_bytes: int = 20_000_000, valid_share: float = 0.02
+    train: str | Path,
+    valid: str | Path,
+    *,
+    max_bytes: int = 20_000_000,
+    valid_share: float = 0.02,
+    overwrite: bool = False,
 ) -> CorpusSummary:
     """Write the corpus as two JSON Lines files, one object with `text` and `source` a line.
 
@@ -50,12 +55,15 @@ def build_corpus(
         valid: path of the validation file.
         max_bytes: upper limit of the text of both together, in bytes of UTF-8.
         valid_share: share of the modules (and topics) that go to validation.
+        overwrite: replace files that are there.
 
     Raises:
-        UsageError: a limit that leaves one of the two files empty, or a path that cannot be written.
+        UsageError: a limit that leaves one of the two files empty, or a path that is there or cannot be written.
     """
     if not 0 < valid_share < 1:
         raise UsageError(f"valid_share {valid_share}: give a number between 0 and 1")
+    refuse_to_overwrite("--train", train, overwrite)
+    refuse_to_overwrite("--valid", valid, overwrite)
     count, size = {True: 0, False: 0}, {True: 0, False: 0}
     seen: set[bytes] = set()
     paths = {True: Path(valid), False: Path(train)}

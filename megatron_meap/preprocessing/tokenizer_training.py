@@ -5,12 +5,14 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refuse_to_overwrite
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
 from megatron_meap.preprocessing.readers import InputFile, InputOptions, find_inputs
 from megatron_meap.tokenization.mask_token import MASK_TOKEN
 
 _BYTES_AND_CONTROLS = 256 + 4  # UNK, BOS, EOS and the mask token
+# Always pieces, however rare: by its share of the text SentencePiece would leave out the digits of a novel.
+_REQUIRED = "".join(map(chr, range(ord("!"), ord("~") + 1)))
 
 
 def train_tokenizer(
@@ -22,12 +24,14 @@ def train_tokenizer(
     max_bytes: int = 50_000_000,
     mask_token: str = MASK_TOKEN,
     pad_token: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Train a byte-fallback BPE model and write it to `output` (a `.model` file).
 
     Ids: 0 UNK, 1 BOS, 2 EOS, then padding if asked for, then the mask token, then the bytes and the pieces. No text is
-    normalised: what is encoded comes back as it was (but U+2581, which SentencePiece uses for the space). The mask
-    token is a control symbol, which no text can produce. The same corpus always gives the same file.
+    normalised: what is encoded comes back as it was (but U+2581, which SentencePiece uses for the space). Every
+    printable ASCII character is a piece, in the corpus or not. The mask token is a control symbol, which no text can
+    produce. The same corpus always gives the same file.
 
     Args:
         inputs: as for preprocessing: files, globs or folders.
@@ -37,15 +41,24 @@ def train_tokenizer(
         max_bytes: text to train on: documents beyond it are not read.
         mask_token: how the mask token is written.
         pad_token: how a padding token is written; None makes none.
+        overwrite: replace a file that is there.
 
     Raises:
-        UsageError: a corpus without text, or too little of it for that many pieces.
+        UsageError: a corpus without text, or too little of it for that many pieces; an output that is there, or a
+            directory.
     """
     import sentencepiece
 
-    least = _BYTES_AND_CONTROLS + (pad_token is not None) + 1
+    if str(output).endswith("/") or Path(output).is_dir():
+        raise UsageError(
+            f"--output {output}: is a directory; name the .model file, such as {Path(output) / 'tokenizer.model'}"
+        )
+    refuse_to_overwrite("--output", output, overwrite)  # data and checkpoints may have been made with it
+    least = _BYTES_AND_CONTROLS + (pad_token is not None) + len(_REQUIRED) + 1  # and the space
     if vocab_size < least:
-        raise UsageError(f"--vocab-size {vocab_size}: at least {least}, for the bytes and the special tokens alone")
+        raise UsageError(
+            f"--vocab-size {vocab_size}: at least {least}, for the bytes, printable ASCII and the special tokens alone"
+        )
     # A list, not an iterator: sentencepiece would hide our errors in its own.
     lines = list(_lines(find_inputs(inputs), key, max_bytes))
     if not lines:
@@ -58,6 +71,7 @@ def train_tokenizer(
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
+            required_chars=_REQUIRED,
             split_digits=True,
             control_symbols=[mask_token],
             pad_id=-1 if pad_token is None else 3,

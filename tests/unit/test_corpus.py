@@ -33,6 +33,14 @@ def test_topics_and_docstrings_are_in_it(built):
     assert not any(".test." in source or source.startswith("test") for source in sources)
 
 
+def test_files_that_are_there_are_kept(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("mine")
+    for train, valid in (("mine.jsonl", "new"), ("new", "mine.jsonl")):
+        with pytest.raises(UsageError, match=r"mine.jsonl: is there already; .* --overwrite"):
+            build_corpus(tmp_path / train, tmp_path / valid, max_bytes=100_000)
+    assert (tmp_path / "mine.jsonl").read_text() == "mine"
+
+
 def test_no_text_twice_and_no_source_on_both_sides(built):
     _, train, valid = built
     texts = [document["text"] for document in train + valid]

@@ -27,6 +27,28 @@ def test_ids(processor):
     assert processor.is_control(3)
 
 
+def test_printable_ascii_is_never_bytes(tmp_path):
+    """However rare it is: by its share of this text no digit, capital or sign would be a piece."""
+    source = write_jsonl(tmp_path / "prose.jsonl", ["the cat sat on the mat and the dog sat on the log\n" * 2000, "Q7"])
+    train_tokenizer([str(source)], tmp_path / "m", vocab_size=355 + 20)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m"))
+    for character in map(chr, range(33, 127)):
+        assert processor.encode(f"a{character}", out_type=str)[-1].endswith(character)
+    train_tokenizer([str(source)], tmp_path / "smallest", vocab_size=355)
+
+
+def test_an_existing_tokenizer_is_kept(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", topics()[:5])
+    (tmp_path / "m").write_text("mine")
+    with pytest.raises(UsageError, match=r"--output .*/m: is there already.*--overwrite"):
+        train_tokenizer([str(source)], tmp_path / "m", vocab_size=400)
+    assert (tmp_path / "m").read_text() == "mine"
+    train_tokenizer([str(source)], tmp_path / "m", vocab_size=400, overwrite=True)
+    assert (tmp_path / "m").stat().st_size > 1000
+    with pytest.raises(UsageError, match=r"is a directory; name the .model file, such as .*/new/tokenizer.model"):
+        train_tokenizer([str(source)], f"{tmp_path}/new/", vocab_size=400)
+
+
 def test_digits_are_split(processor):
     assert processor.encode("2024", out_type=str) == ["▁", "2", "0", "2", "4"]
     pieces = [processor.id_to_piece(id) for id in range(260, 1000)]
@@ -87,7 +109,7 @@ def test_what_cannot_work(tmp_path, folder):
         ([str(empty)], 400, "no text in it; give a corpus"),
         ([str(short)], 4000, "--vocab-size 4000: .*give more text, or a smaller vocabulary"),
         ([str(bad)], 400, r"bad\.jsonl:3: no key 'text', only body"),
-        ([corpus], 260, "--vocab-size 260: at least 261"),
+        ([corpus], 260, "--vocab-size 260: at least 355"),
     ]:
         with pytest.raises(UsageError, match=message) as error:
             train_tokenizer(inputs, tmp_path / "out" / "m", vocab_size=size)

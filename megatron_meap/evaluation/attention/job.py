@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refuse_to_overwrite
 from megatron_meap.evaluation.attention import pictures
 from megatron_meap.evaluation.attention import report as pages
 from megatron_meap.evaluation.attention.inputs import SEGMENTS, Inputs, Recipe, make_inputs
@@ -32,6 +32,7 @@ class AttentionJob:
     samples: int = 20
     mask_ratio: float = 0.15
     seed: int = 1234
+    overwrite: bool = False
     templates: dict[str, str] = field(default_factory=dict)
     """`needle` and `question`, where they are not the default."""
 
@@ -41,6 +42,7 @@ class AttentionJob:
             raise UsageError(f"{' '.join(self.models)}: {len(self.models)} models; compare two, the first a baseline")
         if len(set(self.names)) < len(self.names):
             raise UsageError(f"two models are called {self.names[0]!r}; name them: NAME=PATH")
+        refuse_to_overwrite("--output", self.output / "attention.json", self.overwrite)
 
     @property
     def names(self) -> list[str]:
