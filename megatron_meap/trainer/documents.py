@@ -24,7 +24,7 @@ class _CleanCache(gpt_dataset.GPTDataset):
         first = not self.masks_and_position_ids_are_cached
         sample = super().__getitem__(idx)
         if first and self.masks_and_position_ids_are_cached:
-            self.cached_loss_mask = torch.ones_like(self.cached_loss_mask)
+            self.cached_loss_mask = torch.ones_like(sample["loss_mask"])
         return sample
 
 
