@@ -117,19 +117,22 @@ def launch(processes: int, flags: list[str], timeout: float = 300) -> Run:
     return parse(done.stdout, done.returncode)
 
 
-def launch_many(processes: int, runs: dict[str, list[str]], folder: Path, timeout: float = 600) -> dict[str, Run]:
+def launch_many(
+    processes: int, runs: dict[str, list[str]], folder: Path, timeout: float = 600, script: str = "run_many.py"
+) -> dict[str, Run]:
     """Several training runs one after the other in the same processes: starting Python and Megatron once.
 
     Args:
         processes: ranks, under torchrun.
         runs: flags of every run, by a name for it.
         folder: where the list of runs is written.
+        script: which reads the list, of this folder.
     """
     listing = folder / "runs.json"
     listing.write_text(json.dumps(runs))
-    script = str(Path(__file__).parent / "run_many.py")
+    command = torchrun(processes, str(Path(__file__).parent / script), str(listing))
     done = subprocess.run(
-        torchrun(processes, script, str(listing)),
+        command,
         env=environment(), cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, errors(done.stdout)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron_meap.errors import UsageError
+
 _KNOWN_WARNINGS = (
     ".*Apex (is|are) not installed.*",  # our local layers take their place
     ".*Only transformer-engine.*supports MoE experts.*",
@@ -34,6 +36,7 @@ def apply() -> None:
     _use_shipped_dataset_helpers()
     _verify_checkpoints_once()
     _resume_distributed_optimizer_without_te()
+    _load_weights_or_fail()
     _decay_all_parameters_on_request()
     _fuse_weight_gradients_where_possible()
 
@@ -107,6 +110,34 @@ def _verify_checkpoints_once() -> None:
     serialization.verify_integrity_manifest = lambda _: None
 
 
+def _load_weights_or_fail() -> None:
+    """`--dist-ckpt-strictness log_unexpected` (our default) starts weights that a checkpoint lacks at random values.
+
+    It is meant for the extra state of Transformer Engine's layers, which those of other layers' checkpoints lack; only
+    that is done without. What else is missing is refused; `log_all` keeps Megatron's way.
+    """
+    from megatron.core.dist_checkpointing import validation
+    from megatron.training import get_args
+
+    report = validation.maybe_report_missing_and_unexpected_keys
+    report = getattr(report, "meap_original", report)
+
+    def refuse(missing: set[str], unexpected: set[str], raise_error: bool = True) -> None:
+        if raise_error or get_args().dist_ckpt_strictness != "log_unexpected":
+            return report(missing, unexpected, raise_error)
+        lacking = sorted(key for key in unexpected if not key.endswith("_extra_state"))
+        if lacking:
+            more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+            raise UsageError(
+                f"--load: the checkpoint has no {', '.join(lacking[:3])}{more}, which this run needs; use the "
+                "model and optimizer it was saved with, or --dist-ckpt-strictness log_all to start those anew"
+            )
+        return None
+
+    refuse.meap_original = report  # type: ignore[attr-defined]
+    validation.maybe_report_missing_and_unexpected_keys = refuse
+
+
 def _decay_all_parameters_on_request() -> None:
     """Which parameters have no weight decay is fixed in a function that takes no flags (`official`)."""
     from megatron.training import training
@@ -154,6 +185,15 @@ def outside_the_job() -> Iterator[None]:
         yield
     finally:
         torch.distributed.is_initialized = is_initialized
+
+
+def save_checkpoints_by(wrap: Callable[[Callable], Callable]) -> None:
+    """Put `wrap` around Megatron's saving of distributed checkpoints, where rank 0 alone does `verify_integrity`."""
+    from megatron.core import dist_checkpointing
+
+    save = getattr(dist_checkpointing.save, "meap_original", dist_checkpointing.save)
+    dist_checkpointing.save = wrap(save)
+    dist_checkpointing.save.meap_original = save
 
 
 def after_each_save(follow_up: Callable[[], object]) -> None:

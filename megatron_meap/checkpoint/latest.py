@@ -5,11 +5,11 @@ default) a SHA-256 of every file beside it. Here both are read *before* Megatron
 is named, and the newest good one is taken instead, or the start is refused.
 """
 
-import json
 import os
 import re
 import shutil
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from megatron_meap.errors import UsageError
 from megatron_meap.flags import Settings, flag
 
 POINTER = "latest_checkpointed_iteration.txt"
+HashFiles = Callable[[Sequence[Path]], dict[str, str]]
+"""From files to their SHA-256, by name."""
+
 _DIRECTORY = re.compile(r"iter_(\d{7,})")
 
 
@@ -92,37 +95,35 @@ def pointer(folder: Path) -> str | None:
     return text if text == "release" or text.isdigit() else None
 
 
-def damage(path: Path) -> str | None:
+def damage(path: Path, hash_files: HashFiles | None = None) -> str | None:
     """What is wrong with a checkpoint directory, in a few words that name the file; None where nothing is known to be.
 
     A checkpoint without recorded hashes (made by Megatron without `--verify-integrity`) is checked for its parts only.
+
+    Args:
+        path: the directory.
+        hash_files: hashes its files, as `integrity.hash_files` does in this process (the default).
     """
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from megatron.core.dist_checkpointing.validation import INTEGRITY_FNAME, _verify_integrity_manifest_impl
+    from megatron_meap.checkpoint import integrity
 
     if not path.is_dir():
         return "the directory is missing"
-    if (path / INTEGRITY_FNAME).exists():
-        try:
-            _verify_integrity_manifest_impl(str(path))  # its public twin is a collective; one rank looks here
-        except CheckpointingException as error:
-            return "; ".join(line.strip() for line in str(error).splitlines()[1:])
-        except (json.JSONDecodeError, KeyError):
-            return f"{INTEGRITY_FNAME} is torn"
-        return None
+    if (path / integrity.FILE).exists():
+        return integrity.damage(path, hash_files or integrity.hash_files)
     if any(path.glob("mp_rank_*")):  # the legacy format, which records nothing
         return None
     missing = [name for name in ("metadata.json", ".metadata") if not (path / name).exists()]
     return f"{missing[0]} is missing" if missing else None
 
 
-def choose(folder: Path, step: int | None, refuse_damaged: bool) -> Choice | None:
+def choose(folder: Path, step: int | None, refuse_damaged: bool, hash_files: HashFiles | None = None) -> Choice | None:
     """The checkpoint to load from a folder, or None where the folder holds none.
 
     Args:
         folder: what `--load` names.
         step: the iteration asked for by `--ckpt-step`; it is taken or refused, never replaced.
         refuse_damaged: refuse to start where the newest checkpoint is damaged, instead of taking an older one.
+        hash_files: as in `damage`.
 
     Raises:
         UsageError: no checkpoint of the folder can be used.
@@ -131,11 +132,11 @@ def choose(folder: Path, step: int | None, refuse_damaged: bool) -> Choice | Non
         return None
     newest = pointer(folder)
     if newest == "release":
-        if wrong := damage(folder / "release"):
+        if wrong := damage(folder / "release", hash_files):
             raise UsageError(f"checkpoint {folder / 'release'} is damaged: {wrong}; copy or convert it again")
         return Choice(0, folder / "release")
     if step is not None:
-        if wrong := damage(directory(folder, step)):
+        if wrong := damage(directory(folder, step), hash_files):
             raise UsageError(f"--ckpt-step {step}: {directory(folder, step)} cannot be used: {wrong}")
         return Choice(step, directory(folder, step))
     saved = iterations(folder)
@@ -149,7 +150,7 @@ def choose(folder: Path, step: int | None, refuse_damaged: bool) -> Choice | Non
     problems = [f"{folder / POINTER} is torn"] if torn_pointer else []
     for iteration in reversed(saved):
         path = directory(folder, iteration)
-        wrong = damage(path)
+        wrong = damage(path, hash_files)
         if wrong is None:
             warning = f"{'; '.join(problems)}; starting from iteration {iteration} instead" if problems else None
             return Choice(iteration, path, warning)

@@ -76,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         eval_interval=1000,
         create_attention_mask_in_dataloader=False,  # attention is causal without it
         verify_integrity=True,  # torn and corrupted checkpoints are detected
+        dist_ckpt_strictness="log_unexpected",  # checkpoints of the local layers load into Transformer Engine's
         async_strategy="nvrx" if importlib.util.find_spec("nvidia_resiliency_ext") else "mcore",
         **_local_defaults(),
     )

@@ -2,12 +2,9 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_meap.checkpoint import latest
+from megatron_meap.cluster import meeting
 from megatron_meap.errors import UsageError
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.preprocessing.index import read_index
@@ -63,14 +61,19 @@ def check(args: Namespace, data_only: bool = False) -> torch.distributed.Store |
         UsageError: on every rank alike, with what rank 0 found.
     """
     args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
-    found, store = _on_rank_zero(args, lambda: look(args, data_only))
+    found, store = meeting.on_rank_zero(args, lambda hash_files: look(args, data_only, hash_files))
     args.ckpt_step, args.eval_iters = found["iteration"], found["eval_iters"]
     args.meap_sft_digests, args.meap_sft_train_digest = found["digests"], found["train"]
     return store
 
 
-def look(args: Namespace, data_only: bool = False) -> dict[str, Any]:
+def look(args: Namespace, data_only: bool = False, hash_files: latest.HashFiles | None = None) -> dict[str, Any]:
     """The checks themselves, by one process; with `--dry-run` they leave no trace.
+
+    Args:
+        args: parsed and validated.
+        data_only: leave `--save` and `--load` alone.
+        hash_files: shares the hashing of a checkpoint among ranks.
 
     Returns:
         `iteration`, for `ckpt_step`, and `start`: the checkpoint that the run starts from, None where it starts anew;
@@ -95,39 +98,7 @@ def look(args: Namespace, data_only: bool = False) -> dict[str, Any]:
         _look_at_save_directory(args)
     else:
         _lock_save_directory(args)
-    return found | _check_checkpoint(args)
-
-
-def _on_rank_zero(
-    args: Namespace, look: Callable[[], dict[str, Any]]
-) -> tuple[dict[str, Any], torch.distributed.Store | None]:
-    """Result of `look` on rank 0, on all ranks; a UsageError there is a UsageError everywhere."""
-    store = None
-
-    def looked() -> str:
-        try:
-            return json.dumps(look())
-        except UsageError as error:
-            return json.dumps({"error": str(error)})
-
-    if args.world_size == 1:
-        answer = looked()
-    elif torch.distributed.is_initialized():
-        answers = [looked() if args.rank == 0 else ""]
-        torch.distributed.broadcast_object_list(answers, src=0)
-        answer = answers[0]
-    else:
-        timeout = timedelta(minutes=args.distributed_timeout_minutes)
-        store, _, _ = next(torch.distributed.rendezvous("env://", args.rank, args.world_size, timeout=timeout))
-        if args.rank == 0:
-            store.set("meap_preflight", looked())
-        store.set_timeout(timedelta(days=1))  # rank 0 may have a large checkpoint to read through
-        answer = store.get("meap_preflight").decode()
-        store.set_timeout(timeout)
-    result = json.loads(answer)
-    if "error" in result:
-        raise UsageError(result["error"])
-    return result, store
+    return found | _check_checkpoint(args, hash_files)
 
 
 def _check_data(args: Namespace) -> None:
@@ -262,10 +233,10 @@ def _look_at_save_directory(args: Namespace) -> None:
         _take_lock(opened, args.save)
 
 
-def _check_checkpoint(args: Namespace) -> dict[str, Any]:
+def _check_checkpoint(args: Namespace, hash_files: latest.HashFiles | None) -> dict[str, Any]:
     """Choose the checkpoint to load, and compare it with this run's model, tokenizer and masks."""
     if args.load is not None:
-        choice = latest.choose(Path(args.load), args.ckpt_step, args.meap_refuse_damaged_checkpoint)
+        choice = latest.choose(Path(args.load), args.ckpt_step, args.meap_refuse_damaged_checkpoint, hash_files)
         if choice is not None:
             _compare("--load", choice.path, args)
             return {**_settle(choice, args), "start": str(choice.path)}
@@ -273,7 +244,7 @@ def _check_checkpoint(args: Namespace) -> dict[str, Any]:
             raise UsageError(f"--load {args.load}: holds no checkpoint; check the path, or drop the flag to start anew")
     if args.pretrained_checkpoint is not None:  # Megatron starts from it where --load holds none yet
         flag = f"--pretrained-checkpoint {args.pretrained_checkpoint}"
-        choice = latest.choose(Path(args.pretrained_checkpoint), None, refuse_damaged=False)
+        choice = latest.choose(Path(args.pretrained_checkpoint), None, refuse_damaged=False, hash_files=hash_files)
         if choice is None:
             raise UsageError(f"{flag}: holds no checkpoint; check the path")
         if choice.warning is not None:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_meap.backend import device, megatron_patches
 from megatron_meap.backend.hybrid import local_stack_spec
 from megatron_meap.backend.layers import local_block_spec
-from megatron_meap.checkpoint import latest
+from megatron_meap.checkpoint import integrity, latest
 from megatron_meap.cluster import connections
 from megatron_meap.cluster.signals import EXIT_STOPPED, StopRequest
 from megatron_meap.errors import UsageError
@@ -51,6 +51,7 @@ def run() -> None:
     stop = StopRequest().install()
     global_vars._GLOBAL_SIGNAL_HANDLER = stop
     args.exit_signal_handler = True  # the trainer asks it after every step
+    megatron_patches.save_checkpoints_by(integrity.recorded_by_all_ranks)
     if args.meap_keep_last is not None:
         megatron_patches.after_each_save(
             partial(latest.prune, Path(args.save), args.meap_keep_last, args.meap_keep_every)

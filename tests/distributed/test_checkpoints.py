@@ -153,3 +153,33 @@ def test_a_full_disk_leaves_the_previous_checkpoint(corpus: Corpus, tmp_path: Pa
         assert latest.damage(latest.directory(disk / "run", int(kept))) is None
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_every_rank_hashes_what_it_wrote(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And, at a start, its share of what is verified: rank 0 alone would keep the others waiting for minutes."""
+    log = tmp_path / "log"
+    monkeypatch.setenv("HASH_LOG", str(log))
+    flags = [*common(corpus, tmp_path), "--use-distributed-optimizer", "--train-iters", "3", "--save-interval", "2"]
+    runs = {}
+    for kind in ("sync", "async"):
+        folder = str(tmp_path / kind)
+        runs[kind] = [*flags, "--save", folder, *(["--async-save"] if kind == "async" else [])]
+        runs[f"{kind}-resumed"] = [*flags, "--load", folder]
+    launch_many(2, runs, tmp_path, script="hash_log.py")
+    hashed: dict[Path, list[tuple[str, str]]] = {}
+    for line in log.read_text().splitlines():
+        rank, process, path = line.split(maxsplit=2)
+        hashed.setdefault(Path(path), []).append((rank, process))
+    for kind, saver in (("sync", "trainer"), ("async", "saver")):
+        assert latest.damage(latest.directory(tmp_path / kind, 2)) is None
+        newest = latest.directory(tmp_path / kind, 3)
+        files = [path for path in newest.iterdir() if path.name != "integrity.json"]
+        verified = []
+        for path in files:
+            data = path.suffix == ".distcp"
+            written, *read = hashed[path]
+            assert written == (path.name.removeprefix("__")[0] if data else "0", saver if data else "trainer"), path
+            assert len(read) == 1, path  # when it was loaded
+            verified += read
+        assert set(verified) == {("0", "trainer"), ("1", "trainer")}
+        assert len([path for path in files if path.name.startswith("__1_")]) > 0

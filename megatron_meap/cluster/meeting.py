@@ -1,0 +1,93 @@
+"""Where the ranks of a job meet before their process group exists: rank 0 looks at things for all, the others help."""
+
+import itertools
+import json
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_meap.checkpoint import integrity
+from megatron_meap.errors import UsageError
+
+_PATIENCE = timedelta(days=1)  # rank 0 may have much to read, and says so when it fails
+_numbers = itertools.count()  # every meeting of a process has keys of its own
+HashFiles = Callable[[Sequence[Path]], integrity.Hashes]
+
+
+def on_rank_zero(
+    args: Namespace, look: Callable[[HashFiles], dict[str, Any]]
+) -> tuple[dict[str, Any], torch.distributed.Store | None]:
+    """Let rank 0 look at something, and give all ranks the result.
+
+    Args:
+        args: `rank`, `world_size` and `distributed_timeout_minutes`.
+        look: called on rank 0 with a function that hashes files, in which all ranks share the work.
+
+    Returns:
+        What `look` returned, on all ranks, and the store over which they met, for `init_process_group`; None where
+        they need none or have one.
+
+    Raises:
+        UsageError: on every rank, where `look` raised it.
+    """
+    number = next(_numbers)
+    if args.world_size == 1:
+        return look(integrity.hash_files), None
+    timeout, new = timedelta(minutes=args.distributed_timeout_minutes), None
+    if torch.distributed.is_initialized():
+        store = torch.distributed.distributed_c10d._get_default_store()
+    else:
+        store, _, _ = new, *_ = next(
+            torch.distributed.rendezvous("env://", args.rank, args.world_size, timeout=timeout)
+        )
+    store.set_timeout(_PATIENCE)
+    table = _Table(torch.distributed.PrefixStore(f"meap_meeting_{number}", store), args.rank, args.world_size)
+    result = table.lead(look) if args.rank == 0 else table.follow()
+    store.set_timeout(timeout)
+    if "error" in result:
+        raise UsageError(result["error"])
+    return result, new
+
+
+class _Table:
+    """A meeting: rank 0 puts one message after the other on the table, each a wish for hashes, the last the result."""
+
+    def __init__(self, store: torch.distributed.Store, rank: int, world_size: int) -> None:
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.messages = 0
+
+    def lead(self, look: Callable[[HashFiles], dict[str, Any]]) -> dict[str, Any]:
+        """Rank 0."""
+        try:
+            result = look(self._hash_together)
+        except UsageError as error:
+            result = {"error": str(error)}
+        said = json.dumps({"result": result})
+        self.store.set(str(self.messages), said)
+        return json.loads(said)["result"]  # the same types as on the other ranks
+
+    def follow(self) -> dict[str, Any]:
+        """Every other rank: hash what rank 0 asks for until it has the result."""
+        while True:
+            message = json.loads(self.store.get(str(self.messages)))
+            if "result" in message:
+                return message["result"]
+            own = self._share([Path(path) for path in message["hash"]])
+            self.store.set(f"{self.messages}/{self.rank}", json.dumps(integrity.hash_files(own)))
+            self.messages += 1
+
+    def _hash_together(self, paths: Sequence[Path]) -> integrity.Hashes:
+        self.store.set(str(self.messages), json.dumps({"hash": [str(path) for path in paths]}))
+        hashes = integrity.hash_files(self._share(paths))
+        for rank in range(1, self.world_size):
+            hashes |= json.loads(self.store.get(f"{self.messages}/{rank}"))
+        self.messages += 1
+        return hashes
+
+    def _share(self, paths: Sequence[Path]) -> list[Path]:
+        """This rank's: every file is some rank's, and large ones, which stand beside each other, are many ranks'."""
+        return list(paths[self.rank :: self.world_size])
