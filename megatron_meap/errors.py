@@ -1,6 +1,7 @@
 """What is wrong with the user's input, said in one line: a traceback is for our own bugs only."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,12 @@ def refuse_to_overwrite(flag: str, path: str | Path, overwrite: bool) -> None:
         raise UsageError(f"{flag} {path}: is there already; name another one, or add --overwrite to replace it")
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an exception says, as one line of at most `most` characters; its type where it says nothing."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= most else said[: most - 3] + "..."
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a command's ``main``; turn what a user can mend into one line and a non-zero exit status.
 
@@ -39,7 +46,8 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(_RANK_ZERO_SPEAKS_FIRST_S)
         # A data loader's worker process sends its traceback along; the last line is the message.
-        message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.UsageError: ")
+        message = str(error).strip().splitlines()[-1]
+        message = re.sub(r"^megatron_meap[\w.]+: ", "", message)
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     except JobError as error:

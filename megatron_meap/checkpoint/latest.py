@@ -5,7 +5,6 @@ default) a SHA-256 of every file beside it. Here both are read *before* Megatron
 is named, and the newest good one is taken instead, or the start is refused.
 """
 
-import os
 import re
 import shutil
 from argparse import Namespace
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_meap.errors import UsageError
+from megatron_meap.files import whole_file
 from megatron_meap.flags import Settings, flag
 
 POINTER = "latest_checkpointed_iteration.txt"
@@ -183,12 +183,8 @@ def full_disk(folder: Path) -> str | None:
 
 def set_pointer(folder: Path, iteration: int) -> None:
     """Let the pointer name this iteration: whole or not at all, whatever happens meanwhile."""
-    temporary = folder / f"{POINTER}.tmp"
-    with open(temporary, "w") as file:
+    with whole_file(folder / POINTER, "w") as file:
         file.write(str(iteration))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / POINTER)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_meap.backend import device
 from megatron_meap.checkpoint import latest
 from megatron_meap.checkpoint.reader import open_checkpoint
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, one_line
 
 _SPEC = re.compile(r"(?:(?P<name>[^=/]+)=)?(?P<path>.+?)(?:@(?P<iteration>\d+|all))?")
 
@@ -134,8 +134,7 @@ def context_length(model: Model) -> int:
     try:
         config = AutoConfig.from_pretrained(model.directory).get_text_config()
     except Exception as error:  # of every kind of file that it reads
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{model.directory}/config.json: transformers cannot read it ({reason})") from error
+        raise UsageError(f"{model.directory}/config.json: transformers cannot read it ({one_line(error)})") from error
     found = getattr(config, "max_position_embeddings", None)
     if not isinstance(found, int) or found < 1:
         raise UsageError(f"{model.directory}/config.json: does not say how long the context is")
@@ -174,8 +173,7 @@ def load(model: Model, batch_size: int | str, where: str | None, dtype: str | No
             max_length=context_length(model),
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{model.source}: cannot be loaded ({reason})") from error
+        raise UsageError(f"{model.source}: cannot be loaded ({one_line(error)})") from error
     if loaded.tokenizer.eos_token_id is None and loaded.tokenizer.bos_token_id is None:
         raise UsageError(f"{model.source}: its tokenizer has neither BOS nor EOS, which lm-eval needs to score text")
     return loaded

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, one_line
 from megatron_meap.evaluation import models
 from megatron_meap.evaluation.models import Model
 from megatron_meap.evaluation.reporting.results import ModelResults
@@ -76,10 +76,9 @@ def load_tasks(plan: Plan, tokenizer: str) -> dict[str, Any]:
         except UsageError:
             raise
         except Exception as error:  # the libraries below raise many things where the hub is out of reach
-            reason = " ".join(str(error).split())[:150]
             if plan.suite is None:
-                raise UsageError(f"--tasks {name}: its data cannot be loaded ({reason})") from error
-            plan.left_out[name] = f"its data cannot be loaded ({reason})"
+                raise UsageError(f"--tasks {name}: its data cannot be loaded ({one_line(error)})") from error
+            plan.left_out[name] = f"its data cannot be loaded ({one_line(error)})"
     return tasks
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qw
 
 from megatron_meap.backend import device
 from megatron_meap.checkpoint.reader import open_checkpoint
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, one_line
 from megatron_meap.huggingface.generation_config import ending_ids
 from megatron_meap.huggingface.training_data import trained_tokenizer
 from megatron_meap.huggingface.weights import Source, inspect
@@ -121,8 +121,7 @@ def _from_huggingface(path: str, tokenizer: str | None) -> tuple[Any, Any, int |
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{path}: holds no model that transformers can load ({reason})") from error
+        raise UsageError(f"{path}: holds no model that transformers can load ({one_line(error)})") from error
     loaded = load_directory(Path(tokenizer or path))
     return model, loaded, loaded.mask_token_id
 

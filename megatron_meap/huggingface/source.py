@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, one_line
 from megatron_meap.huggingface.architecture import Architecture, from_huggingface
 from megatron_meap.huggingface.mapping import Weight, layer_weights, outer_weights
 
@@ -62,7 +62,7 @@ def read_directory(folder: Path) -> HuggingFaceWeights:
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # an architecture that transformers does not know, or a file that is not JSON
-        raise UsageError(f"{folder / 'config.json'}: {' '.join(str(error).split())[:200]}") from error
+        raise UsageError(f"{folder / 'config.json'}: {one_line(error)}") from error
     found = HuggingFaceWeights(folder, from_huggingface(config), weights_in(folder))
     if not found.places:
         raise UsageError(f"{folder}: has no .safetensors files; save the model with save_pretrained of transformers")
@@ -78,7 +78,7 @@ def weights_in(folder: Path) -> dict[str, Path]:
             with safe_open(path, framework="pt") as file:
                 places |= dict.fromkeys(file.keys(), path)
         except Exception as error:  # a damaged header can be wrong in any way
-            raise UsageError(f"{path}: not a safetensors file, or damaged ({error})") from error
+            raise UsageError(f"{path}: not a safetensors file, or damaged ({one_line(error)})") from error
     return places
 
 

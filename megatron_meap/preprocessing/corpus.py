@@ -5,7 +5,6 @@ until the size limit is reached: the documentation topics of `help()`, the docst
 the installed packages, and their source code. The same installation always gives the same corpus, byte for byte.
 """
 
-import contextlib
 import hashlib
 import json
 import re
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_meap.errors import UsageError, refuse_to_overwrite
+from megatron_meap.files import whole_file
 
 MIN_CHARACTERS = 200
 """Shorter documents (empty `__init__.py` files and the like) are left out."""
@@ -66,34 +66,21 @@ def build_corpus(
     refuse_to_overwrite("--valid", valid, overwrite)
     count, size = {True: 0, False: 0}, {True: 0, False: 0}
     seen: set[bytes] = set()
-    paths = {True: Path(valid), False: Path(train)}
-    partial = {side: path.with_name(path.name + ".partial") for side, path in paths.items()}
-    try:
-        for path in paths.values():
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial[True], "w") as valid_file, open(partial[False], "w") as train_file:
-            for source, text in documents():
-                raw = text.encode()
-                digest = hashlib.sha256(raw).digest()
-                if digest in seen:
-                    continue
-                if sum(size.values()) + len(raw) > max_bytes:
-                    break
-                seen.add(digest)
-                side = _share_of(source) < valid_share
-                print(json.dumps({"text": text, "source": source}), file=valid_file if side else train_file)
-                count[side] += 1
-                size[side] += len(raw)
+    with whole_file(valid, "w") as valid_file, whole_file(train, "w") as train_file:
+        for source, text in documents():
+            raw = text.encode()
+            digest = hashlib.sha256(raw).digest()
+            if digest in seen:
+                continue
+            if sum(size.values()) + len(raw) > max_bytes:
+                break
+            seen.add(digest)
+            side = _share_of(source) < valid_share
+            print(json.dumps({"text": text, "source": source}), file=valid_file if side else train_file)
+            count[side] += 1
+            size[side] += len(raw)
         if not all(count.values()):
             raise UsageError(f"{max_bytes} bytes leave nothing to train on or to validate; raise the limit")
-        for side, path in paths.items():
-            partial[side].replace(path)
-    except OSError as error:
-        raise UsageError(f"{error.filename or train}: {error.strerror or error}: choose another output path") from error
-    finally:
-        for path in partial.values():
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
     return CorpusSummary(count[False], count[True], size[False], size[True])
 
 

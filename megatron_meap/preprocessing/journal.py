@@ -7,6 +7,7 @@ from itertools import zip_longest
 from typing import Any
 
 from megatron_meap.errors import UsageError
+from megatron_meap.files import cannot_write
 
 
 class Journal:
@@ -39,7 +40,7 @@ class Journal:
         except BlockingIOError:
             raise UsageError(f"--output-prefix {prefix}: another run is writing there; wait for it to end") from None
         except OSError as error:
-            raise UsageError(f"--output-prefix {prefix}: cannot be written: {error.strerror}") from error
+            raise cannot_write(f"--output-prefix {prefix}", error) from error
         if resume:
             self._read(json.loads(json.dumps(settings)))
         if self.state is None:

@@ -9,6 +9,7 @@ import numpy as np
 
 import megatron_meap
 from megatron_meap.errors import UsageError
+from megatron_meap.files import cannot_write
 from megatron_meap.preprocessing.index import CHUNK, Index, read_index
 from megatron_meap.preprocessing.manifest import read_manifest, to_bytes
 from megatron_meap.preprocessing.outputs import refuse_existing
@@ -74,7 +75,7 @@ def merge_datasets(prefixes: list[str], output_prefix: str, *, overwrite: bool =
         finally:
             writer.discard()
     except OSError as error:
-        raise UsageError(f"{error.filename or output_prefix}: cannot be written: {error.strerror}") from error
+        raise cannot_write(error.filename or output_prefix, error) from error
     return manifest
 
 

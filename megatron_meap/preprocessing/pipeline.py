@@ -1,6 +1,5 @@
 """The whole of preprocessing: input files in, a Megatron dataset for each key out, or nothing at all."""
 
-import errno
 import os
 import sys
 import time
@@ -10,6 +9,7 @@ from typing import Any
 
 import megatron_meap
 from megatron_meap.errors import UsageError
+from megatron_meap.files import cannot_write
 from megatron_meap.preprocessing.blocks import BlockEncoder
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
 from megatron_meap.preprocessing.index import token_dtype
@@ -193,8 +193,7 @@ def _encode_all(job: Job, files: "_Files", pool: Any, outputs: Outputs, journal:
 def _explained(error: BaseException, job: Job, keep: bool) -> BaseException:
     """The error for the user: a full disk in words, and how to go on where files are finished."""
     if isinstance(error, OSError):
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        error = UsageError(f"{error.filename or job.output_prefix}: cannot be written: {what}")
+        error = cannot_write(error.filename or job.output_prefix, error)
     if keep and isinstance(error, UsageError):
         return UsageError(f"{error} (finished input files are kept: go on with --resume)")
     return error

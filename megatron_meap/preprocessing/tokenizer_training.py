@@ -1,11 +1,11 @@
 """Train a SentencePiece tokenizer in the manner of Llama's, with [MASK] where no text can reach it."""
 
-import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_meap.errors import UsageError, refuse_to_overwrite
+from megatron_meap.files import whole_file
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
 from megatron_meap.preprocessing.readers import InputFile, InputOptions, find_inputs
 from megatron_meap.tokenization.mask_token import MASK_TOKEN
@@ -87,7 +87,8 @@ def train_tokenizer(
     except RuntimeError as error:
         reason = str(error).split("] ")[-1]
         raise UsageError(f"--vocab-size {vocab_size}: {reason}; give more text, or a smaller vocabulary") from error
-    _write(Path(output), model.getvalue())
+    with whole_file(output) as file:
+        file.write(model.getvalue())
 
 
 def _lines(paths: list[str], key: str, max_bytes: int) -> Iterator[str]:
@@ -109,15 +110,3 @@ def _lines(paths: list[str], key: str, max_bytes: int) -> Iterator[str]:
                     file.close()
                     return
         file.close()
-
-
-def _write(output: Path, model: bytes) -> None:
-    partial = output.with_name(output.name + ".partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(model)
-        partial.replace(output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UsageError(f"{output}: cannot be written: {error.strerror}") from error

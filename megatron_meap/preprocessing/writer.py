@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_meap.errors import UsageError
+from megatron_meap.files import cannot_write, sync, sync_folder
 from megatron_meap.preprocessing.index import CHUNK, index_bytes
 
 MANIFEST_SUFFIX = ".manifest.json"
@@ -52,7 +53,7 @@ class DatasetWriter:
             self._bin = open(self._bin_path, "r+b" if start else "wb")  # noqa: SIM115 - closed by close()
             self._lengths = open(self._lengths_path, "r+b" if start else "w+b")  # noqa: SIM115
         except OSError as error:
-            raise UsageError(f"{error.filename}: cannot be written: {error.strerror}") from error
+            raise cannot_write(error.filename, error) from error
         self._hash = hashlib.sha256()
         if start:
             self._continue_after(start)
@@ -94,16 +95,14 @@ class DatasetWriter:
         Returns:
             For `.bin` and `.idx`: bytes and sha256.
         """
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
+        sync(self._bin)
         idx_hash, idx_bytes = hashlib.sha256(), 0
         with open(self._idx_path, "wb") as file:
             for piece in index_bytes(self._dtype, self.documents, self._stored_lengths, boundaries, documents):
                 file.write(piece)
                 idx_hash.update(piece)
                 idx_bytes += len(piece)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         return {
             ".bin": {"bytes": self.tokens * self._dtype.itemsize, "sha256": self._hash.hexdigest()},
             ".idx": {"bytes": idx_bytes, "sha256": idx_hash.hexdigest()},
@@ -123,15 +122,14 @@ class DatasetWriter:
         if manifest is not None:
             with open(partial, "wb") as file:
                 file.write(manifest)
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)
         for suffix in (".idx", MANIFEST_SUFFIX):
             Path(self.prefix + suffix).unlink(missing_ok=True)
         self._bin_path.replace(self.prefix + ".bin")
         if manifest is not None:
             partial.replace(self.prefix + MANIFEST_SUFFIX)
         self._idx_path.replace(self.prefix + ".idx")
-        sync_folder(self.prefix)
+        sync_folder(Path(self.prefix).absolute().parent)
         self.discard()
 
     def close(self) -> None:
@@ -145,12 +143,3 @@ class DatasetWriter:
         self.close()
         for path in (self._bin_path, self._lengths_path, self._idx_path, Path(self.prefix + ".manifest.partial")):
             path.unlink(missing_ok=True)
-
-
-def sync_folder(path: str) -> None:
-    """Make the names in a file's folder survive a power cut."""
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

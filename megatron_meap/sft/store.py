@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from argparse import Namespace
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +14,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron_meap.errors import UsageError
+from megatron_meap.files import CannotWriteError, whole_directory
 from megatron_meap.preprocessing.readers import find_inputs
 from megatron_meap.sft.conversations import BadConversation, Conversation, read_conversations
 from megatron_meap.sft.templates import Rendered
@@ -76,8 +74,8 @@ def open_store(paths: list[str], args: Namespace, digest: str | None = None) -> 
         facts = json.loads((folder / "facts.json").read_text())
         ids = np.memmap(folder / "ids.bin", np.int32, "r")
         return TurnStore(ids, np.load(folder / "turns.npy"), facts["conversations"], facts["skipped"]), digest
-    except OSError as error:
-        reason = error.strerror or "the disk is full"  # NumPy's own error, which has no number
+    except (OSError, CannotWriteError) as error:
+        reason = error.reason if isinstance(error, CannotWriteError) else error.strerror
         raise UsageError(
             f"{folder.parent}: the cache of tokenized conversations cannot be used ({reason}); name a writable "
             "--data-cache-path with enough room"
@@ -120,24 +118,12 @@ def digest_of(files: list[str], args: Namespace, encoder: TurnEncoder | None = N
 
 def _build(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bool) -> None:
     """Tokenize the files into a folder that appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     try:
-        _tokenize(files, encoder, temporary, skip_bad)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp gives the folder to its owner alone
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not (folder / "facts.json").exists():  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        with whole_directory(folder) as temporary:
+            _tokenize(files, encoder, temporary, skip_bad)
+    except FileExistsError:
+        if not (folder / "facts.json").exists():  # else another process was faster
+            raise
 
 
 def _tokenize(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bool) -> None:

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, one_line
 from megatron_meap.tokenization.reference import Reference
 
 Choice = Literal["auto", "gigatoken", "reference"]
@@ -101,7 +101,7 @@ def gigatoken_encoder(reference: Reference) -> GigatokenEncoder:
     except _NotPossibleError:
         raise
     except Exception as error:  # gigatoken refuses a tokenizer with whatever exception its parts raise
-        raise _NotPossibleError(" ".join(str(error).split("\n")[0].split()) or type(error).__name__) from error
+        raise _NotPossibleError(one_line(error)) from error
     raise _NotPossibleError(f"does not do {reference.library} tokenizers")
 
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, one_line
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -86,8 +86,9 @@ def load_directory(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{directory}: holds no Hugging Face tokenizer that can be loaded ({reason})") from error
+        raise UsageError(
+            f"{directory}: holds no Hugging Face tokenizer that can be loaded ({one_line(error)})"
+        ) from error
 
 
 def add_mask_token(tokenizer: Any, text: str) -> int:

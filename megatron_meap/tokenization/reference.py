@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, one_line
 from megatron_meap.tokenization.mask_token import MASK_TOKEN, MaskToken, resolve_mask_token, special_id
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -173,7 +173,7 @@ def _megatron_tokenizer(args: Any) -> Any:
             return build_tokenizer(full)
         except Exception as error:  # whatever a library says about a file that is not its own
             named = args.tokenizer_model or args.vocab_file or args.vocab_size
-            reason = " ".join((str(error) or type(error).__name__).split())
+            reason = one_line(error)
             raise UsageError(f"{named}: not a tokenizer of --tokenizer-type {args.tokenizer_type}: {reason}") from error
 
 

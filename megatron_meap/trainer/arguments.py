@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from megatron_meap.backend import device
 from megatron_meap.checkpoint.latest import CheckpointSettings
 from megatron_meap.cluster.connections import ConnectionSettings
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, one_line
 from megatron_meap.flags import Settings, add_group, flag
 from megatron_meap.meap import settings as meap
 from megatron_meap.meap.settings import MaskSettings
@@ -181,8 +181,8 @@ def _explain(validate: Callable[[], None]) -> None:
     try:
         validate()
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-        said = "" if isinstance(error, TypeError) else " ".join(str(error).split())
-        reason = said or _source_line(error)
+        no_message = isinstance(error, TypeError) or not str(error).strip()
+        reason = _source_line(error) if no_message else one_line(error, most=1000)
         raise UsageError(f"Megatron refuses these flags: {reason}") from error
 
 
@@ -249,7 +249,7 @@ def set_tokenizer(args: Namespace) -> None:
             tokenizer = build_tokenizer(args)
     except Exception as error:
         path = args.tokenizer_model or args.vocab_file or "(no --tokenizer-model given)"
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise UsageError(f"--tokenizer-model {path}: not a {args.tokenizer_type} tokenizer ({reason})") from error
     args.pad_vocab_size = pad_vocab_size
     mask = resolve_mask_token(tokenizer, args.meap_mask_token)

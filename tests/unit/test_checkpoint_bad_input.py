@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.errors import UsageError
-from megatron_meap.huggingface import architecture, export, output
+from megatron_meap.huggingface import architecture, export
 from megatron_meap.huggingface.export import ExportJob, parse_size
 from megatron_meap.huggingface.importer import ImportJob, import_model
 from megatron_meap.huggingface.output import new_directory
@@ -221,7 +221,7 @@ def test_disk_that_fills_up(megatron: Path, tmp_path: Path, monkeypatch: pytest.
     """Known before: refused. Found on the way: removed."""
     out = ExportJob(str(megatron), str(tmp_path / "out"), check=False)
     with monkeypatch.context() as patched:
-        patched.setattr(output.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
         refused("are needed there", out)
 
     def full(*_: Any, **__: Any) -> None:

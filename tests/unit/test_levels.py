@@ -12,7 +12,7 @@ import megatron_meap
 ROOT = Path(megatron_meap.__file__).parent
 LEVELS = {
     "errors": 0,
-    "files": 0,
+    "files": 1,
     "flags": 1,
     "backend": 2,
     "checkpoint": 2,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, one_line
 from megatron_meap.evaluation.tasks.files import lines, rows
 from megatron_meap.evaluation.tasks.options import Options, as_dataset
 
@@ -47,8 +47,9 @@ def from_folder(name: str, folder: Path, definition: Path) -> Any | None:
     try:
         return ConfigurableTask(config=config)
     except Exception as error:  # of templates and functions of lm-eval's that meet other fields
-        reason = " ".join(str(error).split())[:150]
-        raise UsageError(f"--commonsense-data: {path}: has not the fields of the hub's {name} ({reason})") from error
+        raise UsageError(
+            f"--commonsense-data: {path}: has not the fields of the hub's {name} ({one_line(error)})"
+        ) from error
 
 
 def piqa(**metadata: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, one_line
 
 GENERATED_TOKENS = 32
 """Room that every prompt leaves for the model's answer; the task files ask for as many tokens."""
@@ -135,8 +135,7 @@ def counter(tokenizer: str, chat_template: bool = False) -> TokenCounter:
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{tokenizer}: holds no tokenizer that transformers can load ({reason})") from error
+        raise UsageError(f"{tokenizer}: holds no tokenizer that transformers can load ({one_line(error)})") from error
     if chat_template and not loaded.chat_template:
         raise UsageError(f"--chat-template: the tokenizer of {tokenizer} has none; leave the flag out")
     found = TokenCounter(loaded, chat_template)
