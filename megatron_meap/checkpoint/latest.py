@@ -28,7 +28,9 @@ class CheckpointSettings(Settings):
     """Which checkpoints are kept, and which a run may start from."""
 
     allow_changed_settings: bool = flag(
-        False, "resume from a checkpoint that was trained with other masks (default: refused)"
+        False,
+        "start from a checkpoint that was trained with other masks, or whose model computes something else, as with "
+        "another --norm-epsilon or RoPE scaling (default: refused)",
     )
     refuse_damaged_checkpoint: bool = flag(
         False, "refuse to start where the newest checkpoint is damaged (default: warn and take the newest good one)"

@@ -189,6 +189,8 @@ def megatron_flags(model: Architecture) -> list[str]:
         "--rotary-base": model.rope_base,
         "--normalization": "RMSNorm",
         "--norm-epsilon": model.norm_epsilon,
+        "--attention-dropout": 0.0,  # Megatron's default is 0.1, no such model was trained with any
+        "--hidden-dropout": 0.0,
     }
     if model.rope_scaling is not None:
         pairs["--rope-scaling-factor"] = model.rope_scaling

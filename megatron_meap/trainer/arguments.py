@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from megatron_meap.backend import device
+from megatron_meap.checkpoint import model_arguments
 from megatron_meap.checkpoint.latest import CheckpointSettings
 from megatron_meap.cluster.connections import ConnectionSettings
 from megatron_meap.errors import UsageError, one_line
@@ -131,8 +132,10 @@ def parse_flags() -> Namespace:
     args = parse_args(add_arguments)
     _choose_precision(args)
     if args.use_checkpoint_args:
-        load_args_from_checkpoint(args, load_arg="pretrained_checkpoint")
-        load_args_from_checkpoint(args)
+        for source in ("pretrained_checkpoint", "load"):
+            found = load_args_from_checkpoint(args, load_arg=source)
+            if isinstance(found, tuple):  # else there is no checkpoint
+                model_arguments.take_over(found[1], args)
     return args
 
 

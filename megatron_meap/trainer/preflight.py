@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_meap.checkpoint import latest
+from megatron_meap.checkpoint import latest, model_arguments
 from megatron_meap.cluster import meeting
 from megatron_meap.errors import UsageError
 from megatron_meap.meap.settings import MaskSettings
@@ -20,26 +20,6 @@ from megatron_meap.preprocessing.manifest import check_manifest
 from megatron_meap.sft import data as sft
 from megatron_meap.sft.flags import SFTSettings
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
-
-MODEL_SHAPE = [
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "normalization",
-    "swiglu",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "position_embedding_type",
-    "rotary_base",
-    "untie_embeddings_and_output_weights",
-    "num_experts",
-    "multi_latent_attention",
-]
-"""Arguments that a checkpoint's weights depend on."""
 
 SFT_DATA = {"seq_length": "--seq-length", "seed": "--seed", "split": "--split"}
 """Megatron's settings that decide, in fine-tuning, which rows a sample holds."""
@@ -278,21 +258,32 @@ def _compare(flag: str, path: Path, args: Namespace) -> None:
         pairs = {name: (getattr(saved, name), getattr(args, name)) for name in names if hasattr(saved, name)}
         return [f"{names.get(name, name)} {old} there, {new} here" for name, (old, new) in pairs.items() if old != new]
 
-    shape = set(MODEL_SHAPE)
+    shape = set(model_arguments.SHAPE)
     if not args.group_query_attention:
         shape.remove("num_query_groups")
-    if args.finetune or flag != "--load":
+    resumed = flag == "--load" and not args.finetune
+    if not resumed:
         shape.remove("rotary_base")  # no weight depends on it: contexts are extended by changing it
     if args.hybrid_layer_pattern and not getattr(saved, "hybrid_layer_pattern", None):
         shape.remove("num_layers")  # a GPTModel's, which Megatron pairs with the pattern itself
-    if different := differing({name: name for name in sorted(shape)}):
+    if different := model_arguments.differences(saved, args, sorted(shape)):
         raise UsageError(f"{flag}: {path} holds another model: {'; '.join(different)}")
+    changed = model_arguments.differences(saved, args, model_arguments.FUNCTION)
+    if changed and not args.meap_allow_changed_settings:
+        raise UsageError(
+            f"{flag}: {path} computes something else with its weights: {'; '.join(changed)}; repeat its settings, or "
+            "add --meap-allow-changed-settings if the change is meant"
+        )
+    if not resumed:
+        changed += model_arguments.differences(saved, args, ["rotary_base"])
+    if changed:
+        print(f"warning: {flag}: the model is changed: {'; '.join(changed)}", flush=True)
     if getattr(saved, "meap_tokenizer_sha256", args.meap_tokenizer_sha256) != args.meap_tokenizer_sha256:
         raise UsageError(
             f"{flag}: {path} was trained with another tokenizer ({saved.tokenizer_model} there, "
             f"{args.tokenizer_model} here); use the same one"
         )
-    if args.finetune or flag != "--load" or args.meap_allow_changed_settings:
+    if not resumed or args.meap_allow_changed_settings:
         return
     different = [name for kind in (MaskSettings, SFTSettings) for name in kind.differences(saved, args)]
     different += differing(SFT_DATA) if args.meap_sft else []

@@ -12,6 +12,7 @@ from megatron.training.global_vars import unset_global_variables
 from megatron.training.training import destroy_global_state
 
 from megatron_meap.errors import UsageError
+from megatron_meap.trainer import run as trainer
 from tests.conftest import Corpus
 from tests.launch import ENTRY, MODEL, TRAINING, environment, launch_many
 from tests.sft import prepare
@@ -37,7 +38,7 @@ def refused(monkeypatch: pytest.MonkeyPatch):
             monkeypatch.setenv(name, value)
         try:
             with pytest.raises(UsageError) as refusal:
-                run.prepare()
+                trainer.prepare()
         finally:
             unset_global_variables()
             destroy_global_state()
@@ -181,6 +182,10 @@ class TestCheckpoints:
         [
             ("--hidden-size 32", "holds another model: hidden_size 64 there, 32 here"),
             ("--num-layers 1", "holds another model: num_layers 2 there, 1 here"),
+            ("--norm-epsilon 1e-6", "computes something else with its weights: layernorm_epsilon 1e-05 there, 1e-06"),
+            ("--use-rope-scaling", "use_rope_scaling False there, True here"),
+            ("--rotary-percent 0.5", "rotary_percent 1.0 there, 0.5 here"),
+            ("--rotary-seq-len-interpolation-factor 2", "rotary_seq_len_interpolation_factor None there, 2 here"),
             ("--meap-mask-ratio 0.2", "--meap-mask-ratio 0.15 there, 0.2 here"),
             ("--meap-mask-strategy span", "--meap-mask-strategy random there, span here"),
             ("--meap-mask-seed 5", "--meap-mask-seed 1234 there, 5 here"),
@@ -189,6 +194,15 @@ class TestCheckpoints:
     )
     def test_another_model_or_other_masks(self, refused, flags, saved: Path, extra: str, message: str) -> None:
         assert message in refused(*flags, "--load", str(saved), *extra.split())
+
+    @pytest.mark.parametrize("source", ["--load", "--pretrained-checkpoint"])
+    def test_what_the_model_computes(self, refused, flags, saved: Path, source: str, capsys) -> None:
+        """Changed where it is meant, with a warning; taken over where the checkpoint's arguments are asked for."""
+        changed = [*flags, source, str(saved), "--use-rope-scaling", "--rope-scaling-factor", "4"]
+        assert "use_rope_scaling False there, True here" in refused(*changed)
+        assert prepare(*changed, "--meap-allow-changed-settings").use_rope_scaling
+        assert f"warning: {source}: the model is changed: use_rope_scaling False there" in capsys.readouterr().out
+        assert not prepare(*changed, "--use-checkpoint-args").use_rope_scaling
 
     def test_another_tokenizer(self, refused, flags, saved: Path, corpus: Corpus, tmp_path: Path) -> None:
         other = tmp_path / "other.model"
