@@ -86,17 +86,12 @@ class Settings:
                 yield cls.flag_of(field.name)
 
     @classmethod
-    def differences(cls, saved: Namespace, args: Namespace) -> list[str]:
-        """What decides a run and differs between a checkpoint's arguments and these, a phrase each.
-
-        A setting that the checkpoint does not know, because it is older than the flag, is not compared.
-        """
-        found = []
-        for field in dataclasses.fields(cls):
-            name = cls.PREFIX + field.name
-            if field.metadata["decides"] and hasattr(saved, name) and getattr(saved, name) != getattr(args, name):
-                found.append(f"{cls.flag_of(field.name)} {getattr(saved, name)} there, {getattr(args, name)} here")
-        return found
+    def deciding(cls, args: Namespace) -> dict[str, Any]:
+        """What decides a run, as people write it, and its values; without what older arguments do not have."""
+        names = [field.name for field in dataclasses.fields(cls) if field.metadata["decides"]]
+        return {
+            cls.flag_of(name): getattr(args, cls.PREFIX + name) for name in names if hasattr(args, cls.PREFIX + name)
+        }
 
 
 def add_group(parser: argparse.ArgumentParser, title: str, description: str, *settings: type[Settings]) -> None:

@@ -29,8 +29,8 @@ class CheckpointSettings(Settings):
 
     allow_changed_settings: bool = flag(
         False,
-        "start from a checkpoint that was trained with other masks, or whose model computes something else, as with "
-        "another --norm-epsilon or RoPE scaling (default: refused)",
+        "start although masks, data, what the model computes, or other settings that decide the run differ from the "
+        "checkpoint's (default: refused; docs/training.md lists them)",
     )
     refuse_damaged_checkpoint: bool = flag(
         False, "refuse to start where the newest checkpoint is damaged (default: warn and take the newest good one)"

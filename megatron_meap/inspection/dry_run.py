@@ -42,6 +42,8 @@ def run() -> None:
         with pretended(args):
             update_train_iters(args)
             dataset = datasets_provider(list(get_train_valid_test_num_samples()))[0]
+    for warning in checked["warnings"]:
+        print(f"warning: {warning}")
     for line in (*_model(args, total, by_stage), *_schedule(args), *_masks(args), *_checkpoints(args, checked)):
         print(line)
     if dataset is None:

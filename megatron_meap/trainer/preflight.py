@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_meap.checkpoint import latest, model_arguments
+from megatron_meap.checkpoint.latest import HashFiles
 from megatron_meap.cluster import meeting
 from megatron_meap.errors import UsageError
-from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.preprocessing.index import read_index
 from megatron_meap.preprocessing.manifest import check_manifest
 from megatron_meap.sft import data as sft
-from megatron_meap.sft.flags import SFTSettings
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
-
-SFT_DATA = {"seq_length": "--seq-length", "seed": "--seed", "split": "--split"}
-"""Megatron's settings that decide, in fine-tuning, which rows a sample holds."""
+from megatron_meap.trainer.record import describe
+from megatron_meap.trainer.resume import choose_start
 
 _lock: Any = None  # the open file that holds the lock on --save, for as long as the process lives
 
@@ -44,10 +42,13 @@ def check(args: Namespace, data_only: bool = False) -> torch.distributed.Store |
     found, store = meeting.on_rank_zero(args, lambda hash_files: look(args, data_only, hash_files))
     args.ckpt_step, args.eval_iters = found["iteration"], found["eval_iters"]
     args.meap_sft_digests, args.meap_sft_train_digest = found["digests"], found["train"]
+    args.meap_record = found["record"]
+    for warning in found["warnings"] if args.rank == 0 else ():
+        print(f"warning: {warning}", flush=True)
     return store
 
 
-def look(args: Namespace, data_only: bool = False, hash_files: latest.HashFiles | None = None) -> dict[str, Any]:
+def look(args: Namespace, data_only: bool = False, hash_files: HashFiles | None = None) -> dict[str, Any]:
     """The checks themselves, by one process; with `--dry-run` they leave no trace.
 
     Args:
@@ -57,7 +58,8 @@ def look(args: Namespace, data_only: bool = False, hash_files: latest.HashFiles 
 
     Returns:
         `iteration`, for `ckpt_step`, and `start`: the checkpoint that the run starts from, None where it starts anew;
-        `eval_iters`, 0 without validation data; `digests` and `train`, which name the conversations of a fine-tuning.
+        `eval_iters`, 0 without validation data; `digests` and `train`, which name the conversations of a fine-tuning;
+        `record`, of what decides the run; `warnings`, of what differs from the checkpoint, a line each.
     """
     args.meap_sft_digests, args.meap_sft_train_digest = {}, None
     if args.meap_sft:
@@ -67,18 +69,19 @@ def look(args: Namespace, data_only: bool = False, hash_files: latest.HashFiles 
     if args.eval_iters > 0 and not _has_validation(args):
         print("no data is named for validation: nothing is evaluated (--eval-iters 0)", flush=True)
         args.eval_iters = 0  # Megatron would evaluate on None
-    found = {
+    found: dict[str, Any] = {
         "eval_iters": args.eval_iters,
         "digests": args.meap_sft_digests,
         "train": args.meap_sft_train_digest,
     }
+    args.meap_record = found["record"] = describe(args, get_tokenizer())
     if data_only:
-        return found | {"iteration": args.ckpt_step}
+        return found | {"iteration": args.ckpt_step, "warnings": []}
     if args.dry_run:
         _look_at_save_directory(args)
     else:
         _lock_save_directory(args)
-    return found | _check_checkpoint(args, hash_files)
+    return found | choose_start(args, hash_files)
 
 
 def _check_data(args: Namespace) -> None:
@@ -211,86 +214,3 @@ def _look_at_save_directory(args: Namespace) -> None:
         raise UsageError(f"--save {args.save}: cannot be written ({existing} is not a directory that can be written)")
     with contextlib.suppress(FileNotFoundError), open(path / ".lock") as opened:
         _take_lock(opened, args.save)
-
-
-def _check_checkpoint(args: Namespace, hash_files: latest.HashFiles | None) -> dict[str, Any]:
-    """Choose the checkpoint to load, and compare it with this run's model, tokenizer and masks."""
-    if args.load is not None:
-        choice = latest.choose(Path(args.load), args.ckpt_step, args.meap_refuse_damaged_checkpoint, hash_files)
-        if choice is not None:
-            _compare("--load", choice.path, args)
-            return {**_settle(choice, args), "start": str(choice.path)}
-        if args.save is None or Path(args.load).resolve() != Path(args.save).resolve():
-            raise UsageError(f"--load {args.load}: holds no checkpoint; check the path, or drop the flag to start anew")
-    if args.pretrained_checkpoint is not None:  # Megatron starts from it where --load holds none yet
-        flag = f"--pretrained-checkpoint {args.pretrained_checkpoint}"
-        choice = latest.choose(Path(args.pretrained_checkpoint), None, refuse_damaged=False, hash_files=hash_files)
-        if choice is None:
-            raise UsageError(f"{flag}: holds no checkpoint; check the path")
-        if choice.warning is not None:
-            raise UsageError(f"{flag}: {choice.warning.partition(';')[0]}; copy or convert it again")
-        _compare("--pretrained-checkpoint", choice.path, args)
-        return {"iteration": args.ckpt_step, "start": str(choice.path)}
-    return {"iteration": args.ckpt_step, "start": None}
-
-
-def _settle(choice: latest.Choice, args: Namespace) -> dict[str, Any]:
-    """Say and record that an older checkpoint is taken; the pointer follows where this job owns the directory."""
-    if choice.warning is None:
-        return {"iteration": args.ckpt_step}
-    print(f"warning: {choice.warning}", flush=True)
-    if not args.dry_run and args.save is not None and Path(args.load).resolve() == Path(args.save).resolve():
-        latest.set_pointer(Path(args.load), choice.iteration)
-    return {"iteration": choice.iteration}
-
-
-def _compare(flag: str, path: Path, args: Namespace) -> None:
-    """Refuse a checkpoint of another model or tokenizer; and, when resuming, of other masks."""
-    from megatron.core import dist_checkpointing
-
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-        return  # a legacy checkpoint: Megatron's own checks must do
-    saved = dist_checkpointing.load_common_state_dict(str(path)).get("args")
-    if saved is None:
-        return
-
-    def differing(names: dict[str, str]) -> list[str]:
-        pairs = {name: (getattr(saved, name), getattr(args, name)) for name in names if hasattr(saved, name)}
-        return [f"{names.get(name, name)} {old} there, {new} here" for name, (old, new) in pairs.items() if old != new]
-
-    shape = set(model_arguments.SHAPE)
-    if not args.group_query_attention:
-        shape.remove("num_query_groups")
-    resumed = flag == "--load" and not args.finetune
-    if not resumed:
-        shape.remove("rotary_base")  # no weight depends on it: contexts are extended by changing it
-    if args.hybrid_layer_pattern and not getattr(saved, "hybrid_layer_pattern", None):
-        shape.remove("num_layers")  # a GPTModel's, which Megatron pairs with the pattern itself
-    if different := model_arguments.differences(saved, args, sorted(shape)):
-        raise UsageError(f"{flag}: {path} holds another model: {'; '.join(different)}")
-    changed = model_arguments.differences(saved, args, model_arguments.FUNCTION)
-    if changed and not args.meap_allow_changed_settings:
-        raise UsageError(
-            f"{flag}: {path} computes something else with its weights: {'; '.join(changed)}; repeat its settings, or "
-            "add --meap-allow-changed-settings if the change is meant"
-        )
-    if not resumed:
-        changed += model_arguments.differences(saved, args, ["rotary_base"])
-    if changed:
-        print(f"warning: {flag}: the model is changed: {'; '.join(changed)}", flush=True)
-    if getattr(saved, "meap_tokenizer_sha256", args.meap_tokenizer_sha256) != args.meap_tokenizer_sha256:
-        raise UsageError(
-            f"{flag}: {path} was trained with another tokenizer ({saved.tokenizer_model} there, "
-            f"{args.tokenizer_model} here); use the same one"
-        )
-    if not resumed or args.meap_allow_changed_settings:
-        return
-    different = [name for kind in (MaskSettings, SFTSettings) for name in kind.differences(saved, args)]
-    different += differing(SFT_DATA) if args.meap_sft else []
-    if args.meap_mask_strategy == "official":
-        different += differing({"global_batch_size": "--global-batch-size"})
-    if different:
-        raise UsageError(
-            f"--load: {path} was trained with other masks: {'; '.join(different)}; repeat its settings, or add "
-            "--meap-allow-changed-settings if the change is meant"
-        )

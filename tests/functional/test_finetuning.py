@@ -181,7 +181,7 @@ def test_resuming_with_other_conversations_is_refused(prepared, flags: list[str]
             "the",
         ),
     ):
-        with pytest.raises(UsageError, match=re.escape(f"was trained with other masks: {said}")):
+        with pytest.raises(UsageError, match=re.escape(f"was trained with other settings: {said}")):
             prepared(*resume, *extra)
 
 

@@ -128,7 +128,7 @@ def test_logits_are_those_of_the_original(pair: Pair) -> None:
 
 
 def test_the_written_flags_train_the_original_model(pair: Pair) -> None:
-    """A training run with `megatron_flags.txt` alone starts at the original's loss, in training mode with its dropout."""
+    """A training run with `megatron_flags.txt` alone starts at the original's loss, in training mode with dropout."""
     flags = shlex.split((pair.imported / FLAGS_FILE).read_text())
     tokens = torch.randint(600, (2, 96), generator=torch.Generator().manual_seed(2))
     original = AutoModelForCausalLM.from_pretrained(pair.original)

@@ -1,0 +1,192 @@
+"""One record of what decides a run: written into every checkpoint, and compared before anything is loaded.
+
+`describe` makes it, `differences` compares two. Every entry is refused, warned of or free when it differs; the tables
+here say which (docs/training.md shows them).
+"""
+
+import argparse
+import functools
+from argparse import Namespace
+from collections.abc import Iterator
+from enum import Enum
+from fnmatch import fnmatch
+from importlib import metadata
+from typing import Any
+
+import megatron_meap
+from megatron_meap.checkpoint import model_arguments
+from megatron_meap.meap.settings import MaskSettings
+from megatron_meap.sft.flags import SFTSettings
+from megatron_meap.tokenization.mask_token import special_id
+from megatron_meap.trainer.data_record import data_record
+from megatron_meap.trainer.official import OfficialSettings
+
+ALLOW = "--meap-allow-changed-settings"
+
+
+class Verdict(Enum):
+    """What becomes of a run whose setting differs from its checkpoint's."""
+
+    REFUSED = f"refused, unless {ALLOW}"
+    WARNED = "warned of"
+    FREE = "free"
+
+
+SAMPLES = (
+    "seed",
+    "seq_length",
+    "split",
+    "dataloader_type",
+    "eod_mask_loss",
+    "reset_position_ids",
+    "reset_attention_mask",
+    "dataloader_inter_document_masking",
+    "mock_data",
+    "fim_*",
+)
+"""Megatron's settings that decide what a sample is and which of its labels count: refused."""
+
+TRAINED = ("optimizer", "mtp_num_layers", "mtp_loss_scaling_factor", "moe_z_loss_coeff", "mup_*", "qk_clip*", "spec")
+"""Settings of what is learned and how, beside all of `MODEL_GROUPS`: refused."""
+
+MODEL_GROUPS = ("network size", "moe", "mla", "experimental_attention_variant", "heterogeneous architecture")
+WARNED_GROUPS = (
+    "transformer configuration",
+    "regularization",
+    "training",
+    "mixed precision",
+    "RNG and initialization",
+    "Transformer-Engine",
+    "experimental",
+    "data and dataloader",
+)
+"""Groups of Megatron's flags; of those in neither, nothing depends: where and how a run is logged, saved, laid out."""
+
+FREE = (
+    # the layout, and how fast and in what memory the same is computed
+    "*parallel*", "tp_comm_*", "*overlap*", "*recompute*", "*fusion*", "*fused*", "*cuda_graph*", "*offload*",
+    "inference_*", "*deepep*", "*hybridep*", "*ncclep*", "moe_permute*", "moe_*grouped*", "use_grouped_*",
+    "moe_token_dispatcher_type", "moe_flex_*", "moe_paged_*", "moe_per_layer_logging", "*_embedding_wgrad*", "wgrad_*",
+    "use_ring_exchange_p2p", "*_comm_stream", "microbatch_*", "*_pipeline_split", "distribute_saved_activations",
+    "symmetric_ar_type", "nccl_*", "flash_*", "use_te_*", "use_transformer_engine_op_fuser", "no_persist_layer_norm",
+    "clone_scatter_*", "mlp_chunks_*", "config_logger_dir", "cpu_*", "min_offloaded_*", "*_pp_ranks", "use_flash_attn",
+    "deterministic_mode", "micro_batch_size", "checkpoint_activations", "pin_*", "use_torch_optimizer_for_cpu_offload",
+    "fsdp_*", "megatron_fsdp_*", "enable_experimental", "delay_*", "mtp_standalone", "yaml_cfg",
+    "create_attention_mask_in_dataloader",
+    # how a run starts and ends, and what checks it
+    "perform_initialization", "use_cpu_initialization", "init_*", "embedding_init_*", "data_parallel_random_init",
+    "*_rng_tracker", "exit_*", "manual_gc*", "empty_unused_*", "check_*", "gpu_sniff_*", "train_sync_interval",
+    "result_rejected_*", "dump_*", "perform_rl_step",
+    # how the data is read, and where it lies
+    "*data_path", "*data_args_path", "per_dataset_sequences_path", "dataloader_fast*", "dataloader_defer*",
+    "data_cache_path", "mmap_bin_files", "num_workers", "num_dataset_builder_threads", "object_storage_*",
+    "mid_level_*", "encoder_seq_length", "decoder_seq_length", "encoder_num_layers", "decoder_num_layers",
+    "max_position_embeddings", "make_vocab_size_divisible_by",
+    # compared by other means: the layers, the schedule, the length of training
+    "transformer_impl", "is_hybrid_model", "hybrid_*_pattern", "group_query_attention", "train_iters", "train_samples",
+    "weight_decay", "batch_size", "init_model_with_meta_device", "bf16", "fp16", "phase_transition_iterations",
+)  # fmt: skip
+"""Patterns of settings that may change without a word."""
+
+
+def describe(args: Namespace, tokenizer: Any = None) -> dict[str, Any]:
+    """The record: what decides the run that these arguments describe, under the names that people know, as JSON.
+
+    Args:
+        args: parsed and checked; or those of a checkpoint that is older than the record, of which it finds a part.
+        tokenizer: the run's; its special tokens are recorded.
+    """
+    found: dict[str, Any] = {}
+    for kind in (MaskSettings, SFTSettings, OfficialSettings):
+        found |= kind.deciding(args)
+    for name, (flag, _) in _megatrons_flags().items():
+        if hasattr(args, name) and _verdict_of(name) is not Verdict.FREE:
+            found[flag] = _plain(getattr(args, name))
+    found["precision"] = next((name for name in ("bf16", "fp16") if getattr(args, name, False)), "fp32")
+    if tokenizer is not None:  # a run, not an old checkpoint
+        found |= {f"the tokenizer's {name} (its id)": special_id(tokenizer, name) for name in ("eod", "bos", "pad")}
+        found |= data_record(args)
+        found |= {name: metadata.version(name) for name in ("megatron-core", "torch")}
+        found |= {
+            "megatron-meap": megatron_meap.__version__,
+            "--meap-mask-validation": args.meap_mask_validation,
+            "the samples of training": args.train_samples or (args.train_iters or 0) * args.global_batch_size,
+        }
+    return found
+
+
+def verdict(entry: str, args: Namespace) -> Verdict:
+    """What becomes of the run of these arguments if this entry of the record differs."""
+    if entry in _NAMED:
+        return _NAMED[entry]
+    if entry == "--global-batch-size":
+        return Verdict.REFUSED if args.meap_mask_strategy == "official" else Verdict.WARNED
+    if entry == "the samples of training":
+        return Verdict.REFUSED if args.meap_clean_final_share and args.meap_mask_ratio else Verdict.FREE
+    by_flag = {flag: name for name, (flag, _) in _megatrons_flags().items()}
+    return _verdict_of(by_flag[entry]) if entry in by_flag else Verdict.REFUSED
+
+
+def differences(saved: Namespace, args: Namespace) -> Iterator[tuple[Verdict, str]]:
+    """What differs between a checkpoint's arguments and a run's, a phrase each; free entries are left out.
+
+    An entry that one of them does not know is not compared: it is older than the flag.
+    """
+    there, here = getattr(saved, "meap_record", None) or describe(saved), args.meap_record
+    for entry in here:
+        if entry not in there or there[entry] == here[entry]:
+            continue
+        outcome = verdict(entry, args)
+        if outcome is not Verdict.FREE:
+            yield outcome, f"{entry} {_short(there[entry])} there, {_short(here[entry])} here"
+
+
+_NAMED = {
+    "precision": Verdict.WARNED,
+    "megatron-core": Verdict.WARNED,
+    "megatron-meap": Verdict.WARNED,
+    "torch": Verdict.WARNED,
+    "--meap-mask-validation": Verdict.WARNED,
+    "the validation data (digests)": Verdict.WARNED,
+}
+
+
+@functools.cache
+def _megatrons_flags() -> dict[str, tuple[str, str]]:
+    """Megatron's flags and the groups they stand in, by the name of their argument."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    return {
+        action.dest: (action.option_strings[0], group.title or "")
+        for group in parser._action_groups
+        for action in group._group_actions
+        if action.option_strings
+    }
+
+
+def _verdict_of(name: str) -> Verdict:
+    """By the tables, for an argument of Megatron's."""
+    group = _megatrons_flags()[name][1]
+    if _matches(name, (*SAMPLES, *TRAINED)):
+        return Verdict.REFUSED
+    if name in (*model_arguments.SHAPE, *model_arguments.FUNCTION) or _matches(name, FREE):
+        return Verdict.FREE
+    if group in MODEL_GROUPS:
+        return Verdict.REFUSED
+    return Verdict.WARNED if group in WARNED_GROUPS else Verdict.FREE
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def _short(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

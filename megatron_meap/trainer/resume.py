@@ -1,0 +1,111 @@
+"""From which checkpoint a run starts, and whether it may: its model, its tokenizer, and all that decides the run."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_meap.checkpoint import latest, model_arguments
+from megatron_meap.errors import UsageError
+from megatron_meap.trainer.record import ALLOW, Verdict, differences
+
+
+def choose_start(args: Namespace, hash_files: latest.HashFiles | None) -> dict[str, Any]:
+    """Choose the checkpoint to load, and compare it with this run.
+
+    Args:
+        args: with this run's record, `meap_record`.
+        hash_files: how the files of a checkpoint are hashed.
+
+    Returns:
+        `iteration`, for `ckpt_step`, and `start`: the checkpoint that the run starts from, None where it starts anew;
+        `warnings`, a line each.
+
+    Raises:
+        UsageError: there is none where there must be one, or this run cannot start from it.
+    """
+    if args.load is not None:
+        choice = latest.choose(Path(args.load), args.ckpt_step, args.meap_refuse_damaged_checkpoint, hash_files)
+        if choice is not None:
+            warnings = [] if choice.warning is None else [choice.warning]
+            warnings += _compare("--load", choice.path, args)
+            return {"iteration": _settle(choice, args), "start": str(choice.path), "warnings": warnings}
+        if args.save is None or Path(args.load).resolve() != Path(args.save).resolve():
+            raise UsageError(f"--load {args.load}: holds no checkpoint; check the path, or drop the flag to start anew")
+    if args.pretrained_checkpoint is not None:  # Megatron starts from it where --load holds none yet
+        flag = f"--pretrained-checkpoint {args.pretrained_checkpoint}"
+        choice = latest.choose(Path(args.pretrained_checkpoint), None, refuse_damaged=False, hash_files=hash_files)
+        if choice is None:
+            raise UsageError(f"{flag}: holds no checkpoint; check the path")
+        if choice.warning is not None:
+            raise UsageError(f"{flag}: {choice.warning.partition(';')[0]}; copy or convert it again")
+        warnings = _compare("--pretrained-checkpoint", choice.path, args)
+        return {"iteration": args.ckpt_step, "start": str(choice.path), "warnings": warnings}
+    return {"iteration": args.ckpt_step, "start": None, "warnings": []}
+
+
+def _settle(choice: latest.Choice, args: Namespace) -> int | None:
+    """The iteration to ask for; where an older one is taken, the pointer follows if this job owns the directory."""
+    if choice.warning is None:
+        return args.ckpt_step
+    if not args.dry_run and args.save is not None and Path(args.load).resolve() == Path(args.save).resolve():
+        latest.set_pointer(Path(args.load), choice.iteration)
+    return choice.iteration
+
+
+def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
+    """Refuse a checkpoint of another model or tokenizer; and, when resuming, of a run that was decided otherwise.
+
+    Returns:
+        What differs and is only said, a line each.
+    """
+    from megatron.core import dist_checkpointing
+
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        return []  # a legacy checkpoint: Megatron's own checks must do
+    state = dist_checkpointing.load_common_state_dict(str(path))
+    saved = state.get("args")
+    if saved is None:
+        return []
+    resumes = flag == "--load" and not args.finetune and path.name != "release"
+    warnings = _compare_model(flag, path, saved, args, resumes)
+    if not resumes:
+        return warnings
+    found = list(differences(saved, args))
+    refused = [said for outcome, said in found if outcome is Verdict.REFUSED]
+    if refused and not args.meap_allow_changed_settings:
+        raise UsageError(
+            f"--load: {path} was trained with other settings: {'; '.join(refused)}; repeat them, or add {ALLOW} if the "
+            "change is meant"
+        )
+    if found:
+        warnings.append(f"{path} was trained with other settings: {'; '.join(said for _, said in found)}")
+    if not hasattr(saved, "meap_record"):
+        warnings.append(f"{path} is older than the record of data and versions: whether these are the same is unknown")
+    return warnings
+
+
+def _compare_model(flag: str, path: Path, saved: Namespace, args: Namespace, resumes: bool) -> list[str]:
+    """Refuse another model or tokenizer, which no flag allows; and one that computes something else, which one does."""
+    shape = set(model_arguments.SHAPE)
+    if not args.group_query_attention:
+        shape.remove("num_query_groups")
+    if not resumes:
+        shape.remove("rotary_base")  # no weight depends on it: contexts are extended by changing it
+    if args.hybrid_layer_pattern and not getattr(saved, "hybrid_layer_pattern", None):
+        shape.remove("num_layers")  # a GPTModel's, which Megatron pairs with the pattern itself
+    if different := model_arguments.differences(saved, args, sorted(shape)):
+        raise UsageError(f"{flag}: {path} holds another model: {'; '.join(different)}")
+    if getattr(saved, "meap_tokenizer_sha256", args.meap_tokenizer_sha256) != args.meap_tokenizer_sha256:
+        raise UsageError(
+            f"{flag}: {path} was trained with another tokenizer ({saved.tokenizer_model} there, "
+            f"{args.tokenizer_model} here); use the same one"
+        )
+    changed = model_arguments.differences(saved, args, model_arguments.FUNCTION)
+    if changed and not args.meap_allow_changed_settings:
+        raise UsageError(
+            f"{flag}: {path} computes something else with its weights: {'; '.join(changed)}; repeat its settings, or "
+            f"add {ALLOW} if the change is meant"
+        )
+    if not resumes:
+        changed += model_arguments.differences(saved, args, ["rotary_base"])
+    return [f"{flag}: the model is changed: {'; '.join(changed)}"] if changed else []

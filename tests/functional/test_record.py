@@ -1,0 +1,157 @@
+"""What decides a run is recorded in its checkpoint, and a run that resumes it otherwise is refused or says so."""
+
+import re
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_meap.cluster import meeting
+from megatron_meap.errors import UsageError
+from megatron_meap.huggingface import megatron_model
+from tests.conftest import Corpus
+from tests.launch import MODEL, TRAINING
+from tests.sft import prepare
+
+
+def flags_of(corpus: Corpus, folder: Path, *extra: str) -> list[str]:
+    flags = [*MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(folder / "cache"), "--save-interval", "5"]
+    place = flags.index("--data-path")
+    flags[place + 1 : place + 2] = ["0.9", corpus.prefix, "0.1", corpus.second_prefix]
+    return [*flags, "--save", str(folder / "run"), *extra]
+
+
+def save(args: Namespace, folder: Path) -> None:
+    """A checkpoint of iteration 2 as a run with these arguments would leave it, without its optimizer."""
+    with megatron_model.one_process():
+        model = megatron_model.build(args, torch.float32)
+        for parameter in model.parameters():
+            parameter.detach().zero_()
+        megatron_model.save(model, args, folder / "run" / "iter_0000002")
+    (folder / "run" / "latest_checkpointed_iteration.txt").write_text("2")
+
+
+@pytest.fixture(scope="module")
+def folder(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("record")
+    save(prepare(*flags_of(corpus, folder)), folder)
+    return folder
+
+
+@pytest.fixture
+def resume(corpus: Corpus, folder: Path, capsys: pytest.CaptureFixture):
+    """Everything up to the start of a resumed run; its warnings."""
+
+    def run(*extra: str, **keywords: int) -> list[str]:
+        capsys.readouterr()
+        prepare(*flags_of(corpus, folder), "--load", str(folder / "run"), *extra, **keywords)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ("--seed 5 --meap-mask-seed 1234", "--seed 1234 there, 5 here"),
+        ("--eod-mask-loss", "--eod-mask-loss False there, True here"),
+        ("--reset-position-ids", "--reset-position-ids False there, True here"),
+        ("--reset-attention-mask", "--reset-attention-mask False there, True here"),
+        ("--split 80,20,0", "--split 90,10,0 there, 80,20,0 here"),
+        ("--seq-length 32", "--seq-length 64 there, 32 here"),
+        ("--dataloader-inter-document-masking", "--dataloader-inter-document-masking False there"),
+        ("--meap-clean-final-share 0.1", "--meap-clean-final-share 0.0 there, 0.1 here"),
+        ("--meap-mask-warmup-samples 8", "--meap-mask-warmup-samples 0 there, 8 here"),
+        ("--optimizer sgd", "--optimizer adam there, sgd here"),
+        ("--train-iters 5000", "epochs of the training data, by the length of training 1, 1 there"),
+    ],
+)
+def test_what_decides_the_run_is_refused(resume, extra: str, said: str) -> None:
+    with pytest.raises(UsageError, match=rf"was trained with other settings: .*{re.escape(said)}"):
+        resume(*extra.split())
+    warnings = resume(*extra.split(), "--meap-allow-changed-settings")
+    assert len(warnings) == 1
+    assert said in warnings[0]
+
+
+def test_another_blend_is_refused(resume, corpus: Corpus, tmp_path: Path) -> None:
+    """Other weights, another order, other files under the same names; the same files elsewhere are the same."""
+    one, two = corpus.prefix, corpus.second_prefix
+    for blend, said in (
+        (["0.1", one, "0.9", two], "the blend's weights 0.9, 0.1 there, 0.1, 0.9 here"),
+        (["0.1", two, "0.9", one], "the training data (digests)"),
+        (["0.9", one, "0.1", one], "the training data (digests)"),
+        ([one], "the blend's weights"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(said)):
+            resume("--data-path", *blend)
+    assert resume("--data-path", "9", one, "1", two) == []
+    for suffix in (".bin", ".idx"):
+        shutil.copy(one + suffix, tmp_path / f"moved{suffix}")
+    moved = tmp_path / "moved"
+    assert resume("--data-path", "0.9", str(moved), "0.1", two) == []
+    ids = np.fromfile(f"{moved}.bin", np.uint16)  # as many tokens and documents, in another order
+    ids[::-1].tofile(f"{moved}.bin")
+    with pytest.raises(UsageError, match=r"the training data \(digests\)"):
+        resume("--data-path", "0.9", str(moved), "0.1", two)
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ("--clip-grad 2.0", "--clip-grad 1.0 there, 2.0 here"),
+        ("--hidden-dropout 0.1", "--hidden-dropout 0.0 there, 0.1 here"),
+        ("--global-batch-size 16", "--global-batch-size 8 there, 16 here"),
+        ("--meap-mask-validation", "--meap-mask-validation False there, True here"),
+    ],
+)
+def test_what_is_often_changed_on_purpose_is_said(resume, extra: str, said: str) -> None:
+    warnings = resume(*extra.split())
+    assert len(warnings) == 1
+    assert said in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "",
+        "--tensor-model-parallel-size 2 --sequence-parallel",
+        "--pipeline-model-parallel-size 2",
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+        "--micro-batch-size 1 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "--log-interval 5 --eval-interval 7 --save-interval 3 --num-workers 1 --exit-interval 4 --async-save",
+    ],
+)
+def test_layout_and_logging_change_without_a_word(resume, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    monkeypatch.setattr(meeting, "on_rank_zero", lambda _, look: (look(None), None))  # the other rank is not there
+    assert resume(*layout.split(), world_size=2) == []
+
+
+def test_a_checkpoint_without_a_record_loads_with_one_warning(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    args = prepare(*flags_of(corpus, tmp_path))
+    record = args.meap_record
+    del args.meap_record
+    save(args, tmp_path)
+    capsys.readouterr()
+    again = prepare(*flags_of(corpus, tmp_path), "--load", str(tmp_path / "run"))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
+    assert len(said) == 1
+    assert "older than the record" in said[0]
+    assert again.meap_record == record
+    with pytest.raises(UsageError, match="--eod-mask-loss False there, True here"):
+        prepare(*flags_of(corpus, tmp_path), "--load", str(tmp_path / "run"), "--eod-mask-loss")
+
+
+def test_the_length_of_training_decides_where_the_masks_follow_it(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """With a clean final share; otherwise only the number of epochs does."""
+    flags = flags_of(corpus, tmp_path, "--meap-clean-final-share", "0.2", "--lr-decay-iters", "20")
+    save(prepare(*flags), tmp_path)
+    with pytest.raises(UsageError, match="the samples of training 160 there, 240 here"):
+        prepare(*flags, "--load", str(tmp_path / "run"), "--train-iters", "30")
