@@ -1,4 +1,4 @@
-"""The one place where MEAP touches data: a wrapper that masks the input tokens of a dataset's samples."""
+"""The one place where MEAP touches data: a wrapper that noises the input tokens of a dataset's samples."""
 
 from typing import Any, Protocol
 
@@ -7,6 +7,9 @@ import torch
 
 from megatron_meap.errors import UsageError
 from megatron_meap.meap.masking import Masking
+
+NOISED, COPY = 1, 2
+"""Bits of `noise`: the input is not the clean token; the sample is the noised copy of the one before it."""
 
 
 class Samples(Protocol):
@@ -20,20 +23,26 @@ class Samples(Protocol):
 
 
 class MaskedInputDataset(torch.utils.data.Dataset):
-    """Masks `tokens` of the wrapped dataset's samples; everything else in a sample passes through untouched.
+    """Noises `tokens` of the wrapped dataset's samples; what else they hold passes through untouched.
+
+    Every sample tells, as `noise`, uint8 [sequence length], what was done to it: `NOISED` and `COPY`.
 
     It wraps the *top-level* dataset of a split (the blend, where there is one). Megatron's sampler walks that
-    dataset's index in order, so the index is the consumed-sample count: masks do not depend on the parallel layout,
-    the data workers or the point of resumption, and every epoch draws new ones.
+    dataset's index in order, so the index is the consumed-sample count: noise does not depend on the parallel layout,
+    the data workers or the point of resumption, and every epoch draws anew.
+
+    With a `copy_weight` every sample comes twice, clean at an even index and noised at the odd one after it, whose
+    loss mask is multiplied by the weight: as long as the global batch size is even, both are in one global batch.
 
     Args:
         dataset: the top-level dataset of the split, as Megatron's builder returns it.
-        masking: which positions, for which index.
+        masking: which positions, for which index, and what they become.
         split: Megatron's `Split` of the dataset; its data loader chooses batch sizes by it.
-        mask_token_id: id written to the masked positions.
+        mask_token_id: id of the mask token.
         vocab_size: ids at or above it cannot come from the model's tokenizer.
-        protected_ids: tokens that are never masked (EOD, BOS); when empty, padding may be masked too.
+        protected_ids: tokens that are never noised (EOD, BOS); when empty, padding may be noised too.
         first_index: number of samples consumed before index 0 (Megatron's training phases restart the index).
+        copy_weight: weight of the noised copies' loss; None where samples are noised themselves.
     """
 
     def __init__(
@@ -46,6 +55,7 @@ class MaskedInputDataset(torch.utils.data.Dataset):
         vocab_size: int,
         protected_ids: tuple[int, ...] = (),
         first_index: int = 0,
+        copy_weight: float | None = None,
     ) -> None:
         self.dataset = dataset
         self.masking = masking
@@ -54,21 +64,33 @@ class MaskedInputDataset(torch.utils.data.Dataset):
         self.vocab_size = vocab_size
         self.protected_ids = protected_ids
         self.first_index = first_index
+        self.copy_weight = copy_weight
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset) * (1 if self.copy_weight is None else 2)
+
+    def clean(self, index: int) -> dict[str, torch.Tensor]:
+        """The sample as the wrapped dataset has it."""
+        return self.dataset[index if self.copy_weight is None else index // 2]
 
     def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
-        """Return the sample with masked `tokens`; index None (padding of an incomplete batch) passes through."""
-        sample = self.dataset[index]
-        if index is None:
-            return sample
+        """Return the sample with noised `tokens`; index None (padding of an incomplete batch) passes through."""
+        sample = self.dataset[None] if index is None else self.clean(index)
         tokens = sample["tokens"].numpy()  # on 4,096 numbers NumPy has the smaller overhead
-        self._check_ids(tokens, index)
+        if index is not None:
+            self._check_ids(tokens, index)
+        if index is None or (self.copy_weight is not None and index % 2 == 0):
+            return {**sample, "noise": torch.zeros(len(tokens), dtype=torch.uint8)}
         protected = self._protected(tokens, sample["loss_mask"])
-        masked = tokens.copy()  # the wrapped dataset may cache the tensors it returns
-        masked[self.masking.positions(self.first_index + int(index), len(tokens), protected)] = self.mask_token_id
-        return {**sample, "tokens": torch.from_numpy(masked)}
+        positions, ids = self.masking.noise(self.first_index + int(index), tokens, self.mask_token_id, protected)
+        noised = tokens.copy()  # the wrapped dataset may cache the tensors it returns
+        noised[positions] = ids
+        noise = (noised != tokens).view(np.uint8)
+        changed = {"tokens": torch.from_numpy(noised), "noise": torch.from_numpy(noise)}
+        if self.copy_weight is not None:
+            noise |= COPY
+            changed["loss_mask"] = sample["loss_mask"] * self.copy_weight
+        return {**sample, **changed}
 
     def _protected(self, tokens: np.ndarray, loss_mask: torch.Tensor) -> np.ndarray | None:
         """Positions that must stay, bool [sequence length], or None where nothing is protected."""

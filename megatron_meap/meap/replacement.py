@@ -1,0 +1,70 @@
+"""What a noised position becomes: the mask token, a random other token, or (as BERT has it) what it was."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_meap.meap.streams import REPLACEMENTS, Stream
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """The shares of what the chosen positions become; the rest becomes the mask token."""
+
+    random_share: float = 0.0
+    """A token drawn uniformly from `candidates`, never the one that stood there."""
+
+    kept_share: float = 0.0
+    """The token that stood there: chosen, but not noised."""
+
+    candidates: Ids = field(default_factory=lambda: np.empty(0, np.int64), repr=False, compare=False)
+    """Ids that may be drawn, int64 [n], ascending: ordinary tokens of the tokenizer."""
+
+    rank: Ids = field(init=False, repr=False, compare=False)
+    """Place of an id among the candidates, n where it is none of them."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are none, and a vocabulary with nothing to draw."""
+        if not (self.random_share >= 0 and self.kept_share >= 0 and self.random_share + self.kept_share <= 1):
+            raise ValueError(f"shares {self.random_share} and {self.kept_share} are no parts of 1")
+        if self.random_share > 0 and len(self.candidates) < 2:
+            raise ValueError("random replacement needs at least 2 ordinary tokens")
+        rank = np.full(int(self.candidates[-1]) + 1 if len(self.candidates) else 0, len(self.candidates))
+        rank[self.candidates] = np.arange(len(self.candidates))
+        object.__setattr__(self, "rank", rank)
+
+    def __call__(self, stream: Stream, tokens: Ids, mask_id: int) -> Ids | int:
+        """What the chosen positions become.
+
+        Args:
+            stream: of the sample.
+            tokens: int64 [n], what stands there.
+            mask_id: the mask token.
+
+        Returns:
+            int64 [n], or the mask token alone where it stands at all of them.
+        """
+        if self.random_share == 0 and self.kept_share == 0:
+            return mask_id
+        words = stream.words(len(tokens), REPLACEMENTS)
+        # Which of the three is a matter of the upper bits; which token, of the whole word modulo their number.
+        place = (words >> np.uint64(11)).astype(np.float64) / 2**53
+        if self.random_share == 1:
+            return self._drawn(words, tokens)
+        result = np.full(len(tokens), mask_id)
+        drawn, kept = place < self.random_share, place >= 1 - self.kept_share
+        result[drawn] = self._drawn(words[drawn], tokens[drawn])
+        result[kept] = tokens[kept]
+        return result
+
+    def _drawn(self, words: npt.NDArray[np.uint64], tokens: Ids) -> Ids:
+        """Uniform candidates other than the tokens: one fewer to draw from, and those after the token move up."""
+        count = len(self.candidates)
+        own = np.full(len(tokens), count)
+        known = tokens < len(self.rank)
+        own[known] = self.rank[tokens[known]]
+        drawn = (words % (count - (own < count)).astype(np.uint64)).astype(np.int64)
+        return self.candidates[drawn + (drawn >= own)]
