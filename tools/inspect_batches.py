@@ -1,4 +1,4 @@
-"""Show what the model really sees: decoded samples with the masked tokens marked, mask statistics, a stream digest."""
+"""Show what the model really sees: decoded samples with the noised tokens marked, mask statistics, a stream digest."""
 
 from megatron_meap.commands.inspect_batches import main
 from megatron_meap.errors import run

@@ -1,4 +1,4 @@
-"""Show what the model really sees: decoded samples with the masked tokens marked, mask statistics, a stream digest.
+"""Show what the model really sees: decoded samples with the noised tokens marked, mask statistics, a stream digest.
 
     python tools/inspect_batches.py --show 0 1 --digest 0:64 <the flags of the training run>
     torchrun --nproc_per_node 4 tools/inspect_batches.py --digest 0:64 <the same flags>

@@ -1,11 +1,13 @@
 """The model card of an exported model: what it was trained with, as far as its checkpoint and data tell."""
 
+import dataclasses
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from megatron_meap.huggingface.architecture import Architecture
 from megatron_meap.huggingface.training_data import manifests
+from megatron_meap.meap.settings import MaskSettings
 
 TEMPLATE = """\
 ---
@@ -47,6 +49,7 @@ def write_card(directory: Path, name: str, model: Architecture, parameters: int,
 
     ratio = get("meap_mask_ratio") or 0
     strategy = get("meap_mask_strategy")
+    settings = dataclasses.replace(MaskSettings.of(args), mask_ratio=ratio)
     tokens = (get("consumed_train_samples") or 0) * (get("seq_length") or 0)
     rows = {
         "Layers, hidden, heads, key/value heads": f"{model.layers}, {model.hidden}, {model.heads}, {model.groups}",
@@ -54,6 +57,9 @@ def write_card(directory: Path, name: str, model: Architecture, parameters: int,
         "MEAP mask ratio": ratio or "0 (next-token prediction)",
         "MEAP mask strategy": strategy if ratio else "none",
         "MEAP mask seed": get("meap_mask_seed") if ratio else "none",
+        "Objective": settings.expanded(),
+        "Input noise": settings.words("answer tokens" if get("meap_sft") else "input tokens"),
+        **({"Budget": f"half of it noised copies, {tokens // 2:,} tokens of the data"} if settings.copy_weight else {}),
         "Tokens seen": f"{tokens:,}" if tokens else "unknown",
         "Iteration": step,
         "Global batch": f"{get('global_batch_size')} sequences",
@@ -65,7 +71,11 @@ def write_card(directory: Path, name: str, model: Architecture, parameters: int,
     for dataset, digest, manifest in manifests(args):
         rows[f"Data `{dataset}`"] = f"{manifest.get('tokens', '?'):,} tokens, manifest sha256 `{digest}`"
     verb, masked = ("fine-tuned", "answer") if get("meap_sft") else ("pretrained", "input")
-    method = f"MEAP (arXiv 2502.07490, {ratio:.0%} of the {masked} tokens masked)" if ratio else "next-token prediction"
+    method = "next-token prediction"
+    if ratio and settings.is_meap:
+        method = f"MEAP (arXiv 2502.07490, {ratio:.0%} of the {masked} tokens masked)"
+    elif ratio:
+        method = f"noised inputs ({settings.words(f'{masked} tokens')})"
     text = TEMPLATE.format(
         name=name,
         parameters=parameters / 1e6,

@@ -17,6 +17,8 @@ from megatron.training.training import get_train_valid_test_num_samples, update_
 from megatron_meap.backend import device, megatron_patches
 from megatron_meap.errors import UsageError
 from megatron_meap.inspection.samples import view
+from megatron_meap.meap.dataset import NOISED
+from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.planning.memory import count_parameters
 from megatron_meap.planning.text import layout_of
 from megatron_meap.planning.world import pretended
@@ -50,8 +52,8 @@ def run() -> None:
         raise UsageError("--data-path: names no training data")
     for line in sft.lines(args) if args.meap_sft else ():
         print(line)
-    print(f"data          {len(dataset):,} training samples; one of them, masked tokens marked:\n")
-    print(view(dataset, _sample_to_show(dataset, args), get_tokenizer(), args.meap_mask_token_id).for_terminal())
+    print(f"data          {len(dataset):,} training samples; one of them, noised tokens marked:\n")
+    print(view(dataset, _sample_to_show(dataset), get_tokenizer(), args.meap_mask_token_id).for_terminal())
     print("dry run: all checks passed, nothing was trained or saved", flush=True)
 
 
@@ -62,10 +64,10 @@ def _parse() -> Namespace:
     return args
 
 
-def _sample_to_show(dataset: Any, args: Namespace) -> int:
+def _sample_to_show(dataset: Any) -> int:
     """Index of the first sample that has a mask, if one of the first has: in fine-tuning not every one does."""
     indices = range(min(64, len(dataset)))
-    return next((i for i in indices if (dataset[i]["tokens"] == args.meap_mask_token_id).any()), 0)
+    return next((i for i in indices if "noise" in (sample := dataset[i]) and (sample["noise"] & NOISED).any()), 0)
 
 
 def _model(args: Namespace, total: int, by_stage: list[int]) -> list[str]:
@@ -92,15 +94,20 @@ def _schedule(args: Namespace) -> list[str]:
 
 
 def _masks(args: Namespace) -> list[str]:
-    if args.meap_mask_ratio == 0:
-        return ["masks         none: next-token prediction"]
+    settings = MaskSettings.of(args)
     what = "input tokens"
     if args.meap_sft:
         what = f"tokens of a copy of each answer of more than {args.meap_sft_threshold} tokens"
-    return [
-        f"masks         {args.meap_mask_strategy}, {100 * args.meap_mask_ratio:g}% of the {what} become "
-        f"{args.meap_mask_token} (id {args.meap_mask_token_id}), seed {args.meap_mask_seed}"
-    ]
+    seed = f", seed {args.meap_mask_seed}" if settings.ratio > 0 else ""
+    lines = [f"objective     {settings.expanded()}", f"masks         {settings.words(what)}{seed}"]
+    if settings.copy_weight is not None:
+        samples = args.train_samples or args.train_iters * args.global_batch_size
+        lines.append(
+            f"copies        half of the samples and tokens above: {samples // 2:,} samples of the data, each followed "
+            f"by its copy; a global batch is {args.global_batch_size // 2} of the data, and its loss is that of "
+            f"the clean ones + {settings.copy_weight:g} x that of the copies"
+        )
+    return lines
 
 
 def _checkpoints(args: Namespace, checked: dict[str, Any]) -> list[str]:

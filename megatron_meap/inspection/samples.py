@@ -1,15 +1,15 @@
-"""What the model really sees: decoded samples with the masked tokens marked, mask statistics, a stream digest."""
+"""What the model really sees: decoded samples with the noised tokens marked, figures of the noise, a stream digest."""
 
 import hashlib
 import html
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_meap.meap.dataset import MaskedInputDataset
+from megatron_meap.meap.dataset import NOISED, MaskedInputDataset
 from megatron_meap.meap.masking import num_masks
 from megatron_meap.sft.dataset import SFTDataset
 from megatron_meap.tokenization.mask_token import special_id
@@ -54,28 +54,38 @@ class View:
     texts: list[str]
     """The clean input tokens as text."""
     masked: np.ndarray
-    """bool [s]: replaced by the mask token."""
+    """bool [s]: replaced by the mask token or another one."""
     unlearned: np.ndarray
     """bool [s]: the label does not count."""
     borders: set[int]
     """Positions at which another document begins."""
     padding: int = 0
     """Positions after these that hold nothing."""
+    became: dict[int, str] = field(default_factory=dict)
+    """The tokens, as text, at positions that hold another one than the mask token."""
+    copied: str = ""
+    """Said of a noised copy."""
 
     @property
     def heading(self) -> str:
         """One line of figures."""
         return (
-            f"sample {self.index}: {len(self.texts)} tokens, {int(self.masked.sum())} masked "
+            f"sample {self.index}{self.copied}: {len(self.texts)} tokens, {int(self.masked.sum())} "
+            f"{'noised' if self.became else 'masked'} "
             f"({100 * self.masked.mean():.1f}%), {int(self.unlearned.sum())} without loss, "
             f"{len(self.borders) + 1} document{'s' if self.borders else ''}"
             + (f", {self.padding} of padding" if self.padding else "")
         )
 
-    def for_terminal(self) -> str:
-        """Masked tokens in reverse video, those without a loss faint, documents apart."""
-        parts = []
+    def _shown(self) -> Iterator[str]:
+        """Texts of the clean tokens; where another than the mask token stands there, followed by that."""
         for position, text in enumerate(self.texts):
+            yield f"{text}→{self.became[position]}" if position in self.became else text
+
+    def for_terminal(self) -> str:
+        """Noised tokens in reverse video, those without a loss faint, documents apart."""
+        parts = []
+        for position, text in enumerate(self._shown()):
             if position in self.borders:
                 parts.append("\n----- next document -----\n")
             style = MARKED if self.masked[position] else FAINT if self.unlearned[position] else "{}"
@@ -85,7 +95,7 @@ class View:
     def for_html(self) -> str:
         """The same as a section of a page."""
         parts = []
-        for position, text in enumerate(self.texts):
+        for position, text in enumerate(self._shown()):
             if position in self.borders:
                 parts.append("<hr>")
             kind = "masked" if self.masked[position] else "unlearned" if self.unlearned[position] else ""
@@ -109,18 +119,25 @@ def view(dataset: Any, index: int, tokenizer: Any, mask_token_id: int) -> View:
         clean = np.concatenate(inputs).tolist()
         starts = set(np.cumsum([len(each) for each in inputs])[:-1].tolist())
     else:
-        clean = (dataset.dataset if isinstance(dataset, MaskedInputDataset) else dataset)[index]["tokens"].tolist()
+        source = dataset.clean(index) if isinstance(dataset, MaskedInputDataset) else sample
+        clean = source["tokens"].tolist()
         starts = {position + 1 for position, token in enumerate(clean[:-1]) if token == tokenizer.eod}
         if "cu_seqlens" in sample:
             starts = set(sample["cu_seqlens"].tolist()) - {0, len(clean)}
     used = len(clean)
+    inputs = sample["tokens"][:used].numpy()
+    noised = inputs != np.array(clean)
+    other = np.flatnonzero(noised & (inputs != mask_token_id))
+    weight = getattr(dataset, "copy_weight", None)
     return View(
         index,
         list(token_texts(tokenizer, clean)),
-        (sample["tokens"][:used] == mask_token_id).numpy(),
+        noised,
         (sample["loss_mask"][:used] == 0).numpy(),
         starts,
         len(sample["tokens"]) - used,
+        dict(zip(other.tolist(), token_texts(tokenizer, inputs[other].tolist()), strict=True)),
+        f" (copy of sample {index - 1}, weight {weight:g})" if weight is not None and index % 2 else "",
     )
 
 
@@ -133,24 +150,41 @@ def page(views: list[View], statistics: str) -> str:
     sections = "\n".join(each.for_html() for each in views)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Batches</title><style>{style}</style>\n'
-        '<h1>What the model sees</h1>\n<p><span class="masked">masked input</span> shown by its clean text, '
-        '<span class="unlearned">no loss</span>; a line parts two documents.</p>\n'
+        '<h1>What the model sees</h1>\n<p><span class="masked">noised input</span> shown by its clean text (→ what '
+        'stands there, where it is not the mask token), <span class="unlearned">no loss</span>; '
+        "a line parts two documents.</p>\n"
         f"<pre>{html.escape(statistics)}</pre>\n"
         f"{sections}</html>\n"
     )
 
 
-def mask_statistics(dataset: Any, count: int, mask_token_id: int, ratio: float) -> str:
-    """Figures over the first `count` samples: share and spread of the masks, evenness over positions."""
+def mask_statistics(dataset: Any, count: int, ratio: float, exact: bool) -> str:
+    """Figures over the first `count` samples: share and spread of the noise, evenness over positions.
+
+    Args:
+        dataset: the training dataset; of copies and their clean samples the copies count.
+        count: how many samples.
+        ratio: the mask ratio.
+        exact: whether every sample has exactly that share.
+    """
     count = min(count, len(dataset))
-    masks = np.stack([(dataset[index]["tokens"] == mask_token_id).numpy() for index in range(count)])
-    seen = masks.sum(axis=1)
+    copies = getattr(dataset, "copy_weight", None) is not None
+    indices = [index for index in range(count) if index % 2 or not copies]
+    masks = np.stack([_noised(dataset[index]) for index in indices])
+    seen = masks.sum(axis=1, dtype=int)
     by_position = masks.mean(axis=0)
-    repeated = count - len({mask.tobytes() for mask in masks})
+    repeated = len(masks) - len({mask.tobytes() for mask in masks})
     length = masks.shape[1]
+    expected = f"int({ratio} x {length}) = {num_masks(ratio, length)}" if exact else "not the same for all"
     return (
-        f"masks of {count} samples of {length} tokens: {seen.mean():.1f} a sample (from {seen.min()} to {seen.max()}; "
-        f"int({ratio} x {length}) = {num_masks(ratio, length)}), {100 * masks.mean():.2f}% of all inputs\n"
+        f"masks of {len(masks)} {'copies' if copies else 'samples'} of {length} tokens: {seen.mean():.1f} a sample "
+        f"(from {seen.min()} to {seen.max()}; {expected}), {100 * masks.mean():.2f}% of all inputs\n"
         f"share by position: {by_position.min():.3f} to {by_position.max():.3f}; samples that repeat another's masks: "
         f"{repeated}"
     )
+
+
+def _noised(sample: dict[str, torch.Tensor]) -> np.ndarray:
+    """Where a sample is noised, bool [s]; samples of a clean split do not say."""
+    noise = sample.get("noise")
+    return np.zeros(len(sample["tokens"]), bool) if noise is None else noise.numpy() & NOISED == NOISED

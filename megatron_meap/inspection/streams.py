@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from megatron.training.training import get_train_valid_test_num_samples, update_
 
 from megatron_meap.errors import UsageError
 from megatron_meap.inspection.samples import mask_statistics, page, sample_digest, stream_digest, view
+from megatron_meap.meap.positions import STRATEGIES
+from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft.data import describe
 from megatron_meap.trainer.batches import datasets_provider
 from megatron_meap.trainer.run import prepare
@@ -79,7 +82,7 @@ class Streams:
             if args.meap_sft:
                 figures = describe(self.dataset, args)
             else:
-                figures = mask_statistics(self.dataset, statistics, args.meap_mask_token_id, args.meap_mask_ratio)
+                figures = mask_statistics(self.dataset, statistics, args.meap_mask_ratio, _exact(args))
             print(figures, flush=True)
         if page_path is not None:
             try:
@@ -87,3 +90,10 @@ class Streams:
             except OSError as error:
                 raise UsageError(f"--html {page_path}: cannot be written: {error.strerror}") from error
             print(f"wrote {page_path}", flush=True)
+
+
+def _exact(args: Namespace) -> bool:
+    """Whether every sample has the same number of noised positions."""
+    settings = MaskSettings.of(args)
+    varies = settings.mask_ratio_min is not None or settings.noised_share < 1 or settings.kept_share > 0
+    return settings.mask_strategy in STRATEGIES and not varies

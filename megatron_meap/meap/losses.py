@@ -1,4 +1,4 @@
-"""The loss at masked and at clean inputs, reported apart: plain next-token prediction is what is trained on."""
+"""The loss at noised and at clean inputs, reported apart: plain next-token prediction is what is trained on."""
 
 import torch
 from torch import Tensor
@@ -7,32 +7,55 @@ MASKED_LOSS = "lm loss masked inputs"
 CLEAN_LOSS = "lm loss clean inputs"
 MASKED_ANSWER_LOSS = "lm loss masked answers"
 CLEAN_ANSWER_LOSS = "lm loss clean answers"
+CLEAN_SAMPLE_LOSS = "lm loss clean samples"
+COPY_LOSS = "lm loss noised copies"
+NOISED_INPUTS = "noised inputs"
+"""The share of the inputs that are noised."""
 
 
 def next_token_loss(
-    losses: Tensor, loss_mask: Tensor, input_masked: Tensor | None, *, answers: bool = False
+    losses: Tensor,
+    loss_mask: Tensor,
+    input_masked: Tensor | None,
+    *,
+    answers: bool = False,
+    copies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the next-token losses over all positions that count, and its parts for the report.
 
     Args:
         losses: cross-entropies [b, s].
-        loss_mask: [b, s], 1 where the label counts.
-        input_masked: bool [b, s], where the input is the mask token (in fine-tuning, where a label is one that is
-            masked as an input); None for no such report.
+        loss_mask: [b, s], how much a label counts: 1 or 0, and the weight of the copy in copies.
+        input_masked: bool [b, s], where the input is noised (in fine-tuning, where a label is one that is noised as
+            an input); None for no such report.
         answers: name the parts for fine-tuning, whose loss is over answers.
+        copies: bool [b, s], what belongs to noised copies; None where there are none.
 
     Returns:
-        The summed loss, the number of tokens it is over, and for each reported name [sum, count].
+        The summed loss; the number of tokens that it is divided by, of which copies have none: over a global batch
+        the result is mean(clean) + weight * mean(copies); and for each reported name [sum, count].
     """
     flat = losses.view(-1).float()
     weights = loss_mask.view(-1).float()
     weighted = flat * weights
-    loss, count = weighted.sum(), weights.sum()
-    total = torch.stack([loss.detach(), count])
-    report = {"lm loss": total}
+    loss, counted, each = weighted.sum(), weights, weighted.detach()
+    if copies is not None:  # the report does not weigh
+        counted = (weights > 0).float()
+        each = flat.detach() * counted
+
+    def part(chosen: Tensor) -> Tensor:  # selecting by it would make the host wait for the device
+        return torch.stack([(each * chosen).sum(), (counted * chosen).sum()])
+
+    whole = torch.stack([each.sum(), counted.sum()])
+    report = {"lm loss": whole}
+    if copies is not None:
+        copied = part(copies.reshape(-1))
+        report = {"lm loss": torch.stack([loss.detach(), whole[1] - copied[1]])}
+        report |= {CLEAN_SAMPLE_LOSS: whole - copied, COPY_LOSS: copied}
     if input_masked is not None:
-        masked = input_masked.reshape(-1)  # selecting by it would make the host wait for the device
+        masked = input_masked.reshape(-1)
         names = (MASKED_ANSWER_LOSS, CLEAN_ANSWER_LOSS) if answers else (MASKED_LOSS, CLEAN_LOSS)
-        report[names[0]] = torch.stack([(weighted.detach() * masked).sum(), (weights * masked).sum()])
-        report[names[1]] = total - report[names[0]]
-    return loss, count, report
+        report[names[0]] = part(masked)
+        report[names[1]] = whole - report[names[0]]
+        report[NOISED_INPUTS] = torch.stack([masked.float().sum(), torch.ones_like(flat).sum()])
+    return loss, report["lm loss"][1], report

@@ -85,9 +85,7 @@ class Masking:
         if self.weights is not None:
             assert tokens is not None, "the strategy weighted needs the tokens"
             weights = np.take(self.weights, tokens, mode="clip")
-        return ALL[self.strategy](
-            Request(stream, seq_length, ratio, protected, weights, self.span_length, step)
-        )
+        return ALL[self.strategy](Request(stream, seq_length, ratio, protected, weights, self.span_length, step))
 
     def noise(
         self, index: int, tokens: Ids, mask_id: int, protected: npt.NDArray[np.bool_] | None = None

@@ -33,7 +33,7 @@ class Request(NamedTuple):
     """Optimiser step, strategy `official` only."""
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """Number of positions, for the strategies that noise an exact number."""
         return num_masks(self.ratio, self.seq_length)
 
@@ -50,9 +50,7 @@ def _orders(count: int) -> tuple[Positions, Positions]:
     return order, order[::-1].copy()
 
 
-def _distinct(
-    stream: Stream, below: int, count: int, rejected: npt.NDArray[np.bool_] | None = None
-) -> Positions:
+def _distinct(stream: Stream, below: int, count: int, rejected: npt.NDArray[np.bool_] | None = None) -> Positions:
     """First `count` distinct numbers of the sample's stream below `below` that are not rejected: a uniform subset.
 
     How many words are drawn at once does not matter: a longer draw begins with the shorter one.
@@ -77,7 +75,7 @@ def _distinct(
 
 def random_positions(ask: Request) -> Positions:
     """Strategy `random`: an exact number, a uniform subset of the unprotected positions."""
-    protected, count = ask.protected, ask.count
+    protected, count = ask.protected, ask.number
     if protected is not None and ask.seq_length - np.count_nonzero(protected) <= count:
         return np.flatnonzero(~protected)
     return _distinct(ask.stream, ask.seq_length, count, protected)
@@ -85,9 +83,9 @@ def random_positions(ask: Request) -> Positions:
 
 def span_positions(ask: Request) -> Positions:
     """Strategy `span`: spans of `span_length` tokens, the last one shorter where the count is no multiple of it."""
-    spans = -(-ask.count // ask.span_length)
+    spans = -(-ask.number // ask.span_length)
     lengths = np.full(spans, ask.span_length)
-    lengths[-1] -= spans * ask.span_length - ask.count
+    lengths[-1] -= spans * ask.span_length - ask.number
     return _place(ask, lengths)
 
 
@@ -97,14 +95,14 @@ def geometric_positions(ask: Request) -> Positions:
     Lengths are drawn until they reach the number; the last one is cut to it.
     """
     table = _survival(ask.span_length)
-    words = 2 * ask.count // ask.span_length + 16
+    words = 2 * ask.number // ask.span_length + 16
     while True:
         ends = np.cumsum(np.searchsorted(table, ask.stream.words(words, LENGTHS)) + 1)
-        spans = int(np.searchsorted(ends, ask.count)) + 1
+        spans = int(np.searchsorted(ends, ask.number)) + 1
         if spans <= words:
             break
         words *= 2
-    ends = np.minimum(ends[:spans], ask.count)
+    ends = np.minimum(ends[:spans], ask.number)
     return _place(ask, np.diff(ends, prepend=0))
 
 
@@ -124,7 +122,7 @@ def _place(ask: Request, lengths: npt.NDArray[np.int64]) -> Positions:
     Choosing the places of m spans among the unmasked positions is choosing m of (unmasked + m) slots, and the order of
     the choice says which span has which length. Protected positions are left out, as if they were not in the sequence.
     """
-    count, spans = ask.count, len(lengths)
+    count, spans = ask.number, len(lengths)
     available = np.arange(ask.seq_length) if ask.protected is None else np.flatnonzero(~ask.protected)
     if len(available) <= count:
         return available
@@ -163,7 +161,7 @@ def official_positions(ask: Request) -> Positions:
     One set for all samples of a step, 51 sets in all, the last position never masked (MEAP-Pretrain of the official
     repository: `random.seed(50 + step % 51)`, then `random.sample(range(seq_length - 1), n)`).
     """
-    columns = _official_columns(ask.step % _OFFICIAL_SEEDS, ask.seq_length, ask.count)
+    columns = _official_columns(ask.step % _OFFICIAL_SEEDS, ask.seq_length, ask.number)
     return columns if ask.protected is None else columns[~ask.protected[columns]]
 
 

@@ -7,7 +7,7 @@ depends on the processor decides anything.
 
 import threading
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ class _Generators(threading.local):
     """One generator for each seed and split, set to a sample rather than made anew: that costs a quarter."""
 
     def __init__(self) -> None:
-        self.made: dict[tuple[int, int], tuple[np.random.Philox, dict]] = {}
+        self.made: dict[tuple[int, int], tuple[np.random.Philox, Any]] = {}
 
     def at(self, seed: int, split: int, index: int, purpose: int) -> np.random.Philox:
         if (seed, split) not in self.made:
@@ -46,7 +46,7 @@ class Stream(NamedTuple):
 
     seed: int
     split: str
-    index: int
+    sample: int
 
     def words(self, count: int, purpose: int = POSITIONS) -> Words:
         """The first `count` numbers for a purpose, uint64 [count].
@@ -54,7 +54,7 @@ class Stream(NamedTuple):
         Philox's raw stream is fixed for good by NumPy, unlike what `Generator` methods make of it. The index sits in
         the third word of the 256-bit counter and the purpose in the fourth, so that no two streams can overlap.
         """
-        return _generators.at(self.seed, SPLITS[self.split], self.index, purpose).random_raw(count)
+        return _generators.at(self.seed, SPLITS[self.split], self.sample, purpose).random_raw(count)
 
     def halves(self, count: int, purpose: int = POSITIONS) -> npt.NDArray[np.uint32]:
         """Uniform 32-bit numbers, uint32 [count], two from each word."""

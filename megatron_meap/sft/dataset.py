@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatron_meap.meap.dataset import NOISED
 from megatron_meap.meap.masking import Masking
 from megatron_meap.sft import rows
 from megatron_meap.sft.packing import Plan, plan_epoch
@@ -171,9 +172,11 @@ class SFTDataset(torch.utils.data.Dataset):
         room = settings.max_length - (len(normal.tokens) if kind == BOTH else 0)
         start, end = rows.maskable(turn, room)
         assert settings.masking is not None
-        positions = start + settings.masking.positions(epoch * len(self.rows) + number, end - start)
-        positions = positions if masked else positions[:0]
-        copy = rows.masked_copy(turn, room, positions, settings.mask_token_id, settings.combined)
+        answer = turn.ids[start:end].astype(np.int64)
+        positions, ids = settings.masking.noise(epoch * len(self.rows) + number, answer, settings.mask_token_id)
+        if not masked:
+            positions, ids = positions[:0], settings.mask_token_id
+        copy = rows.masked_copy(turn, room, start + positions, ids, settings.combined)
         return rows.concatenated(normal, copy) if kind == BOTH else copy
 
 
@@ -181,11 +184,13 @@ def packed(parts: list[Row], seq_length: int) -> dict[str, torch.Tensor]:
     """Rows one after the other as a sample of Megatron's, what is left filled with padding.
 
     Returns:
-        `tokens`, `labels`, `position_ids` int64 [s], `loss_mask` float32 [s]; `cu_seqlens` int32 [s + 1], the borders
+        `tokens`, `labels`, `position_ids` int64 [s], `loss_mask` float32 [s]; `noise` uint8 [s], `NOISED` where the
+        *label* is noised as an input: of masked copies, those are learned; `cu_seqlens` int32 [s + 1], the borders
         of the rows and of the padding, filled up with s; `max_seqlen`, the longest stretch between two borders.
     """
     tokens, labels, positions = (np.zeros(seq_length, np.int64) for _ in range(3))
     loss_mask = np.zeros(seq_length, np.float32)
+    noise = np.zeros(seq_length, np.uint8)
     borders = np.full(seq_length + 1, seq_length, np.int32)
     end = 0
     for number, part in enumerate(parts):
@@ -194,6 +199,7 @@ def packed(parts: list[Row], seq_length: int) -> dict[str, torch.Tensor]:
         end += len(inputs)
         tokens[start:end], labels[start:end], loss_mask[start:end] = inputs, targets, learned
         positions[start:end] = np.arange(end - start)
+        noise[start:end] = NOISED * rows.noised(part)[1:]
     borders[len(parts)] = end
     positions[end:] = np.arange(seq_length - end)
     return {
@@ -201,6 +207,7 @@ def packed(parts: list[Row], seq_length: int) -> dict[str, torch.Tensor]:
         "labels": torch.from_numpy(labels),
         "loss_mask": torch.from_numpy(loss_mask),
         "position_ids": torch.from_numpy(positions),
+        "noise": torch.from_numpy(noise),
         "cu_seqlens": torch.from_numpy(borders),
         "max_seqlen": torch.tensor(np.diff(borders).max(), dtype=torch.int32),
     }

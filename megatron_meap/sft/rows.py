@@ -16,6 +16,7 @@ IGNORE = -100
 """Label of a position that is not learned."""
 
 Tokens = npt.NDArray[np.int64]
+Noised = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Row:
 
     tokens: Tokens
     labels: Tokens
+    noised: Noised | None = None
+    """bool [n], where the token is not the clean one; None: nowhere."""
 
 
 def normal_row(turn: Turn, max_length: int) -> Row:
@@ -46,14 +49,14 @@ def maskable(turn: Turn, max_length: int) -> tuple[int, int]:
     return turn.prompt, max(turn.prompt, min(turn.prompt + turn.answer, max_length - 1))
 
 
-def masked_copy(turn: Turn, max_length: int, positions: Tokens, mask_id: int, combined: bool = False) -> Row:
-    """The row with the mask token at some positions of the answer.
+def masked_copy(turn: Turn, max_length: int, positions: Tokens, mask_id: int | Tokens, combined: bool = False) -> Row:
+    """The row with noise at some positions of the answer.
 
     Args:
         turn: the clean turn.
         max_length: of a row, in tokens.
         positions: int64 [n], positions in the row, within `maskable`.
-        mask_id: the mask token.
+        mask_id: what they become: the mask token, or a token each, int64 [n].
         combined: labels on the whole answer and its end, masked or not (the paper's combined loss), rather than at
             the masked positions only.
     """
@@ -66,12 +69,21 @@ def masked_copy(turn: Turn, max_length: int, positions: Tokens, mask_id: int, co
     labels[positions] = clean[positions]
     tokens = clean.copy()
     tokens[positions] = mask_id
-    return Row(tokens, labels)
+    return Row(tokens, labels, tokens != clean)
 
 
 def concatenated(first: Row, second: Row) -> Row:
     """Both in one row, the second seeing the first."""
-    return Row(np.concatenate([first.tokens, second.tokens]), np.concatenate([first.labels, second.labels]))
+    return Row(
+        np.concatenate([first.tokens, second.tokens]),
+        np.concatenate([first.labels, second.labels]),
+        np.concatenate([noised(first), noised(second)]),
+    )
+
+
+def noised(row: Row) -> Noised:
+    """Where the row is noised, bool [n]."""
+    return np.zeros(len(row.tokens), bool) if row.noised is None else row.noised
 
 
 def shifted(row: Row) -> tuple[Tokens, Tokens, npt.NDArray[np.float32]]:

@@ -92,3 +92,23 @@ def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
     """Ids of EOD, BOS and padding, those that the tokenizer has, sorted."""
     found = {special_id(tokenizer, name) for name in ("eod", "bos", "pad")}
     return tuple(sorted(each for each in found if each is not None))
+
+
+def all_special_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of every token that no ordinary text holds, sorted: control symbols, unknown, EOD, BOS, padding, ..."""
+    library = getattr(tokenizer, "library", "")
+    found = set(special_token_ids(tokenizer))
+    if library == "sentencepiece":
+        processor = tokenizer._tokenizer.tokenizer
+        found |= {
+            piece
+            for piece in range(processor.get_piece_size())
+            if processor.is_control(piece) or processor.is_unknown(piece) or processor.is_unused(piece)
+        }
+    elif library in ("huggingface", "megatron"):
+        inner = tokenizer._tokenizer.tokenizer
+        found |= {*inner.all_special_ids, *(id for id, token in inner.added_tokens_decoder.items() if token.special)}
+    elif library == "tiktoken":
+        encoding = tokenizer._tokenizer.tokenizer
+        found |= {encoding.encode_single_token(text) for text in encoding.special_tokens_set}
+    return tuple(sorted(found))

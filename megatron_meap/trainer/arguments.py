@@ -20,7 +20,7 @@ from megatron_meap.meap import settings as meap
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft import flags as sft
 from megatron_meap.sft.flags import BadLineSettings, SFTSettings
-from megatron_meap.tokenization.mask_token import resolve_mask_token
+from megatron_meap.tokenization.mask_token import all_special_ids, resolve_mask_token
 from megatron_meap.trainer.official import OfficialSettings
 from megatron_meap.trainer.probe import ProbeSettings
 
@@ -156,6 +156,7 @@ def check(args: Namespace) -> None:
     args.create_attention_mask_in_dataloader |= args.reset_attention_mask  # then it is more than the causal one
     _explain(lambda: validate_args(args))
     _check_warmup(args)
+    meap.check_batches(args)
 
 
 def _require_the_models_shape(args: Namespace) -> None:
@@ -266,4 +267,5 @@ def set_tokenizer(args: Namespace) -> None:
         )
     args.meap_mask_token_id = mask.id
     args.meap_tokenizer_vocab_size = tokenizer.vocab_size
+    args.meap_special_ids = all_special_ids(tokenizer)
     global_vars._GLOBAL_TOKENIZER = tokenizer

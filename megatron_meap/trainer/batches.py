@@ -67,6 +67,8 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every r
 
 def _documents(args: Namespace, num_samples: list[int | None], loads_here: Callable[[], bool]) -> list[Any]:
     """Megatron's datasets of documents, their inputs masked."""
+    if args.meap_copy_weight is not None and num_samples[0] is not None:  # each comes twice
+        num_samples = [-(-num_samples[0] // 2), *num_samples[1:]]
     config = dataset_config(args)
     kind = MockGPTDataset if args.mock_data else StatelessFIMDataset if args.fim_data else GPTDataset
     caches = None
@@ -106,6 +108,7 @@ def _masked(dataset: Any, split: Split, args: Namespace) -> Any:
         vocab_size=args.meap_tokenizer_vocab_size,
         protected_ids=special_token_ids(get_tokenizer()) if args.meap_protect_special_tokens else (),
         first_index=_samples_before_this_phase(args) if split is Split.train else 0,
+        copy_weight=args.meap_copy_weight if split is Split.train else None,
     )
 
 
@@ -203,7 +206,7 @@ def _has_mtp(args: Namespace, vp_stage: int | None) -> bool:
 
 
 def get_batch(
-    data_iterator: Iterator | None, vp_stage: int | None, *, training: bool, want_masked: bool
+    data_iterator: Iterator | None, vp_stage: int | None, *, training: bool, want_noise: bool
 ) -> dict[str, Any]:
     """The next micro batch on this rank.
 
@@ -211,24 +214,25 @@ def get_batch(
         data_iterator: yields samples of [b, s] tensors on tensor-parallel rank 0, None elsewhere.
         vp_stage: virtual pipeline stage of the model chunk.
         training: False during evaluation, whose micro batch size may differ.
-        want_masked: also tell which inputs are masked; the last pipeline stage needs it for its report, and has no
-            tokens of its own.
+        want_noise: also tell what was done to the inputs; the last pipeline stage needs it for its report.
 
     Returns:
-        The keys of `BATCH_KEYS`, None where this stage needs no such tensor, and `input_masked`, bool [b, s] or None;
-        in fine-tuning it tells which *labels* are masked where they are inputs, for those are what is learned.
+        The keys of `BATCH_KEYS`, None where this stage needs no such tensor, and `noise`, uint8 [b, s] or None: bits
+        `NOISED` and `COPY`; in fine-tuning `NOISED` tells which *labels* are noised where they are inputs, for those
+        are what is learned.
     """
     args = get_args()
     if not needs_batch(vp_stage):
-        return dict.fromkeys([*BATCH_KEYS, "input_masked"])
+        return dict.fromkeys([*BATCH_KEYS, "noise"])
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch: dict[str, Any] = {}
-    tokens = None
+    noise = None
     if tp_rank == 0:
         assert data_iterator is not None
         loaded = next(data_iterator)
         batch = {key: loaded[key].cuda(non_blocking=True) if key in loaded else None for key in BATCH_KEYS}
-        tokens = batch["tokens"]
+        if want_noise and "noise" in loaded:
+            noise = loaded["noise"].cuda(non_blocking=True)
     batch = get_batch_on_this_tp_rank(
         batch,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -245,15 +249,13 @@ def get_batch(
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    batch["input_masked"] = None
-    if want_masked and batch["labels"] is not None:
-        batch["input_masked"] = _input_masked(tokens if tokens is not None else batch["tokens"], batch["labels"])
-        if args.meap_sft:  # a row begins with its prompt, so that no mask is carried over from the next one
-            batch["input_masked"] = torch.roll(batch["input_masked"], -1, dims=-1)
+    batch["noise"] = None
+    if want_noise and batch["labels"] is not None:
+        batch["noise"] = _same_on_all_tp_ranks(noise, batch["labels"])
     if has_packed_sequences(args):
         batch = flatten_batch_for_packed_sequences(batch)
-        if batch["input_masked"] is not None:
-            batch["input_masked"] = batch["input_masked"].reshape(1, -1)
+        if batch["noise"] is not None:
+            batch["noise"] = batch["noise"].reshape(1, -1)
     return get_batch_on_this_cp_rank(
         batch,
         is_hybrid_cp=args.hybrid_context_parallel,
@@ -263,18 +265,16 @@ def get_batch(
     )
 
 
-def _input_masked(tokens: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-    """Which inputs are masked, bool [b, s]: the mask token cannot come from text, so it marks them itself.
+def _same_on_all_tp_ranks(noise: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+    """What the samples say was done to their inputs, uint8 [b, s], from tensor-parallel rank 0, which loads them.
 
-    On the last of several pipeline stages only tensor-parallel rank 0 has tokens; it tells the others.
+    Megatron's own helper sends a fixed set of keys. The tokens would not tell: random replacement leaves no mark, and
+    the last of several pipeline stages has no tokens.
     """
-    if mpu.get_pipeline_model_parallel_world_size() == 1:
-        assert tokens is not None
-        return tokens == get_args().meap_mask_token_id
-    masked = torch.empty(labels.shape, dtype=torch.uint8, device=labels.device)
-    if tokens is not None:
-        masked.copy_(tokens == get_args().meap_mask_token_id)
-    torch.distributed.broadcast(
-        masked, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group()
-    )
-    return masked.bool()
+    if noise is None:  # not the rank that loads them, or samples of another dataset, to whose inputs nothing was done
+        noise = torch.zeros(labels.shape, dtype=torch.uint8, device=labels.device)
+    if mpu.get_tensor_model_parallel_world_size() > 1:
+        torch.distributed.broadcast(
+            noise, mpu.get_tensor_model_parallel_src_rank(), group=mpu.get_tensor_model_parallel_group()
+        )
+    return noise

@@ -34,6 +34,7 @@ from megatron_meap.checkpoint import integrity, latest
 from megatron_meap.cluster import connections
 from megatron_meap.cluster.signals import EXIT_STOPPED, StopRequest
 from megatron_meap.errors import UsageError
+from megatron_meap.meap.dataset import COPY, NOISED
 from megatron_meap.meap.losses import next_token_loss
 from megatron_meap.tokenization.mask_token import special_token_ids
 from megatron_meap.trainer import official, preflight
@@ -169,15 +170,16 @@ def forward_step(
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     with stimer(bdata=True):
-        masked = args.meap_mask_ratio > 0 and (model.training or args.meap_mask_validation)
+        noised = args.meap_mask_ratio > 0 and (model.training or args.meap_mask_validation)
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
-        batch = get_batch(data_iterator, vp_stage, training=model.training, want_masked=masked)
+        batch = get_batch(data_iterator, vp_stage, training=model.training, want_noise=noised)
     packed = _packed_seq_params(batch, args)
     timers("batch-generator").stop()
 
     inputs = batch["tokens"], batch["position_ids"], batch["attention_mask"]
     targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
-    loss = partial(loss_func, batch["loss_mask"], batch["input_masked"])
+    copies = model.training and args.meap_copy_weight is not None
+    loss = partial(loss_func, batch["loss_mask"], batch["noise"], copies=copies)
     with stimer:
         if return_schedule_plan:
             return model.build_schedule_plan(*inputs, **targets), loss
@@ -209,20 +211,23 @@ def _packed_seq_params(batch: dict[str, Any], args: Namespace) -> PackedSeqParam
 
 
 def loss_func(
-    loss_mask: torch.Tensor, input_masked: torch.Tensor | None, output_tensor: torch.Tensor
+    loss_mask: torch.Tensor, noise: torch.Tensor | None, output_tensor: torch.Tensor, *, copies: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Next-token loss over all positions, and its parts at masked and at clean inputs (or answers, in fine-tuning).
+    """Next-token loss over all positions, and its parts at noised and at clean inputs (or answers, in fine-tuning).
 
     Args:
         loss_mask: [b, s], 1 where the label counts.
-        input_masked: bool [b, s], as `get_batch` gives it; None for no such report.
+        noise: [b, s], as `get_batch` gives it; None for no such report.
         output_tensor: losses [b, s].
+        copies: some samples are noised copies of others.
 
     Returns:
         The summed loss, the number of tokens it is over, and the report: for each name [sum, count], which Megatron
         sums over micro batches and data-parallel ranks before it divides. A name whose count is 0 is reported as NaN.
     """
-    loss, count, report = next_token_loss(output_tensor, loss_mask, input_masked, answers=get_args().meap_sft)
+    noised = None if noise is None else (noise & NOISED).bool()
+    copied = (noise & COPY).bool() if copies and noise is not None else None
+    loss, count, report = next_token_loss(output_tensor, loss_mask, noised, answers=get_args().meap_sft, copies=copied)
     _refuse_bad_loss(loss)
     return loss, count.detach().to(torch.int), report
 
