@@ -7,6 +7,7 @@ The flags are those of Megatron-LM's tool of this name, and some more. See docs/
 """
 
 import argparse
+import re
 
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.pipeline import Job, preprocess
@@ -73,5 +74,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def _unescaped(separator: str | None) -> str | None:
-    r"""A separator as typed, with \n and \t for newline and tab."""
-    return separator.replace("\\n", "\n").replace("\\t", "\t") if separator else None
+    r"""A separator as typed, with \n, \r and \t for newline, carriage return and tab, and \\ for a backslash."""
+    if not separator:
+        return None
+    known = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
+    return re.sub(r"\\[nrt\\]", lambda match: known[match.group()], separator)

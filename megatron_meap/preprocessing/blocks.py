@@ -8,7 +8,8 @@ import numpy as np
 
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
-from megatron_meap.preprocessing.readers import InputOptions, Kind
+from megatron_meap.preprocessing.readers import InputOptions
+from megatron_meap.preprocessing.recognition import Kind
 from megatron_meap.tokenization.encoders import Encoder
 from megatron_meap.tokenization.reference import Reference
 
@@ -46,6 +47,9 @@ class EncodedBlock:
     positions: int = 0
     """Lines, rows or pieces that the block had."""
 
+    separated: bool = False
+    """Whether the separator of plain text occurs in it."""
+
     bad: list[tuple[int, str]] = field(default_factory=list)
     """(position, reason) of what is not a document."""
 
@@ -79,6 +83,8 @@ class BlockEncoder:
         kind, block = task
         ids: list[list[Sequence[int]]] = [[] for _ in self._options.keys]
         answer = EncodedBlock([KeyTokens() for _ in self._options.keys])
+        if kind == "text" and self._options.separator:
+            answer.separated = self._options.separator.encode() in block
         checked = False
         for position, texts in enumerate(documents(kind, block, self._options)):
             answer.positions = position + 1

@@ -6,7 +6,9 @@ from typing import Any
 
 import orjson
 
-from megatron_meap.preprocessing.readers import InputOptions, Kind
+from megatron_meap.preprocessing import parquet
+from megatron_meap.preprocessing.readers import InputOptions
+from megatron_meap.preprocessing.recognition import Kind
 
 Texts = tuple[str, ...]
 """One document: a text for each key."""
@@ -51,7 +53,7 @@ def _from_json(line: bytes, options: InputOptions) -> Texts | None:
 def _lenient_json(line: bytes, error: orjson.JSONDecodeError) -> Any:
     """Python's own parser, which reads the NaN and Infinity that Python's own writer puts into other fields."""
     try:
-        return json.loads(line)
+        return json.loads(line.decode())  # given bytes, it would guess at UTF-16 and UTF-32 where there are zeros
     except UnicodeDecodeError:
         raise BadDocumentError("not UTF-8") from None
     except (ValueError, RecursionError):
@@ -89,16 +91,13 @@ def _pieces(block: bytes, options: InputOptions) -> list[bytes]:
 
 
 def _from_text(piece: bytes, options: InputOptions) -> Texts:
+    if (place := piece.find(b"\0")) >= 0:
+        raise BadDocumentError(f"binary data, no text (a zero at byte {place} of the document)")
     return (_decoded(piece),)
 
 
 def _rows(block: bytes, options: InputOptions) -> Iterable[tuple[bytes | None, ...]]:
-    import pyarrow as pa
-
-    table = pa.ipc.open_stream(block).read_all()
-    # As bytes: Arrow does not promise that its strings are UTF-8.
-    columns = [table.column(key).cast(pa.large_binary()).to_pylist() for key in options.keys]
-    return zip(*columns, strict=True)
+    return parquet.rows(block, options.keys)
 
 
 def _from_row(row: tuple[bytes | None, ...], options: InputOptions) -> Texts:

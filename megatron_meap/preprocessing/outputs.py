@@ -52,6 +52,8 @@ class Outputs:
         self._writers = {key: DatasetWriter(dataset_prefix(prefix, key), dtype, starts[key]) for key in keys}
         self._totals = {key: _Totals(**state["totals"][key]) if state else _Totals() for key in keys}
         self.skipped: int = state["skipped"] if state else 0
+        self.separated: bool = state["separated"] if state else False
+        """Whether the separator of plain text has occurred."""
         self.report_path = Path(prefix + REPORT_SUFFIX)
         self._report = open(f"{self.report_path}.partial", "a+b")  # noqa: SIM115 - closed with the writers
         self._report.truncate(state["report_bytes"] if state else 0)
@@ -73,6 +75,7 @@ class Outputs:
 
     def add(self, block: EncodedBlock) -> None:
         """Append the documents of one block."""
+        self.separated |= block.separated
         for writer, total, found in zip(self._writers.values(), self._totals.values(), block.keys, strict=True):
             writer.add(found.tokens, found.lengths)
             total.empty += found.empty
@@ -91,6 +94,7 @@ class Outputs:
             "written": {key: asdict(writer.state()) for key, writer in self._writers.items()},
             "totals": {key: asdict(total) for key, total in self._totals.items()},
             "skipped": self.skipped,
+            "separated": self.separated,
             "report_bytes": self._report.tell(),
         }
 

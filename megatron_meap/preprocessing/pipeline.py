@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,12 +10,13 @@ import megatron_meap
 from megatron_meap.errors import UsageError
 from megatron_meap.files import cannot_write
 from megatron_meap.preprocessing.blocks import BlockEncoder
-from megatron_meap.preprocessing.documents import BadDocumentError, documents
 from megatron_meap.preprocessing.index import token_dtype
+from megatron_meap.preprocessing.inputs import STDIN, find
 from megatron_meap.preprocessing.journal import Journal
 from megatron_meap.preprocessing.outputs import Outputs, dataset_prefix, refuse_existing
 from megatron_meap.preprocessing.progress import Counts, Progress
-from megatron_meap.preprocessing.readers import STDIN, InputFile, InputOptions, Kind, find_inputs
+from megatron_meap.preprocessing.readers import InputOptions
+from megatron_meap.preprocessing.sources import Sources
 from megatron_meap.preprocessing.workers import WorkerPool
 from megatron_meap.tokenization.encoders import Choice, choose_encoder
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
@@ -68,15 +68,16 @@ def preprocess(job: Job, tokenizer_args: Any) -> list[dict[str, Any]]:
         UsageError: anything in the input, the flags or the machine that has to be mended first.
     """
     begun = time.monotonic()
-    inputs = find_inputs(job.inputs)
-    _prepare_outputs(job, inputs)
+    found = find(job.inputs)
+    _prepare_outputs(job, found.paths)
+    files = Sources(found, job.options)
     reference = load_reference(tokenizer_args)
     before, after = _around_documents(job, reference)
-    files = _Files(inputs, job.options)
     encoder, note = choose_encoder(reference, files.sample(), job.encoder)
     workers = job.workers or min(available_cores(), DEFAULT_WORKERS)
     dtype = token_dtype(reference.vocab_size)
     print(f"encoder: {note}", f"workers: {workers}", sep="\n", file=sys.stderr, flush=True)
+    files.describe(found.left_out())
     work = BlockEncoder(reference, encoder, job.options, prefix=before, suffix=after, dtype=dtype, workers=workers)
     facts = _facts(job, tokenizer_args, reference, before, after)
     with WorkerPool(work, workers) as pool:
@@ -85,6 +86,7 @@ def preprocess(job: Job, tokenizer_args: Any) -> list[dict[str, Any]]:
         try:
             outputs = Outputs(job.output_prefix, job.options.keys, dtype, journal.state)
             _encode_all(job, files, pool, outputs, journal)
+            _check_separated(job, files, outputs)
             seconds = round(time.monotonic() - begun, 3)
             made = {"encoder": encoder.name, "inputs": files.described(), "seconds": seconds}
             manifests = outputs.publish({**facts, **made})
@@ -164,7 +166,7 @@ def _facts(job: Job, args: Any, reference: Reference, before: list[int], after: 
     }
 
 
-def _encode_all(job: Job, files: "_Files", pool: Any, outputs: Outputs, journal: Journal) -> None:
+def _encode_all(job: Job, files: Sources, pool: Any, outputs: Outputs, journal: Journal) -> None:
     """Read, encode and write, in order, from the first file that the journal does not call finished."""
     first = journal.finished
     if first:
@@ -190,6 +192,16 @@ def _encode_all(job: Job, files: "_Files", pool: Any, outputs: Outputs, journal:
         progress.close()
 
 
+def _check_separated(job: Job, files: Sources, outputs: Outputs) -> None:
+    """Refuse a separator that occurs nowhere: every file would be one document, which is not what was asked for."""
+    texts = files.of_kind("text")
+    if job.options.separator and texts and not outputs.separated:
+        raise UsageError(
+            f"--text-separator {job.options.separator!r}: occurs nowhere in the plain text ({texts[0]}"
+            f"{' and others' * (len(texts) > 1)}); correct it, or leave it out: then each file is one document"
+        )
+
+
 def _explained(error: BaseException, job: Job, keep: bool) -> BaseException:
     """The error for the user: a full disk in words, and how to go on where files are finished."""
     if isinstance(error, OSError):
@@ -197,64 +209,3 @@ def _explained(error: BaseException, job: Job, keep: bool) -> BaseException:
     if keep and isinstance(error, UsageError):
         return UsageError(f"{error} (finished input files are kept: go on with --resume)")
     return error
-
-
-class _Files:
-    """The inputs of a job, opened one after the other."""
-
-    _SAMPLED_FILES, _SAMPLED_DOCUMENTS, _SAMPLED_CHARACTERS = 8, 64, 16_000
-
-    def __init__(self, paths: list[str], options: InputOptions) -> None:
-        self.paths = paths
-        self._options = options
-        self._stdin = InputFile(STDIN, options) if paths == [STDIN] else None
-        self._stats = [] if self._stdin else [os.stat(path) for path in paths]
-        self.total_bytes = self.bytes_before(len(paths))
-        self._kinds: dict[int, dict[str, str | None]] = {}
-
-    def bytes_before(self, index: int) -> int:
-        """Size of the files before number `index`."""
-        return sum(stat.st_size for stat in self._stats[:index])
-
-    def identities(self) -> list[list[Any]]:
-        """What tells whether a file is still the one that was read: path, bytes, time of change (ns)."""
-        return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in zip(self.paths, self._stats, strict=False)]
-
-    def described(self) -> list[dict[str, Any]]:
-        """The inputs as a manifest names them."""
-        sizes: list[int | None] = [stat.st_size for stat in self._stats] or [None]
-        return [
-            {"path": path, "bytes": size, **self._kinds.get(index, {})}
-            for index, (path, size) in enumerate(zip(self.paths, sizes, strict=True))
-        ]
-
-    def sample(self) -> list[str]:
-        """Texts from the beginnings of some of the files, spread over all of them."""
-        texts: list[str] = []
-        step = -(-len(self.paths) // self._SAMPLED_FILES)
-        share = max(1, self._SAMPLED_DOCUMENTS // len(self.paths[::step]))
-        for path in self.paths[::step]:
-            file = self._stdin or InputFile(path, self._options)
-            found = [
-                text[: self._SAMPLED_CHARACTERS]
-                for document in documents(file.kind, file.first_block(), self._options)
-                if document and not isinstance(document, BadDocumentError)
-                for text in document
-            ]
-            texts += found[:: -(-len(found) // share)] if found else []
-            if not self._stdin:
-                file.close()
-        return texts
-
-    def tasks(self, first: int) -> Iterator[tuple[tuple[int, Kind, int], tuple[Kind, bytes]]]:
-        """((file, kind, input bytes up to here), (kind, block)) for every block, from file number `first` on."""
-        before = self.bytes_before(first)
-        for index in range(first, len(self.paths)):
-            file = self._stdin or InputFile(self.paths[index], self._options)
-            try:
-                self._kinds[index] = {"kind": file.kind, "compression": file.compression}
-                for block in file.blocks():
-                    yield (index, file.kind, before + file.position), (file.kind, block)
-            finally:
-                file.close()
-            before += file.size

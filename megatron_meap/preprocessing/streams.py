@@ -1,18 +1,20 @@
-"""Byte streams: decompressed by what they begin with, and cut into blocks at a separator."""
+"""Byte streams: decompressed by what they begin with, stream after stream, and cut into blocks at a separator."""
 
 import bz2
-import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 _READ_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 14
+"""Compressed bytes that are decompressed at a time: small, as each may hold a thousand times as much text."""
 
 
-DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
-"""What reading damaged or truncated compressed data raises, besides OSError."""
+class DamagedError(Exception):
+    """Compressed data that is damaged or truncated; the message says where."""
 
 
 class CountingReader(io.RawIOBase):
@@ -33,18 +35,51 @@ class CountingReader(io.RawIOBase):
         return count
 
 
-class _ZstdReader(io.RawIOBase):
-    """Zstandard frames, one after the other. Unlike zstandard's own reader it notices a truncated file."""
+def _zstd_decompressor() -> Any:
+    import zstandard
 
-    def __init__(self, source: io.BufferedReader) -> None:
-        import zstandard
+    # Windows up to 2 GB: `zstd --long=31` writes them.
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
-        self._source = source
-        # Windows up to 2 GB: `zstd --long=31` writes them.
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self._error = zstandard.ZstdError
-        self._frame = self._decompressor.decompressobj()
-        self._inside = False
+
+@dataclass(frozen=True)
+class Compression:
+    """A format of compressed files: any number of streams, one after the other."""
+
+    name: str
+    suffix: str
+    decompressor: Callable[[], Any]
+    """Makes what decompresses one stream: `decompress(data)`, `eof`, and `unused_data` after its end."""
+
+    magics: tuple[bytes, ...]
+    """What a file begins with."""
+
+    padding: bool = False
+    """Whether zeros in multiples of four may follow a stream."""
+
+
+COMPRESSIONS = (
+    Compression("gzip", ".gz", lambda: zlib.decompressobj(31), (b"\x1f\x8b\x08",)),
+    # The second kind are frames that carry no data, as pzstd writes.
+    Compression(
+        "zstd", ".zst", _zstd_decompressor, (b"\x28\xb5\x2f\xfd", *(b"%c\x2a\x4d\x18" % n for n in range(0x50, 0x60)))
+    ),
+    Compression("xz", ".xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), (b"\xfd7zXZ\x00",), padding=True),
+    # "BZh" alone may begin a text: the level and the first block's (or the end's) mark belong to it.
+    Compression(
+        "bzip2",
+        ".bz2",
+        bz2.BZ2Decompressor,
+        tuple(b"BZh%d" % level + mark for level in range(1, 10) for mark in (b"1AY&SY", b"\x17\x72\x45\x38\x50\x90")),
+    ),
+)
+
+
+class _Decompressed(io.RawIOBase):
+    """The plain bytes of a compressed stream."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
@@ -52,61 +87,92 @@ class _ZstdReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        """Fill the buffer from what is decompressed, decompressing more where nothing is left."""
-        while not self._ready and (chunk := self._more()):
-            try:
-                self._ready = memoryview(self._frame.decompress(chunk))
-            except self._error as error:
-                raise EOFError(str(error)) from error
-            self._inside = not self._frame.eof
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
+        """Fill the buffer, to its end unless the stream ends before."""
+        filled = 0
+        while filled < len(buffer):
+            self._ready = self._ready or memoryview(next(self._pieces, b""))
+            if not self._ready:
+                break
+            count = min(len(buffer) - filled, len(self._ready))
+            buffer[filled : filled + count], self._ready = self._ready[:count], self._ready[count:]
+            filled += count
+        return filled
 
-    def _more(self) -> bytes:
-        chunk = b""
-        if self._frame.eof:
-            chunk = self._frame.unused_data
-            self._frame = self._decompressor.decompressobj()
-        # Small pieces: one piece of compressed data can hold a thousand times as much text.
-        chunk = chunk or self._source.read(1 << 16)
-        if not chunk and self._inside:
-            raise EOFError("the data ends within a frame")
-        return chunk
+
+def _pieces(source: io.BufferedReader, compression: Compression) -> Iterator[bytes]:
+    """Decompressed bytes of every stream. Python's own readers end quietly at whatever follows the first stream."""
+    position = 0  # in the file, of the first byte of `data`
+    data = source.read(_PIECE_BYTES)
+    while data:
+        begun, stream = position, compression.decompressor()
+        while not stream.eof:
+            if not data:
+                raise DamagedError(f"the file ends within the stream that begins at byte {begun}")
+            try:
+                piece = stream.decompress(data)
+            except Exception as error:  # each library has errors of its own; none is of ours, and OSError is bz2's
+                if position == begun:
+                    raise DamagedError(f"neither a stream nor the end of the file at byte {begun} ({error})") from error
+                raise DamagedError(f"the stream that begins at byte {begun}: {error}") from error
+            position += len(data)
+            if piece:
+                yield piece
+            if not stream.eof:
+                data = source.read(_PIECE_BYTES)
+        position -= len(stream.unused_data)
+        data = stream.unused_data or source.read(_PIECE_BYTES)
+        if compression.padding:
+            padded = position
+            while data.startswith(b"\0"):
+                kept = data.lstrip(b"\0")
+                position += len(data) - len(kept)
+                data = kept or source.read(_PIECE_BYTES)
+            if (position - padded) % 4:
+                raise DamagedError(f"{position - padded} zeros at byte {padded}, which is no multiple of four")
 
 
 def decompressed(stream: io.BufferedReader) -> tuple[io.BufferedReader, str | None]:
-    """The stream's plain bytes and the name of its compression (None: it is plain)."""
-    head = stream.peek(6)[:6]
-    if head.startswith(b"\x1f\x8b"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=stream), _READ_BYTES), "gzip"  # type: ignore[arg-type]
-    if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
-        return io.BufferedReader(_ZstdReader(stream), _READ_BYTES), "zstd"
-    if head.startswith(b"\xfd7zXZ\x00"):
-        return io.BufferedReader(lzma.LZMAFile(stream), _READ_BYTES), "xz"  # type: ignore[arg-type]
-    if head.startswith(b"BZh"):
-        return io.BufferedReader(bz2.BZ2File(stream), _READ_BYTES), "bzip2"  # type: ignore[arg-type]
+    """The stream's plain bytes and the name of its compression (None: it is plain).
+
+    Reading the plain bytes raises a `DamagedError` where `gzip -t`, `bzip2 -t`, `xz -t` or `zstd -t` would, and where
+    they leave out what follows the last stream that they understand: a tail of zeros, or half of the file.
+    """
+    head = stream.peek(10)[:10]
+    for compression in COMPRESSIONS:
+        if head.startswith(compression.magics):
+            return io.BufferedReader(_Decompressed(_pieces(stream, compression)), _READ_BYTES), compression.name
     return stream, None
 
 
 def cut(stream: io.BufferedReader, separator: bytes | None, block_bytes: int) -> Iterator[bytes]:
     """Blocks of about `block_bytes` that end after a separator; without a separator, all in one.
 
-    A document longer than a block makes its block as long as it needs. Damaged compressed data raises one of `DAMAGED`,
-    or an OSError.
+    Separators are those that `bytes.split` finds, from left to right. A document longer than a block makes its block as
+    long as it needs.
+
+    Raises:
+        DamagedError: damaged compressed data.
+        OSError: as reading does.
     """
     buffer, searched = bytearray(), 0
     while chunk := stream.read(_READ_BYTES):
         buffer += chunk
         if separator is None or len(buffer) < block_bytes:
             continue
-        end = buffer.rfind(separator, searched)
-        if end < 0:
+        end = _end_of_last(separator, buffer, searched)
+        if end is None:
             searched = max(0, len(buffer) - len(separator) + 1)
             continue
-        end += len(separator)
         yield bytes(memoryview(buffer)[:end])
         del buffer[:end]
         searched = 0
     if buffer:
         yield bytes(buffer)
+
+
+def _end_of_last(separator: bytes, buffer: bytearray, start: int) -> int | None:
+    """Where the last separator ends, of those that are found from left to right; None where there is none."""
+    if len(separator) == 1:
+        return buffer.rfind(separator, start) + 1 or None
+    *before, rest = buffer[start:].split(separator)
+    return len(buffer) - len(rest) if before else None

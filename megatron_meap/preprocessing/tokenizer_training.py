@@ -7,7 +7,8 @@ from pathlib import Path
 from megatron_meap.errors import UsageError, refuse_to_overwrite
 from megatron_meap.files import whole_file
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
-from megatron_meap.preprocessing.readers import InputFile, InputOptions, find_inputs
+from megatron_meap.preprocessing.inputs import find_inputs
+from megatron_meap.preprocessing.readers import InputFile, InputOptions
 from megatron_meap.tokenization.mask_token import MASK_TOKEN
 
 _BYTES_AND_CONTROLS = 256 + 4  # UNK, BOS, EOS and the mask token

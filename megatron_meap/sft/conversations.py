@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing.streams import DAMAGED, decompressed
+from megatron_meap.preprocessing.streams import DamagedError, decompressed
 
 Message = dict[str, str]
 """`role` (system, user or assistant) and `content`; Alpaca's `instruction` and `input` besides, for its template."""
@@ -159,5 +159,5 @@ def _records(path: str) -> Iterator[tuple[str, Any]]:
         raise UsageError(f"{path}: begins like a JSON list, but is none: {error}") from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except DAMAGED as error:
+    except DamagedError as error:
         raise UsageError(f"{path}: damaged or truncated compressed file: {error}") from error

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from megatron_meap.errors import UsageError
 from megatron_meap.meap.settings import masking_of
-from megatron_meap.preprocessing.readers import find_inputs
+from megatron_meap.preprocessing.inputs import find_inputs
 from megatron_meap.sft.dataset import BOTH, COPY, RowSettings, SFTDataset
 from megatron_meap.sft.packing import shuffled
 from megatron_meap.sft.store import TurnStore, cache_folder, digest_of, open_store, turn_encoder

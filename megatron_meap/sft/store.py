@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from megatron_meap.errors import UsageError
 from megatron_meap.files import CannotWriteError, whole_directory
-from megatron_meap.preprocessing.readers import find_inputs
+from megatron_meap.preprocessing.inputs import find_inputs
 from megatron_meap.sft.conversations import BadConversation, Conversation, read_conversations
 from megatron_meap.sft.templates import Rendered
 from megatron_meap.sft.turns import Turn, TurnEncoder

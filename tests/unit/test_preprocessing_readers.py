@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing.readers import InputFile, InputOptions, find_inputs
+from megatron_meap.preprocessing.inputs import find_inputs
+from megatron_meap.preprocessing.readers import InputFile, InputOptions
 from megatron_meap.preprocessing.streams import cut, decompressed
 from tests.unit.preprocessing import compressed, write_jsonl, write_parquet
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing.streams import DAMAGED, decompressed
+from megatron_meap.preprocessing.streams import DamagedError, decompressed
 
 
 def lines(path: str, flag: str) -> Iterator[tuple[str, str]]:
@@ -23,7 +23,7 @@ def lines(path: str, flag: str) -> Iterator[tuple[str, str]]:
         with open(path, "rb") as raw, io.TextIOWrapper(decompressed(raw)[0], encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 yield f"{path}:{number}", line
-    except (OSError, UnicodeDecodeError, *DAMAGED) as error:
+    except (OSError, UnicodeDecodeError, DamagedError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{flag} {path}: cannot be read ({reason})") from error
 

@@ -1,0 +1,143 @@
+"""Which files a job reads: files, globs and folders, each file once, and never what a job writes."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megatron_meap.errors import UsageError
+
+STDIN = "-"
+
+# What a job leaves beside its inputs when its prefix lies among them, finished or not; and what Spark writes beside the
+# parts, of which `_metadata` even is a Parquet file.
+_OUTPUTS = re.compile(
+    r".*(\.(bin|idx|lengths|journal|manifest|bad_lines\.jsonl)\.partial|\.manifest\.json|\.bad_lines\.jsonl)"
+)
+_SPARKS = re.compile(r"_(SUCCESS|metadata|common_metadata|(started|committed)_.*)")
+
+
+@dataclass
+class Found:
+    """The input files, in order, and what was left out of folders and globs."""
+
+    paths: list[str] = field(default_factory=list)
+    hidden: int = 0
+    outputs: int = 0
+    """Files of a dataset or of a running job."""
+
+    sparks: int = 0
+    repeated: int = 0
+    """Files that are another one's link."""
+
+    def left_out(self) -> str:
+        """In words, for people; empty where nothing was."""
+        counts = {
+            "hidden": self.hidden,
+            "of a dataset or an unfinished job": self.outputs,
+            "of Spark's own": self.sparks,
+            "links to files that are read already": self.repeated,
+        }
+        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
+def find_inputs(patterns: list[str]) -> list[str]:
+    """Paths of the input files, as `find`."""
+    return find(patterns).paths
+
+
+def find(patterns: list[str]) -> Found:
+    """The input files: files, globs, folders (all files below, links followed, hidden ones aside), or `-`.
+
+    The order is that of the patterns, and by name within a glob or a folder. A file that a folder or a glob holds
+    twice, through a link, is read once.
+
+    Raises:
+        UsageError: a pattern that matches nothing, a file named by two patterns, `-` beside other inputs, an output of
+            a job that is named itself, or what is no file and no folder.
+    """
+    found = Found()
+    if STDIN in patterns:
+        if len(patterns) > 1:
+            raise UsageError("--input: '-' (standard input) cannot be combined with files")
+        found.paths.append(STDIN)
+        return found
+    read: dict[tuple[int, int], str] = {}  # device and inode, and the path
+    for pattern in patterns:
+        inside: set[tuple[int, int]] = set()  # of this pattern
+        for path in _matches(pattern, found):
+            identity = _identity(path)
+            if identity in inside:
+                found.repeated += 1
+                continue
+            if identity in read:
+                other = "" if read[identity] == path else f" (as {read[identity]})"
+                raise UsageError(
+                    f"--input: {path} is named twice{other}, so its documents would be in the dataset twice"
+                )
+            inside.add(identity)
+            read[identity] = path
+            found.paths.append(path)
+        if not inside:
+            raise UsageError(f"--input {pattern}: nothing there; give a file, a glob or a folder")
+    return found
+
+
+def _matches(pattern: str, found: Found) -> Iterator[str]:
+    """Paths of the files that one pattern stands for."""
+    if os.path.isdir(pattern):
+        yield from sorted(_files_under(pattern, found, set()))
+    elif os.path.exists(pattern):
+        if _is_output(pattern):
+            raise UsageError(f"--input {pattern}: written by a preprocessing job, not text; leave it out")
+        yield pattern
+    else:
+        for match in sorted(glob.glob(pattern, recursive=True)):
+            if os.path.isdir(match):
+                yield from sorted(_files_under(match, found, set()))
+            elif _is_read(match, found):
+                yield match  # a hidden one too, where the glob asks for it
+
+
+def _files_under(folder: str, found: Found, entered: set[tuple[int, int]]) -> Iterator[str]:
+    """Files of a folder and of those below, each folder once: a link may lead to one that is read, or back up."""
+    identity = _identity(folder, folder=True)
+    if identity in entered:
+        return
+    entered.add(identity)
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise UsageError(f"--input {folder}: cannot be read: {error.strerror}") from error
+    for entry in entries:
+        if entry.is_dir() and not entry.name.startswith("."):
+            yield from _files_under(entry.path, found, entered)
+        elif entry.name.startswith("."):
+            found.hidden += 1
+        elif _is_read(entry.path, found):
+            yield entry.path
+
+
+def _is_read(path: str, found: Found) -> bool:
+    """Whether a file in a folder or a glob is an input; counts what is not."""
+    output, spark = _is_output(path), _SPARKS.fullmatch(os.path.basename(path)) is not None
+    found.outputs += output
+    found.sparks += spark
+    return not (output or spark)
+
+
+def _is_output(path: str) -> bool:
+    """Whether a job wrote this file: by its name, and of a dataset's two files by the other one."""
+    stem, suffix = os.path.splitext(path)
+    pair = {".bin": ".idx", ".idx": ".bin"}.get(suffix)
+    paired = pair is not None and (os.path.exists(stem + pair) or os.path.exists(f"{stem}{pair}.partial"))
+    return paired or _OUTPUTS.fullmatch(os.path.basename(path)) is not None
+
+
+def _identity(path: str, *, folder: bool = False) -> tuple[int, int]:
+    """Device and inode of a file."""
+    if not folder and not os.path.isfile(path):  # a pipe could be read only once, and the job looks at its files before
+        raise UsageError(f"--input {path}: not a file; leave it out, or pipe it into standard input (--input -)")
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino

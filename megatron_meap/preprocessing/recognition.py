@@ -1,0 +1,94 @@
+"""What an input file is: seen from its first bytes, and held against what its name claims."""
+
+import json
+import re
+from typing import Literal
+
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.streams import COMPRESSIONS
+
+Kind = Literal["jsonl", "text", "parquet"]
+
+KINDS: dict[Kind, str] = {"jsonl": "JSON lines", "parquet": "Parquet", "text": "plain text"}
+"""How people call them."""
+
+HEAD_BYTES = 1 << 16
+"""How much of a file is looked at."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_WIDE_BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16 and UTF-32
+_JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+_UNREADABLE = {
+    (".csv", ".tsv"): "a table: convert it to Parquet or JSON lines, or give --input-format text if each such file is "
+    "one document",
+    (".zip", ".7z", ".tar", ".lz4", ".lzma", ".lzo", ".br", ".z", ".snappy"): "not unpacked here: unpack it, or "
+    "compress it with gzip, zstd, xz or bzip2",
+}
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_compression(name: str, compression: str | None, empty: bool) -> None:
+    """Refuse a file whose name says how it is compressed, and that is not."""
+    for known in COMPRESSIONS:
+        if name.lower().endswith(known.suffix) and compression != known.name:
+            found = "empty" if empty else f"{compression}" if compression else "not compressed"
+            raise UsageError(f"{name}: its name says {known.name}, but it is {found}; fetch it again, or rename it")
+
+
+def recognise(name: str, head: bytes, *, asked: Kind | None = None, default: Kind | None = None) -> Kind:
+    """What a file is.
+
+    Args:
+        name: its path.
+        head: its first bytes, decompressed; empty for an empty file.
+        asked: what the user says it is.
+        default: what it is taken for where its first bytes do not tell; None: plain text.
+
+    Raises:
+        UsageError: it is not what its name claims, or cannot be read at all.
+    """
+    if head.startswith(_LFS_POINTER):
+        raise UsageError(f"{name}: the pointer that Git LFS leaves, not the file; fetch it with `git lfs pull`")
+    kind = asked or _recognise(name, head, default)
+    if kind == "jsonl":
+        _check_json_lines(name, head)
+    return kind
+
+
+def _recognise(name: str, head: bytes, default: Kind | None) -> Kind:
+    stem = name.lower()
+    for compression in COMPRESSIONS:
+        stem = stem.removesuffix(compression.suffix)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if stem.endswith(".parquet"):
+        begins = f"begins with {head[:20].decode(errors='replace')!r}" if head else "is empty"
+        raise UsageError(f"{name}: its name says Parquet, but it {begins}; fetch or write it again, or rename it")
+    for suffixes, reason in _UNREADABLE.items():
+        if stem.endswith(suffixes):
+            raise UsageError(f"{name}: {reason}")
+    if head.startswith(_WIDE_BYTE_ORDER_MARKS):
+        raise UsageError(f"{name}: binary data, UTF-16 or UTF-32; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    # Under any other name, what begins as an object with a quoted key is JSON lines: a text may begin with a brace.
+    first = head.removeprefix(BYTE_ORDER_MARK).lstrip()
+    if stem.endswith(_JSON_SUFFIXES) or re.match(rb'(\[\s*)?\{\s*"', first):
+        return "jsonl"
+    if default is None and b"\0" in head:
+        raise UsageError(f"{name}: binary data; expected JSON lines, text (UTF-8) or Parquet")
+    return default or "text"
+
+
+def _check_json_lines(name: str, head: bytes) -> None:
+    """Refuse JSON that is not one object a line: every line of it would be a bad one."""
+    first = head.removeprefix(BYTE_ORDER_MARK).lstrip()
+    if re.match(rb'\[\s*\{\s*"', first):
+        raise UsageError(f"{name}: a JSON array, not JSON lines; make a line of each entry: jq -c '.[]' IN > OUT")
+    text = first.decode(errors="ignore")
+    try:
+        spans_lines = "\n" in text[: json.JSONDecoder().raw_decode(text)[1]]
+    except (ValueError, RecursionError):
+        spans_lines = re.match(r"[{\[]\s*\n", text) is not None  # too long for the head, perhaps
+    if spans_lines:
+        raise UsageError(
+            f"{name}: JSON over several lines (pretty-printed), not JSON lines; give each object a line: jq -c . IN"
+        )
