@@ -16,6 +16,7 @@ from typing import Any
 from megatron_meap.errors import UsageError
 
 _FORK = multiprocessing.get_context("fork")  # workers inherit the loaded tokenizer and its warm caches
+_GONE = object()  # what a worker answers that has died
 
 
 class WorkerPool[Task, Answer]:
@@ -77,9 +78,11 @@ class _Worker:
         try:
             self._connection.send(task)
             answer = self._connection.recv()
-        except (EOFError, ConnectionError) as error:
+        except (EOFError, ConnectionError):
+            answer = _GONE
+        if answer is _GONE:  # not raised above: frames of a broken send hold buffers that crash Python at its end
             self._process.join(5)
-            raise UsageError(f"worker {self._number} {_cause(self._process.exitcode)}") from error
+            raise UsageError(f"worker {self._number} {_cause(self._process.exitcode)}")
         if isinstance(answer, BaseException):
             raise answer
         return answer
