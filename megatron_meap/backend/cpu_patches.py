@@ -8,13 +8,13 @@ of a Xeon with AVX512_BF16 and without AMX (6.5 s a step in bf16 before).
 
 import contextlib
 import ctypes
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_meap.backend import kernels
+from megatron_meap.backend.patching import replace, where_possible
 
 
 def install() -> None:
@@ -23,7 +23,7 @@ def install() -> None:
         return
     _keep_freed_memory()
     _multiply_in_the_fast_type()
-    _rotate_in_one_step()
+    rotate_in_one_step()
     _cross_entropy_in_one_step()
     _step_all_parameters_at_once()
 
@@ -50,24 +50,16 @@ def _multiply_in_the_fast_type() -> None:
     """
     from megatron.core.tensor_parallel import layers, mappings
 
-    megatrons = layers.linear_with_grad_accumulation_and_async_allreduce
-
-    @functools.wraps(megatrons)
     def linear(
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        gradient_accumulation_fusion: bool,
+        gradient_accumulation_fusion: bool,  # of Apex's kernel; ours does it anyway
         allreduce_dgrad: bool,
         sequence_parallel: bool,
-        grad_output_buffer: list[Tensor] | None = None,
-        wgrad_deferral_limit: int | None = 0,
+        wgrad_deferral_limit: int | None = 0,  # of the buffer that this fast path does not know
         tp_group: Any = None,
-        gtp_remat_size: int = 1,
     ) -> Tensor:
-        if grad_output_buffer is not None or gtp_remat_size > 1:
-            rest = gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel, grad_output_buffer
-            return megatrons(input, weight, bias, *rest, wgrad_deferral_limit, tp_group, gtp_remat_size)
         if sequence_parallel:
             # Kept for the backward pass, where Megatron's own layer would gather it again.
             input = mappings.gather_from_sequence_parallel_region(input, group=tp_group)
@@ -76,23 +68,17 @@ def _multiply_in_the_fast_type() -> None:
         output = kernels.linear(input, weight)
         return output if bias is None else output + bias
 
-    layers.linear_with_grad_accumulation_and_async_allreduce = linear
+    replace(layers, "linear_with_grad_accumulation_and_async_allreduce", where_possible(linear))
 
 
-def _rotate_in_one_step() -> None:
+def rotate_in_one_step() -> None:
     """RoPE: Megatron computes cosines and sines in every layer and writes seven tensors of the queries' size."""
     from megatron.core.models.common.embeddings import rope_utils
 
-    megatrons = rope_utils._apply_rotary_pos_emb_bshd
-
-    @functools.wraps(megatrons)
-    def apply(t: Tensor, freqs: Tensor, rotary_interleaved: bool = False, *args: Any, **kwargs: Any) -> Tensor:
-        mscale = kwargs.get("mscale", 1.0)
-        if args or rotary_interleaved or kwargs.get("mla_rotary_interleaved") or kwargs.get("multi_latent_attention"):
-            return megatrons(t, freqs, rotary_interleaved, *args, **kwargs)
+    def rotate(t: Tensor, freqs: Tensor, mscale: float = 1.0) -> Tensor:
         return kernels.rotate(t, *_cos_sin(freqs, t.dtype, mscale))
 
-    rope_utils._apply_rotary_pos_emb_bshd = apply
+    replace(rope_utils, "_apply_rotary_pos_emb_bshd", where_possible(rotate))
 
 
 def _cos_sin(freqs: Tensor, dtype: torch.dtype, mscale: float) -> tuple[Tensor, Tensor]:
@@ -106,20 +92,12 @@ def _cos_sin(freqs: Tensor, dtype: torch.dtype, mscale: float) -> tuple[Tensor, 
 def _cross_entropy_in_one_step() -> None:
     """Vocabulary-parallel cross-entropy: a dozen passes over 32-bit logits become three within the cache."""
     from megatron.core import tensor_parallel
+    from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
-    megatrons = tensor_parallel.vocab_parallel_cross_entropy
-
-    @functools.wraps(megatrons)
-    def cross_entropy(
-        vocab_parallel_logits: Tensor, target: Tensor, label_smoothing: float = 0.0, tp_group: Any = None
-    ) -> Tensor:
-        if label_smoothing:
-            return megatrons(vocab_parallel_logits, target, label_smoothing, tp_group)
-        from megatron.core.utils import get_tensor_model_parallel_group_if_none
-
+    def cross_entropy(vocab_parallel_logits: Tensor, target: Tensor, tp_group: Any = None) -> Tensor:
         return kernels.cross_entropy(vocab_parallel_logits, target, get_tensor_model_parallel_group_if_none(tp_group))
 
-    tensor_parallel.vocab_parallel_cross_entropy = cross_entropy
+    replace(tensor_parallel, "vocab_parallel_cross_entropy", where_possible(cross_entropy))
 
 
 def _step_all_parameters_at_once() -> None:

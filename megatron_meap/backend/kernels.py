@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
+from megatron_meap.backend import device
+
 _CACHED_NUMBERS = 2**17  # 32-bit floats that a core's own cache holds beside the other operands (512 KiB)
 
 
@@ -167,8 +169,9 @@ def _parts(rows: Tensor) -> Iterator[slice]:
 
 
 def product_type(dtype: torch.dtype) -> torch.dtype:
-    """The type in which this processor multiplies matrices of `dtype` fastest: bf16 or 32-bit floats."""
-    return dtype if dtype != torch.bfloat16 or _multiplies_bf16_fast() else torch.float32
+    """The type in which the device multiplies matrices of `dtype` fastest: bf16 or 32-bit floats."""
+    fast = dtype != torch.bfloat16 or device.plans_for_gpu() or _multiplies_bf16_fast()
+    return dtype if fast else torch.float32
 
 
 @functools.cache

@@ -8,10 +8,13 @@ keys are Megatron's.
 Shapes, in Megatron's terms: s sequence, b micro batch, n heads, g query groups, d head dimension.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -181,7 +184,7 @@ class CPUSwiGLU(MLP):
         return self.linear_fc2(kernels.swiglu(self.linear_fc1(hidden_states)[0]))
 
 
-class _Modules(NamedTuple):
+class Modules(NamedTuple):
     """What a layer is made of, where it is not made of Megatron's own modules."""
 
     norm: type[Norm]
@@ -189,13 +192,24 @@ class _Modules(NamedTuple):
     mlp: type[MLP]
 
 
-_MODULES = _Modules(Norm, SDPAttention, MLP)
-_CPU_MODULES = _Modules(CPUNorm, CPUAttention, CPUSwiGLU)
+_MODULES = Modules(Norm, SDPAttention, MLP)
+_CPU_MODULES = Modules(CPUNorm, CPUAttention, CPUSwiGLU)
+_named: ContextVar[Modules | None] = ContextVar("modules", default=None)
 
 
-def local_modules() -> _Modules:
-    """The modules that suit this device."""
-    return _CPU_MODULES if device.is_cpu() else _MODULES
+def local_modules() -> Modules:
+    """The modules that suit this device, or that `made_of` names."""
+    return _named.get() or (_CPU_MODULES if device.is_cpu() else _MODULES)
+
+
+@contextlib.contextmanager
+def made_of(modules: Modules) -> Iterator[None]:
+    """Layers that are specified within the block are made of these modules."""
+    token = _named.set(modules)
+    try:
+        yield
+    finally:
+        _named.reset(token)
 
 
 def local_block_spec(model: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -241,7 +255,7 @@ def _wants_megatrons_attention(config: TransformerConfig) -> bool:
     )
 
 
-def _with_local_modules(spec: ModuleSpec, config: TransformerConfig, modules: _Modules) -> ModuleSpec:
+def _with_local_modules(spec: ModuleSpec, config: TransformerConfig, modules: Modules) -> ModuleSpec:
     """A copy of a layer spec with our modules in the places of the norms, the core attention and the dense MLP."""
     layer = spec.submodules
     attention, mlp = layer.self_attention, layer.mlp

@@ -5,7 +5,6 @@ checkpoint is a pickle, as PyTorch writes it: open only checkpoints whose origin
 """
 
 import io
-import math
 import pickle
 import types
 from argparse import Namespace
@@ -188,8 +187,3 @@ class _PlainUnpickler(pickle.Unpickler):
 _PLAIN_PICKLE = types.ModuleType("plain_pickle")
 _PLAIN_PICKLE.Unpickler = _PlainUnpickler  # type: ignore[attr-defined]
 _PLAIN_PICKLE.load = pickle.load  # type: ignore[attr-defined]
-
-
-def size_in_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Bytes of a tensor."""
-    return math.prod(shape) * dtype.itemsize

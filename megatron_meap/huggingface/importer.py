@@ -12,7 +12,6 @@ import contextlib
 import io
 import math
 import shlex
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -118,25 +117,18 @@ def _model_flags(model: Architecture, tokenizer: Path, job: ImportJob) -> list[s
 
 def _megatron_args(flags: list[str], dtype: torch.dtype) -> Namespace:
     """The arguments that a training run with these flags would save."""
-    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-    from megatron.training.global_vars import destroy_global_vars
-
     from megatron_meap.backend import megatron_patches
     from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
-    from megatron_meap.trainer.arguments import parse_arguments
+    from megatron_meap.trainer import arguments
 
     megatron_patches.apply()
     length = flags[flags.index("--max-position-embeddings") + 1]
     run = ["--seq-length", length, "--micro-batch-size", "1", "--train-iters", "1"]
     precision = "--bf16" if dtype == torch.bfloat16 else "--fp32"
-    command_line, sys.argv = sys.argv, [sys.argv[0], *flags, *run, precision]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            args = parse_arguments()
-    finally:
-        sys.argv = command_line
-        destroy_global_vars()
-        unset_num_microbatches_calculator()
+    with contextlib.redirect_stdout(io.StringIO()):
+        args = arguments.parse_flags([*flags, *run, precision])
+        arguments.check(args)
+        arguments.set_tokenizer(args)
     args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
     return args
 

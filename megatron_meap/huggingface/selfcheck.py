@@ -1,7 +1,7 @@
 """Proof that a conversion computes the same: both sides loaded by their own libraries, and compared.
 
 That a directory loads proves nothing: a missing weight gets random numbers, a superfluous one is dropped, a wrong
-`rope_theta` is not noticed (FACTS: each has been seen). So the weights in the files must be exactly those of the
+`rope_theta` is not noticed (each has been seen). So the weights in the files must be exactly those of the
 model, the logits must agree, and, since short texts hardly show them, the rotary frequencies too.
 """
 

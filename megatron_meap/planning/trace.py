@@ -12,7 +12,6 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from megatron.core import mpu
@@ -22,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megatron_meap.backend import cpu, cpu_patches, device, hybrid, kernels, layers
+from megatron_meap.backend import cpu, cpu_patches, device, layers
+from megatron_meap.backend.patching import original_of, replaced
 from megatron_meap.errors import UsageError
 from megatron_meap.trainer import run
 from megatron_meap.trainer.arguments import LOCAL_LAYERS
@@ -194,17 +194,14 @@ def _kernels_of(args: Namespace) -> Iterator[None]:
     from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
 
     fused = args.transformer_impl != "local"
-    stock_rotary = rope_utils._apply_rotary_pos_emb_bshd
-    modules = layers._Modules(layers.CPUNorm, layers.SDPAttention, layers.CPUSwiGLU if fused else layers.MLP)
-    with contextlib.ExitStack() as patches:
-        for room in (layers, hybrid):
-            patches.enter_context(mock.patch.object(room, "local_modules", return_value=modules))
+    modules = layers.Modules(layers.CPUNorm, layers.SDPAttention, layers.CPUSwiGLU if fused else layers.MLP)
+    rotate = "_apply_rotary_pos_emb_bshd"
+    with (
+        layers.made_of(modules),
         # Megatron's own picks a context-parallel rank's positions by an index in pinned memory, which needs a driver.
-        patches.enter_context(mock.patch.object(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", _first_part))
-        patches.enter_context(mock.patch.object(kernels, "_multiplies_bf16_fast", return_value=True))
+        replaced(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", _first_part),
+        replaced(rope_utils, rotate, original_of(rope_utils, rotate)),
+    ):
         if fused:
-            cpu_patches._rotate_in_one_step()
-        try:
-            yield
-        finally:
-            rope_utils._apply_rotary_pos_emb_bshd = stock_rotary
+            cpu_patches.rotate_in_one_step()
+        yield

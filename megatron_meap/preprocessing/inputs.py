@@ -22,6 +22,8 @@ _SPARKS = re.compile(r"_(SUCCESS|metadata|common_metadata|(started|committed)_.*
 class Found:
     """The input files, in order, and what was left out of folders and globs."""
 
+    flag: str = "--input"
+    """That named the inputs, for errors."""
     paths: list[str] = field(default_factory=list)
     hidden: int = 0
     outputs: int = 0
@@ -42,45 +44,45 @@ class Found:
         return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
-def find_inputs(patterns: list[str]) -> list[str]:
+def find_inputs(patterns: list[str], flag: str = "--input") -> list[str]:
     """Paths of the input files, as `find`."""
-    return find(patterns).paths
+    return find(patterns, flag).paths
 
 
-def find(patterns: list[str]) -> Found:
+def find(patterns: list[str], flag: str = "--input") -> Found:
     """The input files: files, globs, folders (all files below, links followed, hidden ones aside), or `-`.
 
     The order is that of the patterns, and by name within a glob or a folder. A file that a folder or a glob holds
-    twice, through a link, is read once.
+    twice, through a link, is read once. Errors name the `flag`.
 
     Raises:
         UsageError: a pattern that matches nothing, a file named by two patterns, `-` beside other inputs, an output of
             a job that is named itself, or what is no file and no folder.
     """
-    found = Found()
+    found = Found(flag)
     if STDIN in patterns:
         if len(patterns) > 1:
-            raise UsageError("--input: '-' (standard input) cannot be combined with files")
+            raise UsageError(f"{flag}: '-' (standard input) cannot be combined with files")
         found.paths.append(STDIN)
         return found
     read: dict[tuple[int, int], str] = {}  # device and inode, and the path
     for pattern in patterns:
         inside: set[tuple[int, int]] = set()  # of this pattern
         for path in _matches(pattern, found):
-            identity = _identity(path)
+            identity = _identity(path, flag)
             if identity in inside:
                 found.repeated += 1
                 continue
             if identity in read:
                 other = "" if read[identity] == path else f" (as {read[identity]})"
                 raise UsageError(
-                    f"--input: {path} is named twice{other}, so its documents would be in the dataset twice"
+                    f"{flag}: {path} is named twice{other}, so its documents would be in the dataset twice"
                 )
             inside.add(identity)
             read[identity] = path
             found.paths.append(path)
         if not inside:
-            raise UsageError(f"--input {pattern}: nothing there; give a file, a glob or a folder")
+            raise UsageError(f"{flag} {pattern}: nothing there; give a file, a glob or a folder")
     return found
 
 
@@ -90,7 +92,7 @@ def _matches(pattern: str, found: Found) -> Iterator[str]:
         yield from sorted(_files_under(pattern, found, set()))
     elif os.path.exists(pattern):
         if _is_output(pattern):
-            raise UsageError(f"--input {pattern}: written by a preprocessing job, not text; leave it out")
+            raise UsageError(f"{found.flag} {pattern}: written by a preprocessing job, not text; leave it out")
         yield pattern
     else:
         for match in sorted(glob.glob(pattern, recursive=True)):
@@ -102,14 +104,14 @@ def _matches(pattern: str, found: Found) -> Iterator[str]:
 
 def _files_under(folder: str, found: Found, entered: set[tuple[int, int]]) -> Iterator[str]:
     """Files of a folder and of those below, each folder once: a link may lead to one that is read, or back up."""
-    identity = _identity(folder, folder=True)
+    identity = _identity(folder, found.flag, folder=True)
     if identity in entered:
         return
     entered.add(identity)
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
-        raise UsageError(f"--input {folder}: cannot be read: {error.strerror}") from error
+        raise UsageError(f"{found.flag} {folder}: cannot be read: {error.strerror}") from error
     for entry in entries:
         if entry.is_dir() and not entry.name.startswith("."):
             yield from _files_under(entry.path, found, entered)
@@ -135,9 +137,9 @@ def _is_output(path: str) -> bool:
     return paired or _OUTPUTS.fullmatch(os.path.basename(path)) is not None
 
 
-def _identity(path: str, *, folder: bool = False) -> tuple[int, int]:
+def _identity(path: str, flag: str, *, folder: bool = False) -> tuple[int, int]:
     """Device and inode of a file."""
     if not folder and not os.path.isfile(path):  # a pipe could be read only once, and the job looks at its files before
-        raise UsageError(f"--input {path}: not a file; leave it out, or pipe it into standard input (--input -)")
+        raise UsageError(f"{flag} {path}: not a file; leave it out, or pipe it into standard input ({flag} -)")
     stat = os.stat(path)
     return stat.st_dev, stat.st_ino

@@ -1,9 +1,7 @@
 """From the command line to the datasets of fine-tuning: files, splits, and what rank 0 says about them."""
 
-import contextlib
 import math
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +117,7 @@ def data_facts(args: Namespace) -> dict[str, str]:
     """What tells the conversations of one host from those of another, by flag."""
     facts = {}
     for flag, paths in _named(args).items():
-        with _said_of(flag):
-            facts[flag] = f"files of digest {digest_of(find_inputs(paths), args)[:16]}"
+        facts[flag] = f"files of digest {digest_of(find_inputs(paths, flag), args)[:16]}"
     return facts
 
 
@@ -152,18 +149,9 @@ def _open(flag: str, paths: list[str], args: Namespace) -> tuple[TurnStore, str]
     for path in paths:
         if path.replace(".", "", 1).isdigit():
             raise UsageError(f"{flag} {path}: weights are not supported in fine-tuning; name files only")
-    with _said_of(flag):
-        store, args.meap_sft_digests[flag] = open_store(list(paths), args, args.meap_sft_digests.get(flag))
+    files = find_inputs(paths, flag)
+    store, args.meap_sft_digests[flag] = open_store(files, args, args.meap_sft_digests.get(flag))
     return store, args.meap_sft_digests[flag]
-
-
-@contextlib.contextmanager
-def _said_of(flag: str) -> Iterator[None]:
-    """Errors about input files name this flag; preprocessing, whose functions find them, calls them `--input`."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(str(error).replace("--input", flag, 1)) from error
 
 
 def _split(store: TurnStore, args: Namespace) -> dict[str, npt.NDArray[np.int64]]:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from megatron_meap.errors import UsageError
 from megatron_meap.files import CannotWriteError, whole_directory
-from megatron_meap.preprocessing.inputs import find_inputs
 from megatron_meap.sft.conversations import BadConversation, Conversation, read_conversations
 from megatron_meap.sft.templates import Rendered
 from megatron_meap.sft.turns import Turn, TurnEncoder
@@ -51,20 +50,19 @@ class TurnStore:
         return np.diff(self.table[:, 0], append=len(self.ids))
 
 
-def open_store(paths: list[str], args: Namespace, digest: str | None = None) -> tuple[TurnStore, str]:
+def open_store(files: list[str], args: Namespace, digest: str | None = None) -> tuple[TurnStore, str]:
     """The turns of some files with this run's tokenizer and template, and the digest that names them.
 
     They are tokenized where the cache does not hold them yet: `--data-cache-path`, or `cache` beside the first file.
 
     Args:
-        paths: files, globs or folders.
+        files: JSON Lines or JSON, plain or compressed.
         args: validated.
         digest: where it is known already; reading all files for it takes a while.
 
     Raises:
         UsageError: files that are not there or cannot be read; bad lines, without `--skip-bad-lines`.
     """
-    files = find_inputs(paths)
     encoder = None if digest else turn_encoder(args)
     digest = digest or digest_of(files, args, encoder)
     folder = cache_folder(files, args) / f".meap-sft-{digest[:16]}"  # hidden: files may be named by their folder

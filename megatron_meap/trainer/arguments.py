@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import io
 import traceback
@@ -70,36 +71,43 @@ def add_own_arguments(parser: argparse.ArgumentParser) -> None:
         add_group(parser, title, description, *settings)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add this project's flags to Megatron's parser, and set the defaults for this machine."""
+def add_arguments(parser: argparse.ArgumentParser, command_line: list[str] | None = None) -> argparse.ArgumentParser:
+    """Add this project's flags to Megatron's parser, and set the defaults for this machine.
+
+    Args:
+        parser: Megatron's, which it asks for the program's own command line.
+        command_line: what the parser shall read instead.
+    """
     add_own_arguments(parser)
+    if command_line is not None:
+        parser.parse_args = functools.partial(parser.parse_args, command_line)  # type: ignore[method-assign]
     parser.set_defaults(
         eval_interval=1000,
         create_attention_mask_in_dataloader=False,  # attention is causal without it
         verify_integrity=True,  # torn and corrupted checkpoints are detected
         dist_ckpt_strictness="log_unexpected",  # checkpoints of the local layers load into Transformer Engine's
         async_strategy="nvrx" if importlib.util.find_spec("nvidia_resiliency_ext") else "mcore",
-        **_local_defaults(),
+        **_local_defaults(command_line),
     )
     return parser
 
 
-def _local_defaults() -> dict[str, object]:
+def _local_defaults(command_line: list[str] | None) -> dict[str, object]:
     """Defaults that make Megatron run with what is installed here; the user's own flags still win."""
     if device.is_cpu():
         defaults: dict[str, object] = {"distributed_backend": "gloo", "use_cpu_initialization": True}
-    elif _uses_transformer_engine():
+    elif _uses_transformer_engine(command_line):
         return {}
     else:
         defaults = {}
     return defaults | LOCAL_LAYERS
 
 
-def _uses_transformer_engine() -> bool:
+def _uses_transformer_engine(command_line: list[str] | None) -> bool:
     """Whether a run on GPUs does: as it asks for, else wherever it is installed, or where the run is only planned."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--transformer-impl")
-    asked = parser.parse_known_args()[0].transformer_impl
+    asked = parser.parse_known_args(command_line)[0].transformer_impl
     if asked is not None:
         return asked != "local"
     return device.plans_for_gpu() or importlib.util.find_spec("transformer_engine") is not None
@@ -114,22 +122,22 @@ def parse_arguments(**changes: object) -> Namespace:
     Raises:
         UsageError: a flag, or a combination of flags, cannot be used; one line that says which and why.
     """
-    from megatron.training.global_vars import set_global_variables
+    from megatron.training import global_vars
 
     args = parse_flags()
     vars(args).update(changes)
     check(args)
-    _explain(lambda: set_global_variables(args, build_tokenizer=False))
-    set_tokenizer(args)
+    _explain(lambda: global_vars.set_global_variables(args, build_tokenizer=False))
+    global_vars._GLOBAL_TOKENIZER = set_tokenizer(args)
     return args
 
 
-def parse_flags() -> Namespace:
-    """What the command line says, not yet checked."""
+def parse_flags(command_line: list[str] | None = None) -> Namespace:
+    """What the command line, by default the program's own, says, not yet checked."""
     from megatron.training.arguments import parse_args
     from megatron.training.checkpointing import load_args_from_checkpoint
 
-    args = parse_args(add_arguments)
+    args = parse_args(functools.partial(add_arguments, command_line=command_line))
     _choose_precision(args)
     if args.use_checkpoint_args:
         for source in ("pretrained_checkpoint", "load"):
@@ -240,10 +248,9 @@ def _refuse_what_this_device_cannot(args: Namespace) -> None:
         )
 
 
-def set_tokenizer(args: Namespace) -> None:
-    """Build the tokenizer, find or append the mask token, and pad the vocabulary that holds them both."""
+def set_tokenizer(args: Namespace) -> Any:
+    """Build and return the tokenizer, find or append the mask token, and pad the vocabulary that holds them both."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
-    from megatron.training import global_vars
 
     padded_by_user = args.padded_vocab_size
     pad_vocab_size, args.pad_vocab_size = args.pad_vocab_size, False  # padding comes after the mask token
@@ -268,4 +275,4 @@ def set_tokenizer(args: Namespace) -> None:
     args.meap_mask_token_id = mask.id
     args.meap_tokenizer_vocab_size = tokenizer.vocab_size
     args.meap_special_ids = all_special_ids(tokenizer)
-    global_vars._GLOBAL_TOKENIZER = tokenizer
+    return tokenizer

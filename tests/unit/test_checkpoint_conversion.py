@@ -202,7 +202,7 @@ def swap_halves(weights: dict[str, torch.Tensor]) -> None:
     weights[name] = rows.transpose(1, 2).reshape(64, 64).contiguous()
 
 
-TRAPS = {  # FACTS.md 8: each of these loads without an error
+TRAPS = {  # each of these loads without an error
     "untied model without a head": lambda folder: break_weights(folder, lambda w: w.pop("lm_head.weight")),
     "tied model with a separate head": lambda folder: break_config(folder, tie_word_embeddings=True),
     "missing projection": lambda folder: break_weights(
