@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser, command_line: list[str] | Non
     """
     add_own_arguments(parser)
     if command_line is not None:
-        parser.parse_args = functools.partial(parser.parse_args, command_line)  # type: ignore[method-assign]
+        parser.parse_args = functools.partial(parser.parse_args, command_line)  # type: ignore[assignment]
     parser.set_defaults(
         eval_interval=1000,
         create_attention_mask_in_dataloader=False,  # attention is causal without it
@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser, command_line: list[str] | Non
     return parser
 
 
-def _local_defaults(command_line: list[str] | None) -> dict[str, object]:
+def _local_defaults(command_line: list[str] | None = None) -> dict[str, object]:
     """Defaults that make Megatron run with what is installed here; the user's own flags still win."""
     if device.is_cpu():
         defaults: dict[str, object] = {"distributed_backend": "gloo", "use_cpu_initialization": True}
@@ -103,7 +103,7 @@ def _local_defaults(command_line: list[str] | None) -> dict[str, object]:
     return defaults | LOCAL_LAYERS
 
 
-def _uses_transformer_engine(command_line: list[str] | None) -> bool:
+def _uses_transformer_engine(command_line: list[str] | None = None) -> bool:
     """Whether a run on GPUs does: as it asks for, else wherever it is installed, or where the run is only planned."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--transformer-impl")
