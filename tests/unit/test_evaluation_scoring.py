@@ -12,7 +12,7 @@ from megatron_meap.evaluation.reporting.results import ModelResults, compare, he
 from megatron_meap.evaluation.reporting.statistics import Estimate, adjusted, difference, estimate
 from megatron_meap.evaluation.run import add_tasks, load_tasks
 from megatron_meap.evaluation.suites import Plan
-from megatron_meap.evaluation.tasks.scoring import best_subspan_em, contains
+from megatron_meap.evaluation.tasks.scoring import Cell, best_subspan_em, cell_name, contains
 from tests.fake_models import RuleModel, look_up, nothing
 
 GENERATED = ["meap_needle", "meap_kv", "meap_kinship"]
@@ -31,7 +31,7 @@ def scores(tasks: dict, rule, name: str = "model") -> ModelResults:
     return result
 
 
-def mean(result: ModelResults, task: str, cell: str | None = None) -> float:
+def mean(result: ModelResults, task: str, cell: Cell | None = None) -> float:
     found = result.estimate(task, "acc", cell)
     assert found is not None
     return found.mean
@@ -63,8 +63,9 @@ def test_a_planted_position_bias_shows_at_its_positions(tasks: dict) -> None:
         return answer if place < 0.4 or place > 0.6 else None
 
     biased = scores({"meap_kv": tasks["meap_kv"], "meap_needle": tasks["meap_needle"]}, forgets_the_middle)
-    assert [mean(biased, "meap_needle", f"length=1024 depth={depth}") for depth in (0, 50, 100)] == [1.0, 0.0, 1.0]
-    assert [mean(biased, "meap_kv", f"pairs=10 position={place}") for place in (0, 4, 9)] == [1.0, 0.0, 1.0]
+    depths = [mean(biased, "meap_needle", {"length": 1024, "depth": depth}) for depth in (0, 50, 100)]
+    places = [mean(biased, "meap_kv", {"pairs": 10, "position": place}) for place in (0, 4, 9)]
+    assert depths == places == [1.0, 0.0, 1.0]
     assert biased.results["results"]["meap_kv"]["acc pairs=10 position=0,none"] == 1.0  # lm-eval's own table has it
 
 
@@ -90,6 +91,12 @@ def test_a_chat_template_is_around_every_prompt(tasks: dict) -> None:
         add_tasks(result, list(tasks.values()), ChatModel(look_up_inside), chat_template)
         assert all(mean(result, task) == 1.0 for task in tasks) == chat_template
         assert mean(result, "meap_needle") == expected
+
+
+def test_names_of_cells() -> None:
+    assert cell_name({"length": 1048576, "depth": 50.0}) == "length=1048576 depth=50"
+    assert cell_name({"length": 4096, "depth": 33.3}) == "length=4096 depth=33.3"
+    assert cell_name(None) == ""
 
 
 def test_best_subspan_em() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_meap.evaluation.reporting.results import ModelResults, dimensions, headline, is_share
+from megatron_meap.evaluation.reporting.results import ModelResults, headline, is_share
 
 TITLES = {
     "meap_needle": "Needle in a haystack",
@@ -49,7 +49,7 @@ def draw_all(results: list[ModelResults], folder: Path) -> list[Path]:
     drawn = [_overview(results, shares, folder / "overview.png")] if shares else []
     for task in tasks:
         having = [result for result in results if task in result.samples]
-        names = set(dimensions((having[0].cells(task) or [""])[0])) if having[0].cells(task) else set()
+        names = next(iter(having[0].cells(task)), {})
         if "depth" in names:
             drawn.append(_heat_map(having, task, folder / f"{task}.png"))
         elif names:
@@ -78,7 +78,7 @@ def _heat_map(results: list[ModelResults], task: str, path: Path) -> Path:
     import numpy as np
     from matplotlib import pyplot
 
-    cells = [dimensions(cell) for cell in results[0].cells(task)]
+    cells = results[0].cells(task)
     lengths = sorted({cell["length"] for cell in cells})
     depths = sorted({cell["depth"] for cell in cells})
     width = max(3.2, 0.7 * len(lengths) + 1.6)
@@ -89,9 +89,9 @@ def _heat_map(results: list[ModelResults], task: str, path: Path) -> Path:
     for axis, result in zip(axes[0], results, strict=True):
         grid = np.full((len(depths), len(lengths)), np.nan)
         for cell in result.cells(task):
-            place, found = dimensions(cell), result.estimate(task, "acc", cell)
+            found = result.estimate(task, "acc", cell)
             assert found is not None
-            grid[depths.index(place["depth"]), lengths.index(place["length"])] = 100 * found.mean
+            grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = 100 * found.mean
         image = axis.imshow(grid, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
         for (row, column), value in np.ndenumerate(grid):
             color = "white" if value < 15 or value > 85 else "black"  # the ends of the scale are dark
@@ -111,24 +111,21 @@ def _by_last_dimension(results: list[ModelResults], task: str, path: Path) -> Pa
 
     metric = headline(results[0], task)
     assert metric is not None
-    cells = [(cell, dimensions(cell)) for cell in results[0].cells(task)]
-    *others, last = cells[0][1]
-    panels = list(dict.fromkeys(tuple(place[name] for name in others) for _, place in cells))
+    cells = results[0].cells(task)
+    *others, last = cells[0]
+    panels = list(dict.fromkeys(tuple(cell[name] for name in others) for cell in cells))
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4.6 * len(panels) + 1, 4.6), squeeze=False, sharey=True, layout="constrained"
     )
     for axis, panel in zip(axes[0], panels, strict=True):
+        inside = [cell for cell in cells if tuple(cell[name] for name in others) == panel]
         for color, result in enumerate(results):
-            points = [
-                (place[last], result.estimate(task, metric, cell))
-                for cell, place in cells
-                if tuple(place[name] for name in others) == panel
-            ]
+            points = [(cell[last], result.estimate(task, metric, cell)) for cell in inside]
             _line(axis, label(result.model.name), f"C{color}", metric, points)
             for bound, style in (("closedbook", ":"), ("oracle", "--")):
                 _bound(axis, result, task, metric, bound, f"C{color}", style)
         axis.set(xlabel=AXES.get(last, last), title=", ".join(f"{n} {v:g}" for n, v in zip(others, panel, strict=True)))
-        axis.set_xticks([place[last] for _, place in cells if tuple(place[n] for n in others) == panel])
+        axis.set_xticks([cell[last] for cell in inside])
         axis.grid(alpha=0.3)
         if is_share(metric):
             axis.set_ylim(-3, 103)

@@ -14,6 +14,7 @@ from jinja2 import Environment
 from megatron_meap import __version__
 from megatron_meap.evaluation.reporting.results import Comparison, ModelResults, compare, headline, is_share
 from megatron_meap.evaluation.suites import Plan
+from megatron_meap.evaluation.tasks.scoring import cell_name
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 SHOWN_SAMPLES = 3
@@ -101,7 +102,7 @@ def _samples(results: list[ModelResults], task: str) -> list[dict[str, Any]]:
         answer = record["doc"].get("answer") or record["doc"].get("answers") or record["target"]
         shown.append(
             {
-                "cell": record["doc"].get("cell") or "",
+                "cell": cell_name(record["doc"].get("cell")),
                 "prompt": record["arguments"][0][0],
                 "answer": ", ".join(answer) if isinstance(answer, list) else str(answer),
                 "said": said,

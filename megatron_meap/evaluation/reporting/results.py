@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_meap.evaluation.models import Model
 from megatron_meap.evaluation.reporting.statistics import Difference, Estimate, adjusted, difference, estimate
+from megatron_meap.evaluation.tasks.scoring import Cell, cell_name
 
 FIRST_METRICS = ("acc_norm", "best_subspan_em", "faithful", "acc", "logprob_per_token", "exact_match")
 """The metric that stands for a task, the first of these that it has."""
@@ -41,7 +42,7 @@ class ModelResults:
             found |= dict.fromkeys(f"{name}{suffix}" for name in names)
         return list(found) or [name for name, _ in self._aggregates(task)]
 
-    def values(self, task: str, metric: str, cell: str | None = None) -> dict[str, float]:
+    def values(self, task: str, metric: str, cell: Cell | None = None) -> dict[str, float]:
         """Value of each independent sample by what names it, of all cells or of one.
 
         Samples that share a question (`meap_group`), asked with its answer in several places, are one: their mean.
@@ -56,12 +57,12 @@ class ModelResults:
                 found.setdefault(doc.get("meap_group") or sample["doc_hash"], []).append(float(sample[name]))
         return {unit: sum(each) / len(each) for unit, each in found.items()}
 
-    def cells(self, task: str) -> list[str]:
+    def cells(self, task: str) -> list[Cell]:
         """The task's cells, in the order of the samples."""
         found = (sample["doc"].get("cell") for sample in self.samples.get(task, []))
-        return list(dict.fromkeys(cell for cell in found if cell))
+        return list({tuple(cell.items()): cell for cell in found if cell}.values())
 
-    def estimate(self, task: str, metric: str, cell: str | None = None) -> Estimate | None:
+    def estimate(self, task: str, metric: str, cell: Cell | None = None) -> Estimate | None:
         """Mean and interval; None where there is no such sample."""
         values = self.values(task, metric, cell)
         if values or cell is not None:
@@ -96,11 +97,6 @@ def headline(result: ModelResults, task: str) -> str | None:
     metrics = result.metrics(task)
     first = (metric for name in FIRST_METRICS for metric in metrics if metric.partition(",")[0] == name)
     return next(first, metrics[0] if metrics else None)
-
-
-def dimensions(cell: str) -> dict[str, float]:
-    """`length=256 depth=50` as numbers by name."""
-    return {name: float(value) for name, _, value in (part.partition("=") for part in cell.split())}
 
 
 @dataclass(frozen=True)
@@ -161,7 +157,7 @@ def _rows(result: ModelResults) -> Iterator[list[Any]]:
                 if found is not None:
                     numbers = map(_short, (found.mean, found.low, found.high))
                     model = [result.model.name, result.model.tokens or ""]
-                    yield [*model, task, cell or "", metric, *numbers, found.samples]
+                    yield [*model, task, cell_name(cell), metric, *numbers, found.samples]
 
 
 def _short(number: float) -> str:

@@ -103,7 +103,7 @@ def _sample(
         "documents": documents,
         "position": position,
         "tokens": count(prompt) + GENERATED_TOKENS,
-        "cell": f"position={position}" if documents > 1 else "",
+        "cell": {"position": position} if documents > 1 else None,
     }
 
 

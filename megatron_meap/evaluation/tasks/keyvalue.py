@@ -142,5 +142,5 @@ def _sample(options: Options, pairs: Pairs, gold: int, position: int, generator:
         "pairs": len(pairs),
         "position": position,
         "tokens": options.count(text) + GENERATED_TOKENS,
-        "cell": f"pairs={len(pairs)} position={position}",
+        "cell": {"pairs": len(pairs), "position": position},
     }

@@ -93,5 +93,5 @@ def _sample(options: Options, length: int, needles: int, ranked: bool, generator
         "needles": needles,
         "length": length,
         "tokens": tokens,
-        "cell": f"length={length} needles={needles}",
+        "cell": {"length": length, "needles": needles},
     }

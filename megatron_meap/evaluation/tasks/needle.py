@@ -36,7 +36,7 @@ def samples(options: Options) -> list[dict[str, Any]]:
 
     Returns:
         Rows with `prompt`, `answer`, `choices` and `gold` (the answer's index among them), `length`, `depth` (percent),
-        `tokens` (of the prompt and the room for the answer) and `cell`.
+        `tokens` (of the prompt and the room for the answer) and `cell` (see `scoring`).
 
     Raises:
         UsageError: a template that cannot be filled, a haystack that is too short, no room for a needle.
@@ -77,7 +77,7 @@ def _sample(options: Options, length: int, depth: float, generator: Random) -> d
         "length": length,
         "depth": depth,
         "tokens": tokens,
-        "cell": f"length={length} depth={depth:g}",
+        "cell": {"length": length, "depth": depth},
     }
 
 

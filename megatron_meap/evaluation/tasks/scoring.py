@@ -1,12 +1,15 @@
 """What an answer is worth. These are the `process_results` of the task files.
 
-Every sample names its cell (`length=4096 depth=50`, `position=9`, ...); each metric is reported over all samples and,
-under its name and the cell, over each cell.
+Every sample has its cell, where it stands in the task's grid (`{"length": 4096, "depth": 50.0}`, `{"position": 9}`,
+...). Each metric is reported over all samples and, under its name and the cell's, over each cell.
 """
 
 import re
 import string
 from typing import Any
+
+Cell = dict[str, float]
+"""A sample's place in the grid of its task: numbers by name, the slowest first."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -74,6 +77,12 @@ def _first_line(text: str) -> str:
     return text.strip().partition("\n")[0]
 
 
+def cell_name(cell: Cell | None) -> str:
+    """A cell as text: `length=4096 depth=50`; nothing where there is none."""
+    numbers = ((name, f"{value:g}" if isinstance(value, float) else value) for name, value in (cell or {}).items())
+    return " ".join(f"{name}={number}" for name, number in numbers)
+
+
 def _with_cell(doc: dict[str, Any], metrics: dict[str, float]) -> dict[str, float]:
-    cell = doc.get("cell")
+    cell = cell_name(doc.get("cell"))
     return metrics | ({f"{name} {cell}": value for name, value in metrics.items()} if cell else {})
