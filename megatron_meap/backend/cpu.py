@@ -240,14 +240,14 @@ def _redirect_cuda_placement() -> None:
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
-    original_to = torch.Tensor.to
+    original_to: Callable[..., torch.Tensor] = torch.Tensor.to
 
     def tensor_to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         return original_to(self, *[CPU if _names_cuda(argument) else argument for argument in args], **kwargs)
 
-    torch.Tensor.to = tensor_to  # type: ignore[method-assign]
+    torch.Tensor.to = tensor_to  # type: ignore[method-assign, assignment]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
 
@@ -262,7 +262,7 @@ def _present_cpu_types_as_cuda() -> None:
         answer = original_type(self, *args, **kwargs)
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
-    torch.Tensor.type = tensor_type  # type: ignore[method-assign]
+    torch.Tensor.type = tensor_type  # type: ignore[method-assign, assignment]
 
 
 def _switch_off_what_needs_an_accelerator() -> None:

@@ -44,7 +44,7 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a stored tensor."""
-        return self.metadata.state_dict_metadata[name].properties.dtype
+        return self._tensor(name).properties.dtype
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor."""
@@ -61,9 +61,14 @@ class Checkpoint:
             return self._assemble(apart, ())
         return self._assemble(LAYERS + name, (layer,))
 
+    def _tensor(self, name: str) -> TensorStorageMetadata:
+        found = self.metadata.state_dict_metadata[name]
+        assert isinstance(found, TensorStorageMetadata), name
+        return found
+
     def _assemble(self, name: str, row: tuple[int, ...]) -> torch.Tensor:
         """Put a tensor together from its pieces, or only the part of it at index `row` of the leading dimension."""
-        info = self.metadata.state_dict_metadata[name]
+        info = self._tensor(name)
         shape = info.size[len(row) :]
         whole = torch.empty(shape, dtype=info.properties.dtype)
         filled = 0

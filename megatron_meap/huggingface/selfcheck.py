@@ -97,9 +97,8 @@ def load_completely(directory: Path) -> Any:
     Raises:
         CheckFailed: a weight is missing, superfluous or of another shape, as transformers reports it or not.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(
-        str(directory), dtype=torch.float32, output_loading_info=True, local_files_only=True
-    )
+    load: Any = AutoModelForCausalLM.from_pretrained  # its types do not know of the loading info
+    model, report = load(str(directory), dtype=torch.float32, output_loading_info=True, local_files_only=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report.get(kind):
             found = sorted(map(str, report[kind]))
