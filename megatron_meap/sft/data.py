@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError
 from megatron_meap.meap.settings import masking_of
 from megatron_meap.preprocessing.inputs import find_inputs
@@ -69,8 +70,12 @@ def datasets(args: Namespace, num_samples: list[int | None]) -> list[SFTDataset 
 
 def check(args: Namespace) -> None:
     """Tokenize what is not yet tokenized, say what there is, and record in `args` the digests that name it."""
-    if args.meap_sft_template_text is None:  # the tokenizer's own: the checkpoint carries what it was trained with
-        args.meap_sft_template_text = turn_encoder(args).template
+    encoder = turn_encoder(args)
+    if encoder.date is not None and args.meap_sft_date is None and (date := _date_of_resumed(args)) is not None:
+        args.meap_sft_date = date
+        encoder = turn_encoder(args)
+    args.meap_sft_template_text = encoder.template  # the checkpoint carries what it was trained with
+    args.meap_sft_date = encoder.date
     parts = _parts(args)
     if "train" not in parts:
         raise UsageError("--data-path: no conversations are named; give JSON lines files (or --train-data-path)")
@@ -84,6 +89,19 @@ def check(args: Namespace) -> None:
     for line in lines(args):
         print(line, flush=True)
     args.meap_sft_train_digest = parts["train"].digest
+
+
+def _date_of_resumed(args: Namespace) -> str | None:
+    """The date that the run to be resumed wrote into its conversations; None where there is no such run."""
+    from megatron.core import dist_checkpointing
+
+    newest = latest.pointer(Path(args.load)) if args.load and not args.finetune else None
+    if newest is None or not newest.isdigit():
+        return None
+    with contextlib.suppress(Exception):  # what is wrong with the checkpoint is said when it is chosen
+        saved = dist_checkpointing.load_common_state_dict(str(latest.directory(Path(args.load), int(newest))))
+        return getattr(saved["args"], "meap_sft_date", None)
+    return None
 
 
 def has_validation(args: Namespace) -> bool:

@@ -1,5 +1,6 @@
 """The flags of fine-tuning and their validation."""
 
+import datetime
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,6 +23,12 @@ class SFTSettings(Settings):
         None,
         f"chat template: {', '.join(TEMPLATES)}, or a Jinja file (default: the tokenizer's own)",
         metavar="NAME",
+    )
+    sft_date: str | None = flag(
+        None,
+        "date that a template with strftime_now writes (default: today's at the first start; a resumed run keeps its "
+        "own)",
+        metavar="YYYY-MM-DD",
     )
     sft_rows: str = flag(
         "rows",
@@ -72,6 +79,10 @@ def validate(args: Namespace) -> None:
     if not args.meap_sft:
         _refuse_flags_without_meap_sft(args)
         return
+    try:
+        datetime.date.fromisoformat(args.meap_sft_date or "2000-01-01")
+    except ValueError:
+        raise UsageError(f"--meap-sft-date {args.meap_sft_date}: expected a date such as 2026-01-31") from None
     if args.meap_sft_threshold < 0:
         raise UsageError(f"--meap-sft-threshold {args.meap_sft_threshold}: must not be negative")
     for given, contradicts, reason in _contradictions(args):

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from megatron_meap.errors import UsageError
 from megatron_meap.files import CannotWriteError, whole_directory
-from megatron_meap.sft.conversations import BadConversation, Conversation, read_conversations
+from megatron_meap.sft.conversations import FIX_OR_SKIP, Conversation, read_conversations
+from megatron_meap.sft.records import BadConversation
 from megatron_meap.sft.templates import Rendered
 from megatron_meap.sft.turns import Turn, TurnEncoder
 
-_VERSION = 2  # of the files' layout and of everything that decides their content
+_VERSION = 3  # of the files' layout and of everything that decides their content
 _BATCH = 4_000_000  # characters that are tokenized at once
 _SHOWN = 5  # bad lines that are named one by one
 
@@ -34,7 +35,7 @@ class TurnStore:
     """int64 [turns, 4]: first token, tokens of the prompt, tokens of the answer, number of the conversation."""
     conversations: int
     skipped: int
-    """Bad lines passed over."""
+    """Bad lines skipped."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -96,7 +97,8 @@ def turn_encoder(args: Namespace) -> TurnEncoder:
     tokenizer = tokenizer_of(args)
     if tokenizer is None:
         raise UsageError("--meap-sft: needs a tokenizer; a NullTokenizer has no text")
-    return TurnEncoder(tokenizer, args.meap_sft_template_text, history=not args.meap_sft_no_history)
+    history = not args.meap_sft_no_history
+    return TurnEncoder(tokenizer, args.meap_sft_template_text, history, args.meap_sft_date)
 
 
 def digest_of(files: list[str], args: Namespace, encoder: TurnEncoder | None = None) -> str:
@@ -127,20 +129,21 @@ def _build(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bool)
 def _tokenize(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bool) -> None:
     """Write the turns of all conversations, in order."""
     bad: list[str] = []
+    unused: set[str] = set()
 
-    def pass_over(error: UsageError) -> None:
+    def skip(error: UsageError) -> None:
         if not skip_bad:
             raise error
         bad.append(str(error))
         if len(bad) <= _SHOWN:
-            print(f"skipped: {str(error).partition('; mend it')[0]}", flush=True)
+            print(f"skipped: {str(error).removesuffix(f'; {FIX_OR_SKIP}')}", flush=True)
 
     tokens = 0
     table = array("q")  # the columns of `TurnStore.table`, a turn after the other
-    source = (conversation for name in files for conversation in read_conversations(name, pass_over))
+    source = (conversation for name in files for conversation in read_conversations(name, skip))
     bar = tqdm(source, desc="tokenizing", unit=" conversations", disable=None, mininterval=1)
     with open(folder / "ids.bin", "wb") as output:
-        for batch in _batches(_rendered(bar, encoder, pass_over)):
+        for batch in _batches(_rendered(bar, encoder, skip, unused)):
             turns = encoder.encode([rendered for _, rendered in batch])
             for (conversation, _), turn in zip(batch, turns, strict=True):
                 turn.ids.tofile(output)
@@ -148,21 +151,24 @@ def _tokenize(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bo
                 tokens += len(turn.ids)
     if not table:
         raise UsageError(f"{files[0]}: holds no conversation to train on ({len(bad)} bad lines skipped)")
+    if unused:
+        print(f"note: fields that are not used: {', '.join(sorted(unused))}", flush=True)
     np.save(folder / "turns.npy", np.frombuffer(table, np.int64).reshape(-1, 4))
     (folder / "facts.json").write_text(json.dumps({"conversations": table[-1] + 1, "skipped": len(bad)}))
 
 
 def _rendered(
-    conversations: Iterable[Conversation], encoder: TurnEncoder, bad: Callable[[UsageError], None]
+    conversations: Iterable[Conversation], encoder: TurnEncoder, bad: Callable[[UsageError], None], unused: set[str]
 ) -> Iterator[tuple[int, Rendered]]:
     """The turns of all conversations that the template can render, with the conversation's number among them."""
     number = 0
     for conversation in conversations:
         try:
-            turns = list(encoder.turns(conversation.messages))
+            turns = list(encoder.turns(conversation.messages, conversation.tools))
         except BadConversation as error:
             bad(_refused(conversation, error))
             continue
+        unused |= conversation.unused
         yield from ((number, turn) for turn in turns)
         number += 1
 
@@ -182,4 +188,4 @@ def _batches(turns: Iterable[tuple[int, Rendered]]) -> Iterator[list[tuple[int, 
 
 
 def _refused(conversation: Conversation, error: BadConversation) -> UsageError:
-    return UsageError(f"{conversation.place}: {error}; mend it, or pass such lines over with --skip-bad-lines")
+    return UsageError(f"{conversation.place}: {error}; {FIX_OR_SKIP}")

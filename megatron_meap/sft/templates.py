@@ -1,60 +1,26 @@
-"""Chat templates: Jinja, rendered by transformers' own `apply_chat_template`, with the messages' places known.
+"""A conversation up to one answer as text: rendered by transformers' own `apply_chat_template`, its parts known.
 
-A template comes from the tokenizer, by name from here, or from a file. To know which characters of the rendered text
-are the template's and which come from messages, every message is rendered between two characters that no text holds
-(Unicode noncharacters). Without them the text must be what the plain rendering gives, or the conversation is refused.
+The prompt is what the template writes with `add_generation_prompt=True`, so that training continues the very text that
+the model is asked with; all that follows up to the answer's end is the model's to write. Where a template drops the
+answer's thoughts (`<think>...</think>`), as DeepSeek-R1's does, they are put behind the prompt as they stand.
 """
 
+import datetime
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_meap.errors import UsageError
-from megatron_meap.sft.conversations import BadConversation, Message
+from megatron_meap.sft.marks import Marked, Thoughts, holds_marks, mark, unmark
+from megatron_meap.sft.published import TEMPLATES
+from megatron_meap.sft.records import BadConversation, Message
 
-_ALPACA_START = (
-    "Below is an instruction that describes a task{{ ', paired with an input that provides further context' "
-    "if messages[offset].input else '' }}. Write a response that appropriately completes the request."
-)
-_VICUNA_START = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-_WITHOUT_SYSTEM = "{% set offset = 1 if messages[0].role == 'system' else 0 %}"
-_SYSTEM_OR = "{% if offset %}{{ messages[0].content }}{% else %}<START>{% endif %}"
-
-TEMPLATES = {
-    "alpaca": _WITHOUT_SYSTEM
-    + "{{ bos_token }}"
-    + _SYSTEM_OR.replace("<START>", _ALPACA_START)
-    + "{% for message in messages[offset:] %}{% if message.role == 'user' %}"
-    "{{ '\n\n### Instruction:\n' + (message.instruction if message.input else message.content) }}"
-    "{{ '\n\n### Input:\n' + message.input if message.input else '' }}{{ '\n\n### Response:\n' }}"
-    "{% else %}{{ message.content + eos_token }}{% endif %}{% endfor %}",
-    "vicuna": _WITHOUT_SYSTEM
-    + "{{ bos_token }}"
-    + _SYSTEM_OR.replace("<START>", _VICUNA_START)
-    + "{{ ' ' }}{% for message in messages[offset:] %}{% if message.role == 'user' %}"
-    "{{ 'USER: ' + message.content + ' ASSISTANT:' }}"
-    "{% else %}{{ ' ' + message.content + eos_token }}{% endif %}{% endfor %}",
-    "llama-2": _WITHOUT_SYSTEM + "{% for message in messages[offset:] %}{% if message.role == 'user' %}"
-    "{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' if loop.first and offset else '' %}"
-    "{{ bos_token + '[INST] ' + (system + message.content).strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
-    "llama-3": "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content.strip() + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-    "chatml": "{% for message in messages %}"
-    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-}
-"""Jinja templates by name, in the published formats."""
-
-_MARKS = "\ufdd0\ufdd1"
-_ANSWER_MARKS = "\ufdd2\ufdd3"
-_CLOSING = {_MARKS[0]: _MARKS[1], _ANSWER_MARKS[0]: _ANSWER_MARKS[1]}
-_SPLIT = re.compile(f"([{_MARKS}{_ANSWER_MARKS}])")
+_THINK = "<think>"
+_THOUGHTS = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)", re.DOTALL)
+_DATE = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
+_REWRITTEN = "is rewritten by the chat template, so that the answer cannot be found in its text"
+_QUESTION: list[Message] = [{"role": "user", "content": "a"}]
 
 
 def find_template(name: str | None) -> str | None:
@@ -83,89 +49,189 @@ class Rendered:
     spans: list[tuple[int, int]]
     """Characters that come from messages, the answer among them."""
     answer: tuple[int, int]
-    """Characters of the answer, the last message."""
+    """Characters that the model writes, from the end of the generation prompt to what ends the answer."""
 
 
 class ChatTemplate:
     """A template and the tokenizer whose special tokens it writes.
 
+    `text` is the template; a date in it is written by `strftime_now`, which always tells the same day here.
+
     Args:
         tokenizer: of transformers.
-        text: Jinja; None for the tokenizer's own template.
+        text: Jinja; None for the tokenizer's own template (the one called `default`, where it has several).
+        date: what the template's `strftime_now` tells (ISO), where it asks; today if not given.
     """
 
-    def __init__(self, tokenizer: Any, text: str | None) -> None:
-        if text is None and not tokenizer.chat_template:
+    def __init__(self, tokenizer: Any, text: str | None, date: str | None = None) -> None:
+        own: Any = tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own
+        if text is None and not own:
             raise UsageError(
                 "--meap-sft-template: the tokenizer has no chat template of its own; "
                 f"name one of {', '.join(TEMPLATES)}"
             )
         self._tokenizer = tokenizer
-        self.text: str = tokenizer.chat_template if text is None else text
+        self.text: str = own if text is None else text
+        day = datetime.date.fromisoformat(date) if date else datetime.date.today()
+        self.date = day.isoformat() if "strftime_now" in self.text else None
+        """The day that is written into the text; None where the template does not ask for it."""
+        self._dated = _DATE.sub(lambda call: repr(day.strftime(call[2])), self.text)
+        if re.search(r"strftime_now\s*\(", self._dated):
+            raise UsageError("--meap-sft-template: its strftime_now is called with more than one string; write it out")
+        self._knows_thoughts = any(name in self.text for name in ("reasoning_content", "thinking"))
         try:
-            self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+            if self._found([*_QUESTION, {"role": "assistant", "content": "b"}], None) is None:
+                raise BadConversation(_REWRITTEN)
         except BadConversation as error:
             raise UsageError(f"--meap-sft-template: not usable: a question and an answer {error}") from error
 
-    def render(self, messages: list[Message]) -> Rendered:
+    def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> Marked:
+        """What the model is asked with: the messages, and the beginning of an answer.
+
+        Raises:
+            BadConversation: the template refuses them.
+        """
+        messages = _split(messages)
+        self._check_tools(messages, tools)
+        plain = self._render(messages, tools, generation=True)
+        for trimmed in (False, True):
+            marked = unmark(self._render(mark(messages, trimmed), tools, generation=True))
+            if marked is not None and marked.text == plain:
+                return marked
+        raise BadConversation(_REWRITTEN)
+
+    def render(self, messages: list[Message], tools: list[Any] | None = None) -> Rendered:
         """Render messages whose last one is the answer.
 
         Raises:
-            BadConversation: the template refuses them, or rewrites their text beyond trimming it.
+            BadConversation: the template refuses them, drops a part, or rewrites their text beyond trimming it.
         """
-        if any(_SPLIT.search(message["content"]) for message in messages):
-            raise BadConversation("holds a Unicode noncharacter (U+FDD0 to U+FDD3)")
-        try:
-            plain = self._render(messages)
-            for trimmed in (False, True):
-                found = _unmarked(self._render(_marked(messages, trimmed)))
-                if found is not None and found.text == plain:
-                    return found
-        except Exception as error:  # a template is a program of the user's: it may raise anything
-            raise BadConversation(f"is refused by the chat template: {error}") from error
-        raise BadConversation("is rewritten by the chat template, so that the answer cannot be found in its text")
+        messages = _split(messages)
+        self._check_tools(messages, tools)
+        thoughts = messages[-1].get("thoughts")
+        found = self._found(messages, tools)
+        if thoughts is not None and (found is None or self._drops(thoughts, found)):
+            return self._behind_prompt(messages, thoughts, tools)
+        if found is None:
+            raise BadConversation(_REWRITTEN)
+        if len(found.spans) < sum(bool(each["content"]) for each in messages):
+            raise BadConversation("has a message that the chat template leaves out")
+        prompt = self._render(messages[:-1], tools, generation=True)
+        if not found.text.startswith(prompt):
+            raise BadConversation(_not_continued(prompt, found.text))
+        return Rendered(found.text, found.spans, (len(prompt), self._end(found, messages, tools)))
 
-    def _render(self, messages: list[Message]) -> str:
-        rendered = self._tokenizer.apply_chat_template(messages, chat_template=self.text, tokenize=False)
+    def _found(self, messages: list[Message], tools: list[Any] | None) -> Marked | None:
+        """The places of the messages in what the template writes; None where it changes them."""
+        plain = self._render(messages, tools)
+        wanted = 1 if messages[-1]["content"] or "tool_calls" not in messages[-1] else 0
+        for trimmed in (False, True):
+            found = unmark(self._render(mark(messages, trimmed), tools))
+            if found is not None and found.text == plain and len(found.answers) == wanted:
+                return found
+        return None
+
+    def _drops(self, thoughts: Thoughts, found: Marked) -> bool:
+        """Whether the answer was rendered without its thoughts."""
+        if thoughts.text:
+            return not found.thoughts
+        return not self._knows_thoughts and not found.text[: found.answers[0][0]].endswith("".join(thoughts))
+
+    def _behind_prompt(self, messages: list[Message], thoughts: Thoughts, tools: list[Any] | None) -> Rendered:
+        """The generation prompt, then thoughts and answer as they stand, for a template that drops the thoughts."""
+        bare = {name: value for name, value in messages[-1].items() if name != "thoughts"}
+        found = self._found([*messages[:-1], bare], tools)
+        prompt = unmark(self._render(mark(messages[:-1], False), tools, generation=True))
+        if found is None or prompt is None or "tool_calls" in bare:
+            raise BadConversation("has thoughts (<think>, reasoning_content) that the chat template drops")
+        start, end = found.answers[0]
+        place = len(prompt.text)
+        before = "" if prompt.text.rstrip().endswith(_THINK) else thoughts.before
+        written = f"{before}{thoughts.text}{thoughts.after}{found.text[start:end]}"
+        texts = (place + len(before), place + len(written))
+        return Rendered(prompt.text + written + found.text[end:], [*prompt.spans, texts], (place, texts[1]))
+
+    def _end(self, found: Marked, messages: list[Message], tools: list[Any] | None) -> int:
+        """Where the answer ends: behind its text, or behind its calls of tools."""
+        if "tool_calls" not in messages[-1]:
+            return found.answers[0][1]
+        said = {"role": "assistant", "content": "b"}
+        plain = unmark(self._render(mark([*messages[:-1], said], False), tools))
+        ending = plain.text[plain.answers[0][1] :] if plain is not None and len(plain.answers) == 1 else ""
+        if not ending or not found.text.endswith(ending):
+            raise BadConversation("calls a tool, and the chat template ends it otherwise than an answer")
+        return len(found.text) - len(ending)
+
+    def _check_tools(self, messages: list[Message], tools: list[Any] | None) -> None:
+        """Refuse tools, and calls of them, that the template leaves out."""
+        if tools and self._render(_QUESTION, tools, True) == self._render(_QUESTION, None, True):
+            raise BadConversation("offers 'tools', which the chat template leaves out")
+        calls = [call for message in messages for call in message.get("tool_calls", [])]
+        if not calls:
+            return
+        text = self._render(messages, tools)
+        if "tool_calls" not in self.text or not all(call["function"]["name"] in text for call in calls):
+            raise BadConversation("calls tools ('tool_calls'), which the chat template leaves out")
+
+    def _render(self, messages: list[Message], tools: list[Any] | None, generation: bool = False) -> str:
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [self._shown(message) for message in messages],
+                chat_template=self._dated,
+                tools=tools,
+                add_generation_prompt=generation,
+                tokenize=False,
+            )
+        except Exception as error:  # a template is a program of the user's: it may raise anything
+            reason = " ".join(str(error).split())
+            raise BadConversation(f"is refused by the chat template: {reason}") from error
         assert isinstance(rendered, str)
         return rendered
 
+    def _shown(self, message: Message) -> Message:
+        """A message as the template knows it: thoughts in a field of their own where it asks for one, else in the text.
 
-def _marked(messages: list[Message], trimmed: bool) -> list[Message]:
-    """The messages with their text between marks; `trimmed`: the marks within the white space around it."""
-
-    def mark(text: str, marks: str) -> str:
-        core = text.strip() if trimmed else text
-        before, _, after = text.partition(core) if core else ("", "", text)
-        return before + marks[0] + core + marks[1] + after
-
-    def marked(message: Message, marks: str) -> Message:
-        # An absent part (Alpaca's empty input) stays empty: templates ask for it.
-        kept = {key for key, value in message.items() if key == "role" or (key != "content" and not value)}
-        return {key: value if key in kept else mark(value, marks) for key, value in message.items()}
-
-    return [*(marked(message, _MARKS) for message in messages[:-1]), marked(messages[-1], _ANSWER_MARKS)]
+        Empty thoughts are left to a template that asks for such a field.
+        """
+        shown = {name: value for name, value in message.items() if name not in ("thoughts", "learned")}
+        if "thoughts" not in message:
+            return shown
+        thoughts = message["thoughts"]
+        if not self._knows_thoughts:
+            return shown | {"content": "".join(thoughts) + message["content"]}
+        return shown | (dict.fromkeys(("reasoning_content", "thinking"), thoughts.text) if thoughts.text else {})
 
 
-def _unmarked(text: str) -> Rendered | None:
-    """Text and places of the messages in a marked rendering; None where marks got lost or the answer is not one."""
-    pieces: list[str] = []
-    spans: list[tuple[int, int]] = []
-    answers: list[tuple[int, int]] = []
-    length, start, opened = 0, 0, ""
-    for piece in _SPLIT.split(text):
-        if piece not in _CLOSING and piece not in _CLOSING.values():
-            pieces.append(piece)
-            length += len(piece)
-        elif not opened and piece in _CLOSING:
-            opened, start = piece, length
-        elif opened and piece == _CLOSING[opened]:
-            spans.append((start, length))
-            if opened == _ANSWER_MARKS[0]:
-                answers.append((start, length))
-            opened = ""
+def _split(messages: list[Message]) -> list[Message]:
+    """The messages with their thoughts, from a field of their own or from the start of the text, as `Thoughts`.
+
+    Raises:
+        BadConversation: a message holds one of the characters by which places are marked.
+    """
+    if any(map(holds_marks, messages)):
+        raise BadConversation("holds a Unicode noncharacter (U+FDD0 to U+FDD5)")
+    split = []
+    for message in messages:
+        found = _THOUGHTS.match(message["content"]) if message["role"] == "assistant" else None
+        if "reasoning_content" in message:
+            bare = {name: value for name, value in message.items() if name != "reasoning_content"}
+            said = Thoughts(f"{_THINK}\n", message["reasoning_content"].strip("\n"), "\n</think>\n\n")
+            split.append(bare | {"thoughts": said})
+        elif found is not None:
+            split.append(
+                message | {"content": message["content"][found.end() :], "thoughts": Thoughts(*found.groups())}
+            )
         else:
-            return None
-    if opened or len(answers) != 1:
-        return None
-    return Rendered("".join(pieces), spans, answers[0])
+            split.append(message)
+    return split
+
+
+def _not_continued(prompt: str, text: str) -> str:
+    """Why an answer's rendering is not what its generation prompt asks for."""
+    same = next((place for place, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(text))
+    asked, written = prompt[same : same + 40], text[same : same + 40]
+    return (
+        f"is rendered otherwise than the model is asked: {asked!r} in the generation prompt, {written!r} in the "
+        "conversation; change the template, or give the answers what it asks for (such as their thoughts)"
+    )

@@ -1,5 +1,6 @@
 """From conversations to turns: the token ids of a prompt with its history, an answer, and what ends the answer."""
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_meap.errors import UsageError
-from megatron_meap.sft.conversations import Message
+from megatron_meap.sft.marks import Marked
+from megatron_meap.sft.records import BadConversation, Message
 from megatron_meap.sft.templates import ChatTemplate, Rendered
 
 Ids = npt.NDArray[np.int32]
@@ -22,9 +24,9 @@ class Turn:
     ids: Ids
     """int32 [n]: prompt, answer and its end, clean."""
     prompt: int
-    """Tokens before the answer."""
+    """Tokens that the model is asked with, up to the end of the generation prompt."""
     answer: int
-    """Tokens of the answer; those after it end it (EOS, or the template's own marker)."""
+    """Tokens that the model writes; those after them end the answer (EOS, or the template's own marker)."""
 
 
 class TurnEncoder:
@@ -37,12 +39,13 @@ class TurnEncoder:
         tokenizer: a fast tokenizer of transformers with its mask token.
         template: text of the chat template; None for the tokenizer's own.
         history: whether a turn's prompt holds the turns before it.
+        date: that the template may write (ISO); today if not given.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None, history: bool = True) -> None:
+    def __init__(self, tokenizer: Any, template: str | None, history: bool = True, date: str | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise UsageError("--meap-sft: the tokenizer has no EOS token, with which answers end; use one that has")
-        self._template = ChatTemplate(tokenizer, template)
+        self._template = ChatTemplate(tokenizer, template, date)
         self._history = history
         self._eos: int = tokenizer.eos_token_id
         self._begin = tokenizer.bos_token
@@ -63,29 +66,64 @@ class TurnEncoder:
         return self._template.text
 
     @property
+    def date(self) -> str | None:
+        """The day that the template writes into the text; None where it writes none."""
+        return self._template.date
+
+    @property
     def facts(self) -> list[Any]:
         """All that decides the ids of a conversation, beside the vocabulary."""
-        return [self._template.text, self._history, self._eos, sorted(self._special.items()), self._begin]
+        return [self._template.text, self._history, self._eos, sorted(self._special.items()), self._begin, self.date]
 
     @property
     def end(self) -> int:
         """The token that ends answers: EOS, or the template's own."""
         question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        (turn,) = self.encode([self._template.render([question, answer])])
+        try:
+            rendered = self._template.render([question, answer])
+        except BadConversation:  # a template whose generation prompt opens thoughts wants some
+            rendered = self._template.render([question, answer | {"reasoning_content": "c"}])
+        (turn,) = self.encode([rendered])
         return int(turn.ids[-1])
 
-    def turns(self, messages: list[Message]) -> Iterator[Rendered]:
-        """The text of every turn of a conversation.
+    def turns(self, messages: list[Message], tools: list[Any] | None = None) -> Iterator[Rendered]:
+        """The text of every turn of a conversation that is to be learned; a greeting is not, nobody asked for it.
 
         Without history the prompt of a turn is its question alone; the system prompt goes with the first one.
 
         Raises:
             BadConversation: the template cannot render it.
         """
-        first = 1 if messages[0]["role"] == "system" else 0
-        for end in range(first + 2, len(messages) + 1, 2):
-            start = 0 if self._history or end == first + 2 else end - 2
-            yield self._template.render(messages[start:end])
+        calls = json.dumps([tools, [message.get("tool_calls") for message in messages]], ensure_ascii=False)
+        if named := self._names.search(calls):
+            raise BadConversation(f"holds the special token {named[0]} in its tools, where it would be taken for one")
+        questions = [number for number, message in enumerate(messages) if message["role"] == "user"]
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant" and message.get("learned", True) and number > questions[0]:
+                last = max(each for each in questions if each < number)
+                start = 0 if self._history or last == questions[0] else last
+                yield self._template.render(messages[start : number + 1], tools)
+
+    def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> Ids:
+        """Ids, int32 [n], that the model is asked with: the messages, and the beginning of an answer.
+
+        Raises:
+            BadConversation: the template cannot render them.
+        """
+        asked = self._template.prompt(messages, tools)
+        specials = self._written_specials(asked)
+        if specials is not None:
+            return self._encode_pieces(asked.text, specials)[0]
+        self._backend.encode_special_tokens = False
+        return np.array(self._backend.encode(asked.text, add_special_tokens=False).ids, np.int32)
+
+    def turn(self, messages: list[Message], tools: list[Any] | None = None) -> Turn:
+        """The turn of messages whose last one is the answer.
+
+        Raises:
+            BadConversation: the template cannot render it.
+        """
+        return self.encode([self._template.render(messages, tools)])[0]
 
     def encode(self, rendered: list[Rendered]) -> list[Turn]:
         """Tokenize turns, many at once on all cores."""
@@ -103,7 +141,7 @@ class TurnEncoder:
             turns.append(self._turn(ids, np.array(offsets, np.int64).reshape(-1, 2), each.answer))
         return turns
 
-    def _written_specials(self, rendered: Rendered) -> list[tuple[int, int]] | None:
+    def _written_specials(self, rendered: Rendered | Marked) -> list[tuple[int, int]] | None:
         """Places of the special tokens that the template wrote; None where no others stand in the text."""
         found = [match.span() for match in self._names.finditer(rendered.text)]
         own = [

@@ -42,6 +42,7 @@ def check(args: Namespace, data_only: bool = False) -> torch.distributed.Store |
     found, store = meeting.on_rank_zero(args, lambda hash_files: look(args, data_only, hash_files))
     args.ckpt_step, args.eval_iters = found["iteration"], found["eval_iters"]
     args.meap_sft_digests, args.meap_sft_train_digest = found["digests"], found["train"]
+    args.meap_sft_date = found["date"]
     args.meap_record = found["record"]
     for warning in found["warnings"] if args.rank == 0 else ():
         print(f"warning: {warning}", flush=True)
@@ -59,6 +60,7 @@ def look(args: Namespace, data_only: bool = False, hash_files: HashFiles | None 
     Returns:
         `iteration`, for `ckpt_step`, and `start`: the checkpoint that the run starts from, None where it starts anew;
         `eval_iters`, 0 without validation data; `digests` and `train`, which name the conversations of a fine-tuning;
+        `date`, which its template writes.
         `record`, of what decides the run; `warnings`, of what differs from the checkpoint, a line each.
     """
     args.meap_sft_digests, args.meap_sft_train_digest = {}, None
@@ -73,6 +75,7 @@ def look(args: Namespace, data_only: bool = False, hash_files: HashFiles | None 
         "eval_iters": args.eval_iters,
         "digests": args.meap_sft_digests,
         "train": args.meap_sft_train_digest,
+        "date": args.meap_sft_date,
     }
     args.meap_record = found["record"] = describe(args, get_tokenizer())
     if data_only:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_meap.errors import UsageError
-from megatron_meap.sft.conversations import BadConversation, parse, read_conversations
+from megatron_meap.sft.conversations import read_conversations
+from megatron_meap.sft.records import BadConversation, parse, tools_of, unused
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -32,6 +33,58 @@ GOOD = {
         {"instruction": "i", "output": "a"},
         [{"role": "user", "content": "i", "instruction": "i", "input": ""}, ASSISTANT],
     ),
+    "conversations with role and content": ({"conversations": [USER, ASSISTANT]}, [USER, ASSISTANT]),
+    "a greeting": ({"messages": [SYSTEM, ASSISTANT, USER, ASSISTANT]}, [SYSTEM, ASSISTANT, USER, ASSISTANT]),
+    "parts of text": (
+        {"messages": [USER | {"content": [{"type": "text", "text": "q"}]}, ASSISTANT]},
+        [USER, ASSISTANT],
+    ),
+    "prompt and completion": ({"prompt": "q", "completion": "a"}, [USER, ASSISTANT]),
+    "prompt and completion as messages": (
+        {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]},
+        [USER, ASSISTANT | {"learned": False}, USER, ASSISTANT],
+    ),
+    "dolly": (
+        {"instruction": "i", "context": "x", "response": "a", "category": "qa"},
+        [{"role": "user", "content": "i\n\nx", "instruction": "i", "input": "x"}, ASSISTANT],
+    ),
+    "alpaca with a history": (
+        {"instruction": "i", "output": "a", "history": [["q", "a"]]},
+        [USER, ASSISTANT, {"role": "user", "content": "i", "instruction": "i", "input": ""}, ASSISTANT],
+    ),
+    "the same system prompt twice": ({"messages": [SYSTEM, USER, ASSISTANT], "system": "s"}, [SYSTEM, USER, ASSISTANT]),
+    "thoughts of their own": (
+        {"messages": [USER, ASSISTANT | {"reasoning": "r"}]},
+        [USER, ASSISTANT | {"reasoning_content": "r"}],
+    ),
+    "fields that say nothing": (
+        {"messages": [USER | {"tool_calls": None}, ASSISTANT | {"weight": 1, "refusal": None}], "images": []},
+        [USER, ASSISTANT],
+    ),
+    "weights": (
+        {"messages": [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"train": True}]},
+        [USER, ASSISTANT | {"learned": False}, USER, ASSISTANT],
+    ),
+    "function calls of ShareGPT": (
+        {
+            "conversations": [
+                HUMAN,
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                {"from": "observation", "value": "o"},
+                GPT,
+            ]
+        },
+        [
+            USER,
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+            },
+            {"role": "tool", "content": "o"},
+            ASSISTANT,
+        ],
+    ),
 }
 
 BAD = {
@@ -44,13 +97,34 @@ BAD = {
     "two questions": ({"messages": [USER, USER, ASSISTANT]}, "out of order: message 2 is of user"),
     "a late system prompt": ({"messages": [USER, ASSISTANT, SYSTEM]}, "out of order: message 3 is of system"),
     "no answer at the end": ({"messages": [USER, ASSISTANT, USER]}, "ends with a question"),
-    "an unknown role": ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 has the unknown role 'tool'"),
+    "an unknown role": (
+        {"messages": [{"role": "narrator", "content": "x"}]},
+        "message 1 has the unknown role 'narrator'",
+    ),
     "a missing field": ({"conversations": [HUMAN, {"from": "gpt"}]}, "message 2 has no 'value'"),
     "a number": ({"messages": [USER, {"role": "assistant", "content": 3}]}, "message 2 has a number as 'content'"),
     "null": ({"messages": [{"role": "user", "content": None}]}, "message 1 has null as 'content'"),
     "a message that is none": ({"messages": ["hello"]}, "message 1 is a string, not an object"),
     "alpaca without output": ({"instruction": "i"}, "has no 'output'"),
     "alpaca with a list": ({"instruction": "i", "input": ["x"], "output": "a"}, "has a list as 'input'"),
+    "an image": (
+        {"messages": [USER | {"content": [{"type": "image_url"}]}, ASSISTANT]},
+        "part of the type 'image_url'",
+    ),
+    "images beside": ({"messages": [USER, ASSISTANT], "images": ["x.png"]}, "has 'images', which is not supported"),
+    "two system prompts": ({"messages": [SYSTEM, USER, ASSISTANT], "system": "t"}, "'system' beside another system"),
+    "half a weight": ({"messages": [USER, ASSISTANT | {"weight": 0.5}]}, "message 2 has 'weight' 0.5"),
+    "a question to train on": ({"messages": [USER | {"train": True}, ASSISTANT]}, "message 1 of user has 'train' True"),
+    "nothing to train on": ({"messages": [USER, ASSISTANT | {"loss": False}]}, "no answer that is to be trained on"),
+    "a conversation without weight": ({"messages": [USER, ASSISTANT], "weight": 0}, "has 'weight', which is not"),
+    "thoughts of a user": ({"messages": [USER | {"thinking": "x"}, ASSISTANT]}, "message 1 has 'thinking', which only"),
+    "a history beside messages": ({"messages": [USER, ASSISTANT], "history": [["q", "a"]]}, "has 'history', which is"),
+    "a history that is none": ({"instruction": "i", "output": "a", "history": ["q"]}, "'history' that is not a list"),
+    "a call without an answer": (
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}, USER]},
+        "message 3 is of user, expected tool",
+    ),
+    "a call of nothing": ({"messages": [USER, ASSISTANT | {"tool_calls": [{}]}]}, "message 2 calls a tool without the"),
     "a system prompt of another kind": ({"messages": [USER, ASSISTANT], "system": 5}, "a number as 'system'"),
 }
 
@@ -88,6 +162,31 @@ def test_json_lists_and_compressed_files(tmp_path: Path) -> None:
         bad: list[UsageError] = []
         assert len(list(read_conversations(str(path), bad.append))) == 1
         assert str(bad[0]).startswith(f"{path}, entry 2: has no 'output'")
+
+
+def test_parquet_is_read_like_json(tmp_path: Path) -> None:
+    """Rows of several shapes share columns, so that what a row does not say is null."""
+    import pyarrow
+    import pyarrow.parquet
+
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    records = [
+        {"messages": [USER, ASSISTANT | {"weight": 1}], "source": "x"},
+        {"messages": [USER, call, {"role": "tool", "content": "o"}, ASSISTANT]},
+        {"messages": []},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "data.parquet")
+    bad: list[UsageError] = []
+    read = list(read_conversations(str(tmp_path / "data.parquet"), bad.append))
+    assert [each.messages for each in read] == [parse(record) for record in records[:2]]
+    assert [sorted(each.unused) for each in read] == [["source"], []]
+    assert [str(error).partition(":")[0] for error in bad] == [f"{tmp_path}/data.parquet, row 3"]
+
+
+def test_fields_that_change_nothing_are_told() -> None:
+    record = {"messages": [USER | {"id": 1}, ASSISTANT], "category": "x", "prompt_id": 5, "tools": []}
+    assert unused(record) == {"category", "prompt_id", "messages' id"}
+    assert tools_of(record) is None
 
 
 @pytest.mark.parametrize("content", [b"\x1f\x8b damaged", b"[1, 2"])

@@ -1,0 +1,315 @@
+"""One JSON record as a list of messages, whatever shape people gave it.
+
+`messages` (role, content), `conversations` (from, value, or role, content), Alpaca's and Dolly's fields, and `prompt`
+with `completion`. A field that changes the conversation is honoured or refused by name; others are reported.
+"""
+
+import json
+from typing import Any
+
+Message = dict[str, Any]
+"""`role` (system, user, assistant or tool) and `content`; further, where they are given, `reasoning_content`,
+`tool_calls`, `tool_call_id`, `name`; `instruction` and `input` of an Alpaca question, for its template; and `learned`,
+False for an answer that is not to be trained on."""
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+_SHAPES = "'messages', 'conversations', 'prompt' and 'completion', or Alpaca's 'instruction' and 'output'"
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_WEIGHTS = ("weight", "train", "loss", "trainable")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_REFUSED_IN_RECORD = (*_MEDIA, *_WEIGHTS, *_THOUGHTS, "mask", "documents", "chat_template_kwargs", "history")
+_REFUSED_IN_MESSAGE = (*_MEDIA, "mask", "refusal", "prefix", "tools")
+
+
+class BadConversation(ValueError):
+    """A conversation that cannot be trained on; the message says why, without file and line."""
+
+
+def parse(record: Any) -> list[Message]:
+    """Messages of one JSON record.
+
+    Raises:
+        BadConversation: none of the shapes, roles out of order, missing fields, values of another kind, or a field that
+            would change the conversation and is not supported.
+    """
+    if not isinstance(record, dict):
+        raise BadConversation(f"expected an object with {_SHAPES}, got {_kind(record)}")
+    read = next((reader for name, reader in _READERS.items() if record.get(name) is not None), None)
+    if read is None:
+        if named := [name for name in _READERS if name in record]:
+            raise BadConversation(f"has null as {named[0]!r}, not {'a string' if named[0] in _TEXTS else 'a list'}")
+        raise BadConversation(f"has none of the fields {_SHAPES}")
+    messages = read(record)
+    _refuse(record, [name for name in _REFUSED_IN_RECORD if not (name == "history" and read is _alpaca)])
+    _put_system(record, messages)
+    _check_order(messages)
+    return messages
+
+
+def tools_of(record: dict) -> list[Any] | None:
+    """The tools that a record offers to the assistant, as templates take them; None where it has none.
+
+    Raises:
+        BadConversation: they are not a list of objects, or JSON text of one.
+    """
+    tools = record.get("tools") or None
+    if isinstance(tools, str):
+        tools = _json(tools, "tools") or None
+    if tools is None and record.get("functions"):
+        functions = record["functions"]
+        functions = _json(functions, "functions") if isinstance(functions, str) else functions
+        tools = [{"type": "function", "function": each} for each in functions]
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(each, dict) for each in tools)):
+        raise BadConversation(f"has {_kind(tools)} as 'tools', not a list of objects")
+    return tools
+
+
+def unused(record: dict) -> set[str]:
+    """Names of the fields, of the record and of its messages, that change nothing; to be told to people."""
+    known = {*_READERS, *_REFUSED_IN_RECORD, "output", "response", "input", "context", "completion", "system"}
+    found = {name for name in record if name not in known | {"system_prompt", "tools", "functions"}}
+    entries = record.get("messages") or record.get("conversations") or []
+    of_messages = {*_REFUSED_IN_MESSAGE, *_WEIGHTS, *_THOUGHTS, "role", "content", "from", "value", "name"}
+    of_messages |= {"tool_calls", "tool_call_id", "function_call"}
+    return found | {f"messages' {name}" for entry in entries for name in entry if name not in of_messages}
+
+
+def _from_messages(record: dict) -> list[Message]:
+    return _listed(record, "messages")
+
+
+def _from_conversations(record: dict) -> list[Message]:
+    return _listed(record, "conversations")
+
+
+def _listed(record: dict, field: str) -> list[Message]:
+    """Messages of a list of objects."""
+    entries = record[field]
+    if not isinstance(entries, list):
+        raise BadConversation(f"'{field}' is {_kind(entries)}, not a list")
+    if not entries:
+        raise BadConversation(f"'{field}' is empty")
+    messages = []
+    for number, entry in enumerate(entries, 1):
+        try:
+            messages.append(_message(entry, *(_names(entry) if field == "conversations" else ("role", "content"))))
+        except BadConversation as error:
+            raise BadConversation(f"message {number} {error}") from None
+    return messages
+
+
+def _names(entry: Any) -> tuple[str, str]:
+    """The names of role and content in an entry of `conversations`, of which there are two habits."""
+    return ("role", "content") if isinstance(entry, dict) and "role" in entry else ("from", "value")
+
+
+def _message(entry: Any, role_key: str, content_key: str) -> Message:
+    """One message of a list."""
+    if not isinstance(entry, dict):
+        raise BadConversation(f"is {_kind(entry)}, not an object")
+    said = _text(entry, role_key)
+    if said not in _ROLES:
+        raise BadConversation(f"has the unknown {role_key} {said!r}; known are {', '.join(_ROLES)}")
+    role = _ROLES[said]
+    _refuse(entry, _REFUSED_IN_MESSAGE)
+    calls = _calls(entry, said, content_key)
+    if calls and role != "assistant":
+        raise BadConversation(f"of {said} has 'tool_calls', which only an assistant makes")
+    message: Message = {"role": role}
+    if said == "function_call" or (calls and entry.get(content_key) is None):
+        message["content"] = ""
+    else:
+        message["content"] = _content(entry, content_key)
+    if calls:
+        message["tool_calls"] = calls
+    for name in ("name", "tool_call_id"):
+        if entry.get(name) is not None:
+            message[name] = _text(entry, name)
+    for name in _THOUGHTS:
+        if entry.get(name):
+            if role != "assistant" or "reasoning_content" in message:
+                raise BadConversation(f"has {name!r}, which only an assistant has, and once")
+            message["reasoning_content"] = _text(entry, name)
+    if not _learned(entry, role):
+        message["learned"] = False
+    return message
+
+
+def _content(entry: dict, name: str) -> str:
+    """A message's text, which may come in parts."""
+    if not isinstance(entry.get(name), list):
+        return _text(entry, name)
+    texts = []
+    for part in entry[name]:
+        if not isinstance(part, dict) or part.get("type", "text") != "text":
+            kind = part.get("type") if isinstance(part, dict) else _kind(part)
+            raise BadConversation(f"has a part of the type {kind!r} in {name!r}; only text can be trained on")
+        texts.append(_text(part, "text"))
+    return "".join(texts)
+
+
+def _calls(entry: dict, said: str, content_key: str) -> list[Any]:
+    """The tools that a message calls, in OpenAI's form, with their arguments as objects, as templates want them."""
+    calls = entry.get("tool_calls") or []
+    if isinstance(calls, str):
+        calls = _json(calls, "tool_calls")
+    if entry.get("function_call"):
+        calls = [{"type": "function", "function": entry["function_call"]}]
+    elif said == "function_call":
+        made = _json(_text(entry, content_key), content_key)
+        calls = [{"type": "function", "function": each} for each in (made if isinstance(made, list) else [made])]
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise BadConversation("has 'tool_calls' that are not a list of objects")
+    return [_call(call) for call in calls]
+
+
+def _call(call: dict) -> dict:
+    """One call: a function's name and its arguments."""
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadConversation("calls a tool without the 'name' of its function")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _json(arguments or "{}", "arguments")
+    kept = {name: value for name, value in call.items() if name == "id" and value is not None}
+    return {**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _learned(entry: dict, role: str) -> bool:
+    """Whether an answer is to be trained on: weights, by any of their names, are 0 or 1."""
+    learned = True
+    for name in _WEIGHTS:
+        value = entry.get(name)
+        if value is None:
+            continue
+        if value not in (0, 1):  # False and True among them
+            raise BadConversation(f"has {name!r} {value!r}; an answer is trained on (1, true) or not (0, false)")
+        if value and role != "assistant":
+            raise BadConversation(f"of {role} has {name!r} {value!r}, but only answers are trained on")
+        learned &= bool(value)
+    return learned
+
+
+def _alpaca(record: dict) -> list[Message]:
+    """A question and its answer, Alpaca's or Dolly's; its parts stay apart for the template that wants them so."""
+    answer_name = "response" if "output" not in record and "response" in record else "output"
+    given_name = "context" if record.get("input") is None and "context" in record else "input"
+    instruction, answer = _text(record, "instruction"), _text(record, answer_name)
+    given = _text(record, given_name) if record.get(given_name) is not None else ""
+    messages: list[Message] = []
+    for pair in record.get("history") or []:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) for each in pair)):
+            raise BadConversation("has a 'history' that is not a list of pairs of strings, question and answer")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    content = f"{instruction}\n\n{given}" if given else instruction
+    question = {"role": "user", "content": content, "instruction": instruction, "input": given}
+    return [*messages, question, {"role": "assistant", "content": answer}]
+
+
+def _completion(record: dict) -> list[Message]:
+    """A prompt and its completion: two strings, or two lists of messages, of which the second is trained on."""
+    name = "response" if record.get("completion") is None and "response" in record else "completion"
+    if isinstance(record["prompt"], list):
+        before = [message | {"learned": False} for message in _listed(record, "prompt")]
+        before = [message if message["role"] == "assistant" else _without(message, "learned") for message in before]
+        if not isinstance(record.get(name), list):
+            return [*before, {"role": "assistant", "content": _text(record, name)}]
+        return before + _listed(record, name)
+    question, answer = _text(record, "prompt"), _text(record, name)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _without(message: Message, name: str) -> Message:
+    return {key: value for key, value in message.items() if key != name}
+
+
+_READERS = {
+    "messages": _from_messages,
+    "conversations": _from_conversations,
+    "instruction": _alpaca,
+    "prompt": _completion,
+}
+_TEXTS = ("instruction", "prompt")
+
+
+def _put_system(record: dict, messages: list[Message]) -> None:
+    """A system prompt that is a field of its own becomes the first message."""
+    given = {name: _text(record, name) for name in ("system", "system_prompt") if record.get(name)}
+    for name, content in given.items():
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": content})
+        elif messages[0]["content"] != content:
+            raise BadConversation(f"has {name!r} beside another system prompt; which of them is meant?")
+
+
+def _refuse(fields: dict, names: Any) -> None:
+    """Refuse fields that would change the conversation, where they hold something."""
+    for name in names:
+        value = fields.get(name)
+        if value not in (None, 1) if name in _WEIGHTS else value:
+            raise BadConversation(f"has {name!r}, which is not supported here; take it out if it is not meant")
+
+
+def _text(fields: dict, name: str) -> str:
+    if name not in fields:
+        raise BadConversation(f"has no {name!r}")
+    if not isinstance(fields[name], str):
+        raise BadConversation(f"has {_kind(fields[name])} as {name!r}, not a string")
+    return fields[name]
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise BadConversation(f"has {name!r} that is not JSON") from None
+
+
+def _check_order(messages: list[Message]) -> None:
+    """A system prompt or none, a greeting or none, then user and assistant in turn, an answer last.
+
+    Between an assistant's call of tools and its next message stand the tools' results.
+    """
+    first = 1 if messages and messages[0]["role"] == "system" else 0
+    greets = [each["role"] for each in messages[first : first + 2]] == ["assistant", "user"] and len(
+        messages
+    ) > first + 2
+    previous = messages[first] if greets else None
+    start = first + bool(greets)
+    for number, message in enumerate(messages[start:], start + 1):
+        expected = _expected(previous)
+        if message["role"] not in expected:
+            raise BadConversation(
+                f"roles out of order: message {number} is of {message['role']}, expected {' or '.join(expected)}"
+            )
+        previous = message
+    if len(messages) == first:
+        raise BadConversation("holds no question and answer")
+    if messages[-1]["role"] != "assistant":
+        raise BadConversation("ends with a question that has no answer")
+    if not any(each["role"] == "assistant" and each.get("learned", True) for each in messages[start:]):
+        raise BadConversation("has no answer that is to be trained on: all have the weight 0")
+
+
+def _expected(previous: Message | None) -> tuple[str, ...]:
+    """Roles that may follow a message."""
+    if previous is not None and previous["role"] == "assistant":
+        return ("tool",) if previous.get("tool_calls") else ("user",)
+    if previous is not None and previous["role"] == "tool":
+        return ("assistant", "tool")
+    return ("user",) if previous is None else ("assistant",)
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, for people."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return kinds.get(type(value), "a number")
