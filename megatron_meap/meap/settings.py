@@ -294,7 +294,8 @@ def complete(args: Namespace) -> MaskSettings:
         args.meap_mask_weights_sha256 = digest_of(Path(args.meap_mask_weights))
     settings = MaskSettings.of(args)
     settings.check()
-    if settings.ratio > 0 and args.dataloader_type not in (None, "single"):
+    repeats = args.dataloader_type not in (None, "single")
+    if settings.ratio > 0 and repeats and not args.meap_sft:  # whose own check names fine-tuning
         raise UsageError(
             f"--dataloader-type {args.dataloader_type}: repeats sample indices, so every epoch would get the same "
             "masks; use --dataloader-type single, which shuffles and repeats the data itself"
