@@ -148,7 +148,7 @@ def identity(model: Model) -> str:
     return hashlib.sha256(json.dumps([str(model.directory.resolve()), facts]).encode()).hexdigest()[:16]
 
 
-def load(model: Model, batch_size: int | str, where: str | None, dtype: str | None) -> Any:
+def load(model: Model, batch_size: int | str, where: str | None, dtype: str | None, chat: bool = False) -> Any:
     """The model as lm-eval's `HFLM`.
 
     Args:
@@ -156,6 +156,7 @@ def load(model: Model, batch_size: int | str, where: str | None, dtype: str | No
         batch_size: samples at once, or `auto`.
         where: device, as PyTorch names it; a GPU where there is one, if not given.
         dtype: as PyTorch names it; if not given, fp32 on a CPU, elsewhere what the weights are stored in.
+        chat: whether it is asked in its chat template.
 
     Raises:
         UsageError: transformers cannot load it, or its tokenizer has neither BOS nor EOS.
@@ -163,15 +164,19 @@ def load(model: Model, batch_size: int | str, where: str | None, dtype: str | No
     import torch
     from lm_eval.models.huggingface import HFLM
 
+    from megatron_meap.evaluation.chat import ChatHFLM
+
     chosen = where or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        loaded = HFLM(
+        loaded = (ChatHFLM if chat else HFLM)(
             pretrained=str(model.directory),
             batch_size=batch_size,
             device=chosen,
             dtype=dtype or ("float32" if chosen == "cpu" else "auto"),
             max_length=context_length(model),
         )
+    except UsageError as error:  # about the template, which was not named by a flag here
+        raise UsageError(f"{model.source}: {str(error).replace('--meap-sft-template', 'its chat template')}") from error
     except Exception as error:
         raise UsageError(f"{model.source}: cannot be loaded ({one_line(error)})") from error
     if loaded.tokenizer.eos_token_id is None and loaded.tokenizer.bos_token_id is None:

@@ -100,7 +100,7 @@ def evaluate(
     found: list[ModelResults] = []
     silent: JudgeUnavailable | None = None
     for number, model in enumerate(chosen, 1):
-        loaded = models.load(model, machine.batch_size, machine.device, machine.dtype)
+        loaded = models.load(model, machine.batch_size, machine.device, machine.dtype, machine.chat_template)
         found.append(ModelResults(model))
         try:
             for task in judged_last:

@@ -36,7 +36,7 @@ class TurnEncoder:
     token, not even the template's.
 
     Args:
-        tokenizer: a fast tokenizer of transformers with its mask token.
+        tokenizer: a fast tokenizer of transformers, with its mask token where it has one.
         template: text of the chat template; None for the tokenizer's own.
         history: whether a turn's prompt holds the turns before it.
         date: that the template may write (ISO); today if not given.
@@ -44,7 +44,9 @@ class TurnEncoder:
 
     def __init__(self, tokenizer: Any, template: str | None, history: bool = True, date: str | None = None) -> None:
         if tokenizer.eos_token_id is None:
-            raise UsageError("--meap-sft: the tokenizer has no EOS token, with which answers end; use one that has")
+            raise UsageError("the tokenizer has no EOS token, with which answers end; use one that has")
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise UsageError("the tokenizer is not a fast one of transformers (tokenizer.json); convert it first")
         self._template = ChatTemplate(tokenizer, template, date)
         self._history = history
         self._eos: int = tokenizer.eos_token_id
@@ -54,10 +56,11 @@ class TurnEncoder:
         self._backend.no_truncation()
         self._backend.no_padding()
         special = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        del special[tokenizer.mask_token]
+        special.pop(tokenizer.mask_token, None)
         self._special = special
         self._special_ids = np.array(sorted(special.values()), np.int32)
-        names = sorted([*special, tokenizer.mask_token], key=len, reverse=True)  # the longest that fits is found
+        names = [*special, *filter(None, [tokenizer.mask_token])]
+        names.sort(key=len, reverse=True)  # the longest that fits is found
         self._names = re.compile("|".join(map(re.escape, names)))
 
     @property

@@ -113,10 +113,11 @@ class TokenCounter:
         """Tokens of a prompt."""
         if not self._chat_template:
             return len(self.tokenizer(text)["input_ids"])
-        message = [{"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        begun = rendered.startswith(self.tokenizer.bos_token or "\0")  # as lm-eval: BOS comes once
-        return len(self.tokenizer(rendered, add_special_tokens=not begun)["input_ids"])
+        chat = [{"role": "user", "content": text}]
+        answered = [*chat, {"role": "assistant", "content": ""}]  # with all that a template puts before an answer
+        asked = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        texts = [asked, self.tokenizer.apply_chat_template(answered, tokenize=False)]
+        return max(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
 
     def each(self, texts: list[str]) -> list[int]:
         """Tokens of each of many texts, without added special tokens."""
