@@ -1,5 +1,6 @@
 """From the command line to the datasets of fine-tuning: files, splits, and what rank 0 says about them."""
 
+import contextlib
 import math
 from argparse import Namespace
 from dataclasses import dataclass
