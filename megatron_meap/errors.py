@@ -1,15 +1,22 @@
 """What is wrong with the user's input, said in one line: a traceback is for our own bugs only."""
 
+import contextlib
+import json
 import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 # Mostly all ranks meet the same error: rank 0 says it and leaves, whereupon torchrun ends the others before they
 # repeat it. An error of another rank alone is said by that rank, a little later.
 _RANK_ZERO_SPEAKS_FIRST_S = 3.0
+
+LAST_STATUS = "MEAP_LAST_STATUS"
+"""Environment variable: a file that the first rank to end on a host writes its exit status to (cluster/torchrun.py)."""
 
 
 class UsageError(Exception):
@@ -38,21 +45,18 @@ def one_line(error: BaseException, most: int = 200) -> str:
 def run(main: Callable[[], None]) -> None:
     """Run a command's ``main``; turn what a user can mend into one line and a non-zero exit status.
 
+    Under torchrun the line is in `$TORCHELASTIC_ERROR_FILE` too, which torchrun shows as the root cause.
+
     Exit status: 0 success, 1 a `JobError`, 2 a `UsageError`, 130 interrupted by Ctrl-C. Other exceptions pass through.
     """
     try:
         main()
     except UsageError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(_RANK_ZERO_SPEAKS_FIRST_S)
         # A data loader's worker process sends its traceback along; the last line is the message.
-        message = str(error).strip().splitlines()[-1]
-        message = re.sub(r"^megatron_meap[\w.]+: ", "", message)
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        message = re.sub(r"^megatron_meap[\w.]+: ", "", str(error).strip().splitlines()[-1])
+        _leave(f"error: {message}", 2)
     except JobError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        _leave(f"error: {error}", 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -60,3 +64,40 @@ def run(main: Callable[[], None]) -> None:
         # The reader of our output went away (`tool | head`): nothing is wrong, and nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except Exception:
+        _tell_torchrun(traceback.format_exc())
+        raise
+
+
+def _leave(line: str, status: int) -> NoReturn:
+    """Say a line once on this host, and leave with a status."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_RANK_ZERO_SPEAKS_FIRST_S)
+    if _tell_torchrun(line):
+        print(line, file=sys.stderr, flush=True)
+    note_status(status)
+    sys.exit(status)
+
+
+def _tell_torchrun(message: str) -> bool:
+    """Write this rank's error file for torchrun; False where another rank of this host wrote the same to its own."""
+    if (name := os.environ.get("TORCHELASTIC_ERROR_FILE")) is None:
+        return True
+    own = Path(name)  # .../RANK/error.json
+    extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+    content = json.dumps({"message": {"message": message, "extraInfo": extra}})
+    new = True
+    with contextlib.suppress(OSError):
+        new = all(
+            json.loads(each.read_text())["message"]["message"] != message
+            for each in own.parent.parent.glob("*/error.json")
+        )
+        own.write_text(content)
+    return new
+
+
+def note_status(status: int) -> None:
+    """Let torchrun end with this exit status, where it is ours to say (cluster/torchrun.py)."""
+    if LAST_STATUS in os.environ:
+        with contextlib.suppress(OSError), open(os.environ[LAST_STATUS], "x") as file:
+            file.write(str(status))

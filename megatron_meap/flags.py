@@ -10,10 +10,13 @@ in `--help`, recorded in a checkpoint and compared on resume.
 
 import argparse
 import dataclasses
+import difflib
 import types
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, NoReturn, Self, get_args, get_type_hints
+
+from megatron_meap.errors import UsageError
 
 
 def flag(
@@ -99,6 +102,28 @@ def add_group(parser: argparse.ArgumentParser, title: str, description: str, *se
     group = parser.add_argument_group(title, description)
     for each in settings:
         each.add_arguments(group)
+
+
+def refuse_in_one_line(parser: argparse.ArgumentParser) -> None:
+    """Let a parser raise a `UsageError` for a command line that it cannot take, instead of printing all its flags."""
+
+    def refuse(message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown == message:
+            raise UsageError(message.removeprefix("argument "))
+        flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("-")]
+        if not flags:
+            raise UsageError(
+                f"{unknown}: belongs to no flag; quote a value that has spaces, and give each flag its own"
+            )
+        raise UsageError("; ".join(f"{name}: no such flag{_similar(name, parser)}" for name in flags))
+
+    parser.error = refuse  # type: ignore[method-assign]
+
+
+def _similar(name: str, parser: argparse.ArgumentParser) -> str:
+    found = difflib.get_close_matches(name, parser._option_string_actions, 1, 0.7)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _flags(settings: type[Settings]) -> Iterator[dataclasses.Field]:

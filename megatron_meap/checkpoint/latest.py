@@ -35,6 +35,9 @@ class CheckpointSettings(Settings):
     refuse_damaged_checkpoint: bool = flag(
         False, "refuse to start where the newest checkpoint is damaged (default: warn and take the newest good one)"
     )
+    overwrite_checkpoints: bool = flag(
+        False, "start anew although --save holds checkpoints, and replace them one by one (default: refused)"
+    )
     keep_last: int | None = flag(
         None,
         "keep only the last N checkpoints, and those at multiples of --meap-keep-every (default: keep all)",
@@ -162,6 +165,12 @@ def choose(folder: Path, step: int | None, refuse_damaged: bool, hash_files: Has
                 f"--load: {problems[-1]}; drop --meap-refuse-damaged-checkpoint to start from an older one"
             )
     raise UsageError(f"--load {folder}: no usable checkpoint: {'; '.join(problems)}; start anew in another --save")
+
+
+def newest_saved(folder: Path) -> int | None:
+    """The newest iteration that a folder has a complete checkpoint of; None where there is none."""
+    last = pointer(folder)
+    return int(last) if last is not None and last.isdigit() else None
 
 
 def full_disk(folder: Path) -> str | None:

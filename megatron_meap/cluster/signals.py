@@ -14,7 +14,7 @@ from megatron.training.dist_signal_handler import all_gather_item
 EXIT_STOPPED = 75
 """Exit status of a rank stopped by a signal, after its checkpoint is saved (EX_TEMPFAIL: run it again later)."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # A Ctrl-C reaches the ranks from the terminal and once more from torchrun, and so may a signal that Slurm passes on; on
 # a busy machine torchrun takes its time.
 _SAME_REQUEST_S = 5.0
@@ -24,8 +24,8 @@ _PR_SET_PDEATHSIG = 1
 class StopRequest:
     """Takes the place of Megatron's signal handler, which knows one signal; its trainer asks it after every step.
 
-    The first SIGTERM, SIGUSR1 or SIGINT asks for a checkpoint and an orderly end; a second one, later than five
-    seconds after it, ends the process at once with status 128 + signal.
+    The first SIGTERM, SIGUSR1, SIGINT or SIGHUP (a closed terminal) asks for a checkpoint and an orderly end; a second
+    one, later than five seconds after it, ends the process at once with status 128 + signal.
     """
 
     def __init__(self) -> None:
@@ -47,6 +47,8 @@ class StopRequest:
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a worker's signals are its own
         threading.Thread(target=self._listen, args=(reader,), daemon=True, name="signals").start()
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # under nohup
             signal.signal(number, lambda *_: None)
         if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -13,12 +13,12 @@ from megatron_meap.trainer.probe_task import PROBE
 _STEP = re.compile(r"\] iteration +(?P<step>\d+)/ *(?P<total>\d+) \|(?P<values>.*)")
 _VALUE = re.compile(r" ([^|:]+): +([-+.\deE]+|nan|inf) \|")
 _VALIDATION = re.compile(
-    r"validation(?P<name>-\S+)? loss at iteration (?P<step>\d+) (?:on validation set )?\| lm loss value: (?P<loss>\S+)"
+    r"validation loss at iteration (?P<step>\d+) (?:on validation set )?\| lm loss value: (?P<loss>\S+)"
 )
 _PROBE = re.compile(
     rf"{PROBE} at iteration (?P<step>\d+) \|.* accuracy: (?P<accuracy>\S+) % \(chance (?P<chance>\S+) %\)"
 )
-_ARGUMENT = re.compile(r"^ +(?P<name>seq_length|train_samples) \.+ (?P<value>\d+)$")
+_ARGUMENT = re.compile(r"^ +(?P<name>seq_length) \.+ (?P<value>\d+)$")
 
 
 @dataclass
@@ -36,14 +36,12 @@ class History:
     """A training run, from the start of its log to the end; a resumed run overwrites the steps it repeats."""
 
     steps: dict[int, Step] = field(default_factory=dict)
-    validation_sets: dict[str, dict[int, float]] = field(default_factory=dict)
-    """Validation loss by step, in nats per token, of each validation set; one alone has no name."""
+    validation: dict[int, float] = field(default_factory=dict)
+    """Validation loss by step, in nats per token."""
     retrieval: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Accuracy of the retrieval probe by step, and that of chance, in percent."""
     seq_length: int | None = None
     """Tokens per sample."""
-    train_samples: int | None = None
-    """Samples of the whole run, where it is counted in samples."""
 
     def add(self, line: str) -> Step | None:
         """Take in one line of the log; the step it reports, where it reports one."""
@@ -53,18 +51,12 @@ class History:
             self.steps[step.step] = step
             return step
         if match := _VALIDATION.search(line):
-            name = (match["name"] or "").removeprefix("-")
-            self.validation_sets.setdefault(name, {})[int(match["step"])] = float(match["loss"])
+            self.validation[int(match["step"])] = float(match["loss"])
         elif match := _PROBE.search(line):
             self.retrieval[int(match["step"])] = float(match["accuracy"]), float(match["chance"])
         elif match := _ARGUMENT.match(line):
-            setattr(self, match["name"], int(match["value"]))
+            self.seq_length = int(match["value"])
         return None
-
-    @property
-    def validation(self) -> dict[int, float]:
-        """Validation loss by step; that of the first set, where there are several."""
-        return next(iter(self.validation_sets.values()), {})
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one logged quantity; steps that did not report it are left out."""
@@ -100,25 +92,17 @@ def progress_line(history: History, step: Step) -> str:
         if MASKED_LOSS in values:
             loss += f" (masked inputs {values[MASKED_LOSS]:.3f}, clean {values[CLEAN_LOSS]:.3f})"
         parts.append(loss)
-    for name, losses in history.validation_sets.items():
-        parts.append(f"validation{' ' * bool(name)}{name} {list(losses.values())[-1]:.3f}")
+    if history.validation:
+        parts.append(f"validation {list(history.validation.values())[-1]:.3f}")
     if history.retrieval:
         accuracy, chance = list(history.retrieval.values())[-1]
         parts.append(f"retrieval {accuracy:.0f}% (chance {chance:.0f}%)")
     if seconds and history.seq_length:
         parts.append(f"{values['global batch size'] * history.seq_length / seconds:,.0f} tokens/s")
     if seconds:
-        left = round(_steps_left(history, step) * seconds)
+        left = round((step.total - step.step) * seconds)
         parts.append(f"ETA {left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}")
     return " | ".join(parts)
-
-
-def _steps_left(history: History, step: Step) -> float:
-    """Steps of this one's batch size until the end: a schedule may make the later ones larger."""
-    if history.train_samples is None:
-        return step.total - step.step
-    values = step.values
-    return max(0.0, history.train_samples - values["consumed samples"]) / values["global batch size"]
 
 
 def follow(path: Path, done: Iterator[bool], history: History | None = None, start: int = 0) -> Iterator[str]:
@@ -169,10 +153,9 @@ def plot(history: History, path: Path, unigram: float | None = None) -> None:
         axes.plot(steps, values, color=color, label=label, linewidth=1.2)
     if not history.curve(CLEAN_LOSS)[0]:
         axes.plot(*history.curve("lm loss"), color="tab:blue", label="training", linewidth=1.2)
-    for number, (name, losses) in enumerate(history.validation_sets.items()):
-        label = f"validation{' ' * bool(name)}{name} (clean inputs)"
-        points = sorted(losses.items())
-        axes.plot(*zip(*points, strict=True), "o-", color="black", alpha=0.4**number, markersize=4, label=label)
+    if history.validation:
+        points = sorted(history.validation.items())
+        axes.plot(*zip(*points, strict=True), "o-", color="black", markersize=4, label="validation (clean inputs)")
     if unigram is not None:
         axes.axhline(unigram, color="gray", linestyle="--", linewidth=1, label="unigram entropy of the corpus")
     axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title="MEAP pretraining")

@@ -9,6 +9,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_meap.backend import device
@@ -16,13 +17,12 @@ from megatron_meap.checkpoint import model_arguments
 from megatron_meap.checkpoint.latest import CheckpointSettings
 from megatron_meap.cluster.connections import ConnectionSettings
 from megatron_meap.errors import UsageError, one_line
-from megatron_meap.flags import Settings, add_group, flag
+from megatron_meap.flags import Settings, add_group, flag, refuse_in_one_line
 from megatron_meap.meap import settings as meap
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft import flags as sft
 from megatron_meap.sft.flags import BadLineSettings, SFTSettings
 from megatron_meap.tokenization.mask_token import all_special_ids, resolve_mask_token
-from megatron_meap.trainer import batch_sizes
 from megatron_meap.trainer.official import OfficialSettings
 from megatron_meap.trainer.probe import ProbeSettings
 
@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser, command_line: list[str] | Non
         command_line: what the parser shall read instead.
     """
     add_own_arguments(parser)
+    refuse_in_one_line(parser)
     if command_line is not None:
         parser.parse_args = functools.partial(parser.parse_args, command_line)  # type: ignore[assignment]
     parser.set_defaults(
@@ -107,6 +108,7 @@ def _local_defaults(command_line: list[str] | None = None) -> dict[str, object]:
 def _uses_transformer_engine(command_line: list[str] | None = None) -> bool:
     """Whether a run on GPUs does: as it asks for, else wherever it is installed, or where the run is only planned."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    refuse_in_one_line(parser)
     parser.add_argument("--transformer-impl")
     asked = parser.parse_known_args(command_line)[0].transformer_impl
     if asked is not None:
@@ -157,7 +159,6 @@ def check(args: Namespace) -> None:
     from megatron.training.arguments import validate_args
 
     _require_the_models_shape(args)
-    batch_sizes.settle(args)
     _validate_meap(args)
     _refuse_what_this_device_cannot(args)
     args.use_persistent_ckpt_worker |= args.async_save  # without it Megatron saves in the foreground after all
@@ -165,8 +166,7 @@ def check(args: Namespace) -> None:
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
     args.create_attention_mask_in_dataloader |= args.reset_attention_mask  # then it is more than the causal one
     _explain(lambda: validate_args(args))
-    if args.full_validation:  # its sampler gives every data-parallel rank one sample at a time
-        args.eval_micro_batch_size, args.eval_global_batch_size = 1, args.data_parallel_size
+    _check_query_groups(args)
     _check_warmup(args)
     meap.check_batches(args)
 
@@ -175,9 +175,19 @@ def _require_the_models_shape(args: Namespace) -> None:
     """Name the flags that this run cannot go without, all at once: Megatron asserts them one by one, unnamed."""
     needed = ["hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings", "micro_batch_size"]
     needed += [] if args.hybrid_layer_pattern else ["num_layers"]
-    needed += ["save_interval"] if args.save else []
     if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]:
         raise UsageError(f"{', '.join(missing)}: missing, and no run goes without; README.md shows a whole command")
+    if args.save and args.save_interval is None:
+        raise UsageError("--save-interval: missing; how many steps lie between the checkpoints that --save asks for?")
+
+
+def _check_query_groups(args: Namespace) -> None:
+    """Megatron would fail when it builds the attention."""
+    groups = args.num_query_groups or 1
+    if args.group_query_attention and args.num_attention_heads % groups:
+        raise UsageError(
+            f"--num-query-groups {groups}: does not divide the {args.num_attention_heads} of --num-attention-heads"
+        )
 
 
 def _check_warmup(args: Namespace) -> None:
@@ -228,30 +238,14 @@ def _validate_meap(args: Namespace) -> None:
     OfficialSettings.of(args).check(args)
     if args.sft:
         raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; use --meap-sft")
-    _check_full_validation(args)
+    if args.full_validation and not args.multiple_validation_sets:
+        raise UsageError("--full-validation: megatron-core 0.19 fails without --multiple-validation-sets; add it")
     if args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:
         raise UsageError(
             f"--micro-batch-size {args.micro_batch_size}: Megatron passes packed documents between pipeline stages "
             "only with --micro-batch-size 1 (--meap-sft, or --dataloader-inter-document-masking, with "
             "--pipeline-model-parallel-size)"
         )
-
-
-def _check_full_validation(args: Namespace) -> None:
-    """Megatron evaluates whole validation sets, and several of them, in one way only."""
-    if args.full_validation != args.multiple_validation_sets:
-        given, other = "--full-validation", "--multiple-validation-sets"
-        if args.multiple_validation_sets:
-            given, other = other, given
-        raise UsageError(f"{given}: megatron-core 0.19 fails without {other}; add it")
-    if not args.full_validation:
-        return
-    for name in ("eval_micro_batch_size", "eval_global_batch_size"):
-        if getattr(args, name) is not None:
-            raise UsageError(
-                f"--{name.replace('_', '-')}: Megatron reads whole validation sets (--full-validation) one sample a "
-                "rank at a time; drop the flag"
-            )
 
 
 def _refuse_what_this_device_cannot(args: Namespace) -> None:
@@ -272,6 +266,9 @@ def set_tokenizer(args: Namespace) -> Any:
     """Build and return the tokenizer, find or append the mask token, and pad the vocabulary that holds them both."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
 
+    files = ("SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "GPTSentencePieceTokenizer")
+    if args.tokenizer_model and args.tokenizer_type in files and not Path(args.tokenizer_model).exists():
+        raise UsageError(f"--tokenizer-model {args.tokenizer_model}: no such file")
     padded_by_user = args.padded_vocab_size
     pad_vocab_size, args.pad_vocab_size = args.pad_vocab_size, False  # padding comes after the mask token
     try:

@@ -23,6 +23,7 @@ def choose_start(args: Namespace, hash_files: latest.HashFiles | None) -> dict[s
     Raises:
         UsageError: there is none where there must be one, or this run cannot start from it.
     """
+    _keep_checkpoints(args)
     if args.load is not None:
         choice = latest.choose(Path(args.load), args.ckpt_step, args.meap_refuse_damaged_checkpoint, hash_files)
         if choice is not None:
@@ -41,6 +42,21 @@ def choose_start(args: Namespace, hash_files: latest.HashFiles | None) -> dict[s
         warnings = _compare("--pretrained-checkpoint", choice.path, args)
         return {"iteration": args.ckpt_step, "start": str(choice.path), "warnings": warnings}
     return {"iteration": args.ckpt_step, "start": None, "warnings": []}
+
+
+def _keep_checkpoints(args: Namespace) -> None:
+    """Refuse to start at iteration 0 where older checkpoints would be replaced one by one."""
+    if args.save is None or args.meap_overwrite_checkpoints:
+        return
+    newest = latest.newest_saved(Path(args.save))
+    resumes = args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()
+    if newest is None or (resumes and not args.finetune):
+        return
+    how = "drop --finetune" if resumes else f"add --load {args.save}"
+    raise UsageError(
+        f"--save {args.save}: holds checkpoints up to iteration {newest}, which this run would not resume but replace; "
+        f"{how} to resume, name another directory, or add --meap-overwrite-checkpoints to start anew there"
+    )
 
 
 def _settle(choice: latest.Choice, args: Namespace) -> int | None:

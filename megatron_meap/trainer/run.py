@@ -3,13 +3,15 @@
 import atexit
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -33,13 +35,14 @@ from megatron_meap.backend.layers import local_block_spec
 from megatron_meap.checkpoint import integrity, latest
 from megatron_meap.cluster import connections
 from megatron_meap.cluster.signals import EXIT_STOPPED, StopRequest
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, note_status
 from megatron_meap.meap.dataset import COPY, NOISED
 from megatron_meap.meap.losses import next_token_loss
 from megatron_meap.tokenization.mask_token import special_token_ids
 from megatron_meap.trainer import official, preflight
 from megatron_meap.trainer.arguments import parse_arguments
 from megatron_meap.trainer.batches import datasets_provider, get_batch
+from megatron_meap.trainer.output import LOG, Output
 from megatron_meap.trainer.probe import RetrievalProbe
 
 stimer = StragglerDetector()
@@ -47,7 +50,16 @@ stimer = StragglerDetector()
 
 def run() -> None:
     """Pretrain as the command line says; end with status 75 where a signal stopped the job."""
+    output = Output().install()
+    try:
+        _run(output)
+    finally:
+        output.quiet = False  # for what there is to say of a failure
+
+
+def _run(output: Output) -> None:
     args, store = prepare()
+    output.open_log(args.save, _heading(args) if args.rank == 0 else None)
     atexit.register(_end_workers)
     stop = StopRequest().install()
     global_vars._GLOBAL_SIGNAL_HANDLER = stop
@@ -59,16 +71,34 @@ def run() -> None:
         )
     if args.meap_probe_interval is not None:
         megatron_patches.after_each_step(RetrievalProbe(args, special_token_ids(get_tokenizer())).after_step)
-    if args.rank == 0 and device.is_cpu():
-        from megatron_meap.backend.cpu import describe
-
-        print(describe(), flush=True)
+    if args.rank == 0:
+        _announce(args)
     try:
-        _pretrain(args, store)
+        _pretrain(args, store, output)
     except SystemExit:  # Megatron's own way out of the training loop
         if stop.stopping:
-            _leave_stopped(args, stop)
+            if args.rank == 0:
+                output.say(_how_it_stopped(args, stop))
+            note_status(EXIT_STOPPED)
+            sys.exit(EXIT_STOPPED)
         raise
+
+
+def _heading(args: Namespace) -> str:
+    """What begins this start's part of the log file."""
+    return f"=== {datetime.now():%Y-%m-%d %H:%M:%S}, rank 0 of {args.world_size}: {shlex.join(sys.argv)}"
+
+
+def _announce(args: Namespace) -> None:
+    """Say in a few lines what is about to run."""
+    if device.is_cpu():
+        from megatron_meap.backend.cpu import describe
+
+        print(describe())
+    print(
+        f"checkpoints and log ({LOG}) in {args.save}" if args.save else "no --save: nothing of this run will be kept",
+        flush=True,
+    )
 
 
 def prepare(data_only: bool = False) -> tuple[Namespace, torch.distributed.Store | None]:
@@ -87,14 +117,19 @@ def prepare(data_only: bool = False) -> tuple[Namespace, torch.distributed.Store
     return args, preflight.check(args, data_only)
 
 
-def _pretrain(args: Namespace, store: torch.distributed.Store | None) -> None:
+def _pretrain(args: Namespace, store: torch.distributed.Store | None, output: Output) -> None:
     """Hand over to Megatron's trainer."""
+
+    def step(*inputs: Any, **options: Any) -> Any:
+        output.quiet = False
+        return forward_step(*inputs, **options)
+
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config(args)),
             datasets_provider,
             ModelType.encoder_or_decoder,
-            forward_step,
+            step,
             get_embedding_ranks=embedding_ranks,
             store=store,
         )
@@ -126,13 +161,15 @@ def _run_alone_without_launcher() -> None:
         os.environ.update(alone)
 
 
-def _leave_stopped(args: Namespace, stop: StopRequest) -> NoReturn:
-    """Say what a signal has led to, and leave with the status that means so."""
-    if args.rank == 0:
-        name = signal.Signals(stop.received or 0).name
-        saved = f"checkpoint in {args.save}; the same command goes on" if args.save else "nothing saved: no --save"
-        print(f"stopped by {name} after iteration {args.curr_iteration + 1}: {saved}", flush=True)
-    sys.exit(EXIT_STOPPED)
+def _how_it_stopped(args: Namespace, stop: StopRequest) -> str:
+    """What a signal has led to, and how to resume."""
+    name = signal.Signals(stop.received or 0).name
+    saved = "nothing saved: no --save"
+    if args.save:
+        same = args.load and Path(args.load).resolve() == Path(args.save).resolve()
+        how = "the same command resumes" if same else f"the same command with --load {args.save} resumes"
+        saved = f"checkpoint in {args.save}; {how}"
+    return f"stopped by {name} after iteration {args.curr_iteration + 1}: {saved}"
 
 
 def model_config(args: Namespace) -> Any:

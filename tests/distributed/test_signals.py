@@ -23,17 +23,22 @@ STOPPED = 75  # the ranks' exit status, as documented
 class Job:
     """A training job in a process group of its own, its output in a file."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, piped: bool = False) -> None:
+        """Start it; where it is piped, its standard output goes to a reader, and only its errors to the log."""
         self.log = log
         with open(log, "w") as output:
             self.process = subprocess.Popen(
-                command, env=environment(), cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT,
+                command, env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE if piped else output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
+        self.reader = None
+        if self.process.stdout is not None:
+            self.reader = subprocess.Popen(["cat"], stdin=self.process.stdout, stdout=subprocess.DEVNULL)
+            self.process.stdout.close()
 
-    def wait_for_step(self, step: int, timeout: float = 120) -> None:
-        deadline = time.monotonic() + timeout
-        while not any(reached >= step for reached in parse(self.log.read_text()).steps):
+    def wait_for_step(self, step: int, timeout: float = 120, log: Path | None = None) -> None:
+        deadline, log = time.monotonic() + timeout, log or self.log
+        while not (log.exists() and any(reached >= step for reached in parse(log.read_text()).steps)):
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.05)
@@ -51,6 +56,9 @@ class Job:
             self.kill()
 
     def kill(self) -> None:
+        if self.reader is not None:
+            self.reader.kill()
+            self.reader.wait()
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -82,42 +90,80 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def close_the_pipe(job: Job) -> None:
+    """The reader goes away; training continues, until it is told to stop."""
+    assert job.reader is not None
+    job.reader.kill()
+    words = list(job.process.args)  # type: ignore[arg-type]
+    own = Path(words[words.index("--save") + 1]) / "train.log"
+    job.wait_for_step(max(parse(own.read_text()).steps) + 5, log=own)
+    job.process.send_signal(signal.SIGTERM)
+
+
+def interrupt(job: Job) -> None:
+    """Ctrl-C: the terminal sends it to all that belongs to the command."""
+    os.killpg(job.process.pid, signal.SIGINT)
+    if job.reader is not None:
+        job.reader.send_signal(signal.SIGINT)
+
+
+def hang_up(job: Job) -> None:
+    """The terminal is closed, or the connection to it."""
+    os.killpg(job.process.pid, signal.SIGHUP)
+
+
 WAYS: dict[str, tuple[Callable[[Job], None], str]] = {
-    "SIGTERM to the launcher": (lambda job: job.process.send_signal(signal.SIGTERM), "SIGTERM"),
+    "SIGTERM": (lambda job: job.process.send_signal(signal.SIGTERM), "SIGTERM"),
+    "Ctrl-C": (interrupt, "SIGINT"),
+    "SIGHUP": (hang_up, "SIGHUP"),
+    "closed pipe": (close_the_pipe, "SIGTERM"),
     "SIGUSR1 to one rank": (lambda job: os.kill(job.ranks()[-1], signal.SIGUSR1), "SIGUSR1"),
-    "Ctrl-C": (lambda job: os.killpg(job.process.pid, signal.SIGINT), "SIGINT"),
-    # torchrun does not handle it unless told to, and dies; its ranks notice
-    "SIGUSR1 to the launcher": (lambda job: job.process.send_signal(signal.SIGUSR1), "SIGTERM"),
+    "SIGUSR1": (lambda job: job.process.send_signal(signal.SIGUSR1), "SIGUSR1"),
+    "SIGKILL to the launcher": (lambda job: job.process.kill(), "SIGTERM"),  # its ranks notice
 }
+CASES = [
+    (2, "SIGTERM", False),
+    (2, "Ctrl-C", True),
+    (2, "SIGUSR1 to one rank", False),
+    (2, "SIGKILL to the launcher", False),
+    (1, "closed pipe", True),
+    (1, "SIGHUP", False),
+]
+SLOW = [
+    *((2, way, piped) for way in ("SIGTERM", "Ctrl-C", "SIGHUP", "SIGUSR1") for piped in (False, True)),
+    *((1, way, piped) for way in ("SIGTERM", "Ctrl-C", "SIGHUP") for piped in (False, True)),
+    (2, "closed pipe", True),
+]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_job_saves_and_ends(flags: list[str], tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize(
+    ("processes", "way", "piped"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW if case not in CASES)],
+)
+def test_the_job_saves_and_ends(flags: list[str], tmp_path: Path, processes: int, way: str, piped: bool) -> None:
+    """A checkpoint, status 75, and a last line that says how to resume."""
     stop, name = WAYS[way]
-    job = Job(torchrun(2, str(ENTRY), *flags), tmp_path / "log")
+    run = tmp_path / "run"
+    launcher = torchrun(2) if processes == 2 else [sys.executable]
+    job = Job([*launcher, str(ENTRY), *flags], tmp_path / "log", piped)
     try:
-        job.wait_for_step(3)
-        ranks = job.ranks()
+        job.wait_for_step(3, log=run / "train.log")
+        ranks = job.ranks() if processes == 2 else []
         stop(job)
-        assert job.process.wait(90) != 0
+        status = job.process.wait(90)
         assert ended(ranks)
     finally:
         job.kill()
-    output = job.log.read_text()
-    assert f"stopped by {name} after iteration" in output
-    saved = latest.pointer(tmp_path / "run")
+    own, shown = (path.read_text().strip().splitlines() for path in (run / "train.log", job.log))
+    assert status == (STOPPED if "SIGKILL" not in way else -signal.SIGKILL)
+    saved = latest.pointer(run)
     assert saved is not None
     assert int(saved) >= 3
-    assert latest.damage(latest.directory(tmp_path / "run", int(saved))) is None
-    assert f"after iteration {saved}: checkpoint in {tmp_path / 'run'}" in output
-
-
-def test_the_exit_status_of_a_rank(flags: list[str], tmp_path: Path) -> None:
-    """Without a launcher the rank's own status is seen."""
-    job = Job([sys.executable, str(ENTRY), *flags], tmp_path / "log")
-    job.wait_for_step(2)
-    job.process.send_signal(signal.SIGTERM)
-    assert job.end() == STOPPED
+    assert latest.damage(latest.directory(run, int(saved))) is None
+    line = f"stopped by {name} after iteration {saved}: checkpoint in {run}; the same command resumes"
+    assert own[-1] == line
+    if not piped or way in ("Ctrl-C", "closed pipe"):  # else the reader has it
+        assert shown[-1] == line
 
 
 def test_a_second_signal_ends_it_at_once(flags: list[str], tmp_path: Path) -> None:

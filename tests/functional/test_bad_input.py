@@ -88,6 +88,13 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
             "--dataloader-inter-document-masking --pipeline-model-parallel-size 2",
             "--micro-batch-size 2: Megatron passes packed documents",
         ),
+        ("--mirco-batch-size 4", "--mirco-batch-size: no such flag; did you mean --micro-batch-size?"),
+        ("--meap-mask-ration=0.2", "--meap-mask-ration: no such flag; did you mean --meap-mask-ratio?"),
+        ("--lr ten", "--lr: invalid float value: 'ten'"),
+        ("--lr", "--lr: expected one argument"),
+        ("--bf16 true", "true: belongs to no flag"),
+        ("--num-query-groups 3", "--num-query-groups 3: does not divide the 4 of --num-attention-heads"),
+        ("--save somewhere", "--save-interval: missing; how many steps"),
         ("--fp32 --bf16", "--fp32: contradicts"),
         ("--context-parallel-size 2", "--context-parallel-size: cannot work on a CPU"),
         ("--fp8-format hybrid", "--fp8-format: cannot work on a CPU"),
@@ -97,7 +104,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--load nowhere", "--load nowhere: holds no checkpoint"),
         ("--pretrained-checkpoint nowhere", "--pretrained-checkpoint nowhere: holds no checkpoint"),
         ("--data-path nowhere", "nowhere.idx: no such file"),
-        ("--tokenizer-model nowhere", "--tokenizer-model nowhere: not a SentencePieceTokenizer tokenizer"),
+        ("--tokenizer-model nowhere", "--tokenizer-model nowhere: no such file"),
         ("--data-cache-path /dev/null/cache", "--data-cache-path /dev/null/cache: cannot be written"),
         ("--save /dev/null/save --save-interval 5", "--save /dev/null/save: cannot be written"),
         (
@@ -225,6 +232,18 @@ class TestCheckpoints:
         pretrained = refused(*flags, "--pretrained-checkpoint", str(copy), "--finetune")
         assert pretrained.startswith(f"--pretrained-checkpoint {copy}: checkpoint ")
         assert "iter_0000003 is damaged: __0_0.distcp" in pretrained
+
+    @pytest.mark.parametrize("how", [(), ("--load", "saved"), ("--load", "copy", "--finetune"), ("--dry-run",)])
+    def test_checkpoints_that_would_be_replaced(self, refused, flags, copy: Path, saved: Path, how) -> None:
+        before = sorted(path.name for path in copy.iterdir())
+        more = [{"saved": str(saved), "copy": str(copy)}.get(word, word) for word in how]
+        message = refused(*flags, "--save", str(copy), "--save-interval", "1", *more)
+        assert f"--save {copy}: holds checkpoints up to iteration 3" in message
+        assert "--meap-overwrite-checkpoints" in message
+        assert {path.name for path in copy.iterdir()} - set(before) <= {".lock"}
+
+    def test_replacing_checkpoints_on_purpose(self, flags, copy: Path) -> None:
+        assert prepare(*flags, "--save", str(copy), "--save-interval", "1", "--meap-overwrite-checkpoints")
 
     def test_nothing_good_left(self, refused, flags, copy: Path) -> None:
         for folder in copy.glob("iter_*"):

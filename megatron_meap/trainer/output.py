@@ -1,0 +1,144 @@
+"""What a run says: to the terminal for as long as there is one, and all of it to a log file beside the checkpoints."""
+
+import contextlib
+import errno
+import io
+import logging
+import os
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any, TextIO
+
+LOG = "train.log"
+"""Name of the log file, in the directory given to `--save`."""
+
+_CLOSED = (errno.EPIPE, errno.EIO, errno.EBADF)
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_LIBRARIES = ("megatron.", "logging.", "warnings.", "torch.")
+_WARNING = re.compile(r"\s*warning\b", re.IGNORECASE)
+_NO_NEWS = re.compile(
+    r"one_logger|RerunStateMachine|could not find the metadata file|rerun_state_machine|Result validation enabled"
+)
+
+
+class Output:
+    """Takes the place of `sys.stdout` and `sys.stderr`.
+
+    A reader that goes away (`| head`, `| tee` at a Ctrl-C, a closed terminal) does not end a training: it continues
+    without one. What Megatron tells of itself before the first step is for the log file alone.
+    """
+
+    def __init__(self) -> None:
+        self.quiet = True
+        """Whether what Megatron and PyTorch say, warnings apart, goes to the log file only: until the first step."""
+
+        self._streams: dict[str, _Stream | None] = {"stdout": None, "stderr": None}
+        self._log: int | None = None
+        self._early: list[bytes] | None = []  # what was said before there was a log file
+
+    def install(self) -> "Output":
+        """Listen to all that is printed or logged from now on."""
+        for name in self._streams:
+            old = getattr(sys, name)
+            self._streams[name] = new = _Stream(old.terminal if isinstance(old, _Stream) else old, self)
+            for handler in logging.root.handlers:
+                if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+                    handler.setStream(new)
+            setattr(sys, name, new)
+        return self
+
+    def open_log(self, folder: str | None, heading: str | None) -> None:
+        """Append to the log file in a folder from now on, from what was said so far; None keeps none.
+
+        The ranks share the file: each writes whole lines at its end.
+        """
+        early, self._early = self._early or [], None
+        if folder is None:
+            return
+        with contextlib.suppress(OSError):  # a run that can save will not end for its log
+            self._log = os.open(Path(folder) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        if heading is not None:
+            self.record(f"\n{heading}\n")
+        for text in early:
+            self.record(text)
+
+    def record(self, text: str | bytes) -> None:
+        """Write to the log file alone."""
+        raw = _ESCAPES.sub("", text).encode(errors="replace") if isinstance(text, str) else text
+        if self._early is not None:
+            self._early.append(raw)
+        elif self._log is not None:
+            with contextlib.suppress(OSError):  # such as a full disk
+                os.write(self._log, raw)
+
+    def say(self, text: str) -> None:
+        """Say what must not be lost: on standard error, where nobody reads the standard output any more."""
+        self.record(text + "\n")
+        any(stream is not None and stream.show(text + "\n") for stream in self._streams.values())
+
+
+class _Stream(io.TextIOBase):
+    """One of the two streams: a terminal, pipe or file, until writing to it fails."""
+
+    def __init__(self, terminal: TextIO, output: Output) -> None:
+        self.terminal = terminal
+        self._output = output
+        self._open = True
+        self._pending = ""
+
+    def write(self, text: str) -> int:
+        lines, newline, self._pending = (self._pending + text).rpartition("\n")
+        if newline:
+            self._send(lines + newline, sys._getframe(0).f_back)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._pending:
+            text, self._pending = self._pending, ""
+            self._send(text, sys._getframe(0).f_back)
+
+    def _send(self, text: str, caller: types.FrameType | None) -> None:
+        self._output.record(text)
+        module = "" if caller is None else caller.f_globals.get("__name__", "")
+        if self._output.quiet and f"{module}.".startswith(_LIBRARIES):
+            lines = text.splitlines(keepends=True)
+            text = "".join(line for line in lines if _WARNING.match(line) and not _NO_NEWS.search(line))
+        self.show(text)
+
+    def show(self, text: str) -> bool:
+        """Write to the terminal, if it is open; whether it still is."""
+        if text and self._open:
+            try:
+                self.terminal.write(text)
+                self.terminal.flush()
+            except ValueError:  # closed by this process
+                self._open = False
+            except OSError as error:  # else such as a full disk
+                if error.errno in _CLOSED:
+                    self._continue_without()
+        return self._open
+
+    def _continue_without(self) -> None:
+        """Let what is still written to the descriptor go nowhere: by Python at its end, by child processes."""
+        self._open = False
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.terminal.fileno())
+            os.close(null)
+        self._output.say(
+            f"warning: the reader of the output went away; the training continues, its log is {LOG} in --save"
+        )
+
+    def isatty(self) -> bool:
+        return self._open and self.terminal.isatty()
+
+    def fileno(self) -> int:
+        return self.terminal.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.terminal, name)  # `buffer` and the like
