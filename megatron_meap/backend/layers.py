@@ -28,6 +28,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn import functional
 
@@ -79,7 +80,8 @@ class SDPAttention(MegatronModule):
     """Causal attention by PyTorch's `scaled_dot_product_attention`, in memory linear in the sequence length.
 
     Arguments as in Megatron's `DotProductAttention`; multi-latent attention names its head dimensions besides. Packed
-    sequences (`cu_seqlens`) attend within themselves.
+    sequences (`cu_seqlens`) attend within themselves. A window (`--window-size`) narrows what a mask or the borders
+    allow; Megatron's own local attention puts it in their place.
     """
 
     def __init__(
@@ -99,6 +101,9 @@ class SDPAttention(MegatronModule):
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
+        self.window: int | None = None  # positions that are seen before one's own
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            self.window = config.window_size[0] if config.window_size[0] >= 0 else None
 
     def forward(
         self,
@@ -145,6 +150,10 @@ class SDPAttention(MegatronModule):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, allowed: Tensor | None = None) -> Tensor:
         """[b, n, s, d] attends to [b, g, s, d]."""
+        if self.window is not None:
+            near = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril().triu(-self.window)
+            allowed = near if allowed is None else allowed & near
+            causal = False
         dropout = self.dropout if self.training else 0.0
         arguments: dict[str, Any] = {
             "attn_mask": allowed,
@@ -249,7 +258,6 @@ def _wants_megatrons_attention(config: TransformerConfig) -> bool:
     """Whether the user asks for something that only Megatron's unfused attention does."""
     return (
         config.attention_backend == AttnBackend.local
-        or config.window_size is not None
         or config.softmax_type != "vanilla"
         or config.apply_query_key_layer_scaling
     )

@@ -39,6 +39,7 @@ def apply() -> None:
     _load_weights_or_fail()
     _decay_all_parameters_on_request()
     _fuse_weight_gradients_where_possible()
+    _evaluate_whole_sets_in_any_pipeline()
 
 
 def _use_shipped_dataset_helpers() -> None:
@@ -174,6 +175,28 @@ def _fuse_weight_gradients_where_possible() -> None:
 
     initialise.meap_original = original  # type: ignore[attr-defined]
     layers.ColumnParallelLinear.__init__ = initialise
+
+
+def _evaluate_whole_sets_in_any_pipeline() -> None:
+    """Pipeline stages that load no data count None batches of a whole validation set, of which no tensor is made.
+
+    (They are told the number before each evaluation.)
+    """
+    from megatron.training import get_args, training
+
+    build = training.build_train_valid_test_data_iterators
+    build = getattr(build, "meap_original", build)
+
+    @functools.wraps(build)
+    def build_and_count(*args: Any, **kwargs: Any) -> Any:
+        iterators = build(*args, **kwargs)
+        settings = get_args()
+        if isinstance(settings.eval_iters, list):
+            settings.eval_iters = [count or 0 for count in settings.eval_iters]
+        return iterators
+
+    build_and_count.meap_original = build  # type: ignore[attr-defined]
+    training.build_train_valid_test_data_iterators = build_and_count
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from megatron_meap.trainer.probe_task import PROBE
 _STEP = re.compile(r"\] iteration +(?P<step>\d+)/ *(?P<total>\d+) \|(?P<values>.*)")
 _VALUE = re.compile(r" ([^|:]+): +([-+.\deE]+|nan|inf) \|")
 _VALIDATION = re.compile(
-    r"validation loss at iteration (?P<step>\d+) (?:on validation set )?\| lm loss value: (?P<loss>\S+)"
+    r"validation(?P<name>-\S+)? loss at iteration (?P<step>\d+) (?:on validation set )?\| lm loss value: (?P<loss>\S+)"
 )
 _PROBE = re.compile(
     rf"{PROBE} at iteration (?P<step>\d+) \|.* accuracy: (?P<accuracy>\S+) % \(chance (?P<chance>\S+) %\)"
@@ -36,8 +36,8 @@ class History:
     """A training run, from the start of its log to the end; a resumed run overwrites the steps it repeats."""
 
     steps: dict[int, Step] = field(default_factory=dict)
-    validation: dict[int, float] = field(default_factory=dict)
-    """Validation loss by step, in nats per token."""
+    validation_sets: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Validation loss by step, in nats per token, of each validation set; one alone has no name."""
     retrieval: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Accuracy of the retrieval probe by step, and that of chance, in percent."""
     seq_length: int | None = None
@@ -51,12 +51,18 @@ class History:
             self.steps[step.step] = step
             return step
         if match := _VALIDATION.search(line):
-            self.validation[int(match["step"])] = float(match["loss"])
+            name = (match["name"] or "").removeprefix("-")
+            self.validation_sets.setdefault(name, {})[int(match["step"])] = float(match["loss"])
         elif match := _PROBE.search(line):
             self.retrieval[int(match["step"])] = float(match["accuracy"]), float(match["chance"])
         elif match := _ARGUMENT.match(line):
             self.seq_length = int(match["value"])
         return None
+
+    @property
+    def validation(self) -> dict[int, float]:
+        """Validation loss by step; that of the first set, where there are several."""
+        return next(iter(self.validation_sets.values()), {})
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one logged quantity; steps that did not report it are left out."""
@@ -92,8 +98,8 @@ def progress_line(history: History, step: Step) -> str:
         if MASKED_LOSS in values:
             loss += f" (masked inputs {values[MASKED_LOSS]:.3f}, clean {values[CLEAN_LOSS]:.3f})"
         parts.append(loss)
-    if history.validation:
-        parts.append(f"validation {list(history.validation.values())[-1]:.3f}")
+    for name, losses in history.validation_sets.items():
+        parts.append(f"validation{' ' * bool(name)}{name} {list(losses.values())[-1]:.3f}")
     if history.retrieval:
         accuracy, chance = list(history.retrieval.values())[-1]
         parts.append(f"retrieval {accuracy:.0f}% (chance {chance:.0f}%)")
@@ -153,9 +159,10 @@ def plot(history: History, path: Path, unigram: float | None = None) -> None:
         axes.plot(steps, values, color=color, label=label, linewidth=1.2)
     if not history.curve(CLEAN_LOSS)[0]:
         axes.plot(*history.curve("lm loss"), color="tab:blue", label="training", linewidth=1.2)
-    if history.validation:
-        points = sorted(history.validation.items())
-        axes.plot(*zip(*points, strict=True), "o-", color="black", markersize=4, label="validation (clean inputs)")
+    for number, (name, losses) in enumerate(history.validation_sets.items()):
+        label = f"validation{' ' * bool(name)}{name} (clean inputs)"
+        points = sorted(losses.items())
+        axes.plot(*zip(*points, strict=True), "o-", color="black", alpha=0.4**number, markersize=4, label=label)
     if unigram is not None:
         axes.axhline(unigram, color="gray", linestyle="--", linewidth=1, label="unigram entropy of the corpus")
     axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title="MEAP pretraining")

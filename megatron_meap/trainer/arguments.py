@@ -167,6 +167,8 @@ def check(args: Namespace) -> None:
     args.create_attention_mask_in_dataloader |= args.reset_attention_mask  # then it is more than the causal one
     _explain(lambda: validate_args(args))
     _check_query_groups(args)
+    if args.full_validation:  # its sampler gives every data-parallel rank one sample at a time
+        args.eval_micro_batch_size, args.eval_global_batch_size = 1, args.data_parallel_size
     _check_warmup(args)
     meap.check_batches(args)
 
@@ -238,14 +240,30 @@ def _validate_meap(args: Namespace) -> None:
     OfficialSettings.of(args).check(args)
     if args.sft:
         raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; use --meap-sft")
-    if args.full_validation and not args.multiple_validation_sets:
-        raise UsageError("--full-validation: megatron-core 0.19 fails without --multiple-validation-sets; add it")
+    _check_full_validation(args)
     if args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:
         raise UsageError(
             f"--micro-batch-size {args.micro_batch_size}: Megatron passes packed documents between pipeline stages "
             "only with --micro-batch-size 1 (--meap-sft, or --dataloader-inter-document-masking, with "
             "--pipeline-model-parallel-size)"
         )
+
+
+def _check_full_validation(args: Namespace) -> None:
+    """Megatron evaluates whole validation sets, and several of them, in one way only."""
+    if args.full_validation != args.multiple_validation_sets:
+        given, other = "--full-validation", "--multiple-validation-sets"
+        if args.multiple_validation_sets:
+            given, other = other, given
+        raise UsageError(f"{given}: megatron-core 0.19 fails without {other}; add it")
+    if not args.full_validation:
+        return
+    for name in ("eval_micro_batch_size", "eval_global_batch_size"):
+        if getattr(args, name) is not None:
+            raise UsageError(
+                f"--{name.replace('_', '-')}: Megatron reads whole validation sets (--full-validation) one sample a "
+                "rank at a time; drop the flag"
+            )
 
 
 def _refuse_what_this_device_cannot(args: Namespace) -> None:

@@ -28,7 +28,7 @@ from megatron_meap.meap.settings import masking_of
 from megatron_meap.sft import data as sft
 from megatron_meap.tokenization.mask_token import special_token_ids
 from megatron_meap.trainer import preflight
-from megatron_meap.trainer.documents import GPTDataset, MockGPTDataset, StatelessFIMDataset
+from megatron_meap.trainer.documents import GPTDataset, MockGPTDataset, StatelessFIMDataset, WholeRounds
 
 BATCH_KEYS = [
     "attention_mask",
@@ -57,9 +57,16 @@ def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None
     """
     args = get_args()
     provide = _conversations if args.meap_sft else _documents
-    datasets = provide(args, num_samples, partial(loads_data, vp_stage))
+    train, valid, test = provide(args, num_samples, partial(loads_data, vp_stage))
+    if args.full_validation:
+        ranks = args.data_parallel_size
+        sets = valid if isinstance(valid, list) else [valid]
+        valid = [None if dataset is None else WholeRounds(dataset, ranks) for dataset in sets]
+        if test is not None and args.rank == 0:
+            print("the test data is not evaluated: megatron-core 0.19 fails there with --full-validation", flush=True)
+        test = None
     connections.watch(args.meap_lost_host_seconds)  # the trainer has made all its connections by now
-    return tuple(datasets)  # type: ignore[return-value]
+    return train, valid, test
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, not TP rank 0 alone

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.datasets import gpt_dataset
+from megatron.core.datasets.utils import Split
 from megatron.training.datasets.fim_dataset import GPTFIMDataset
 
 
@@ -45,3 +46,31 @@ class StatelessFIMDataset(_CleanCache, GPTFIMDataset):
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, Any, list]:
         self.np_rng = np.random.RandomState([self.config.random_seed % 2**32, idx])
         return super()._query_document_sample_shuffle_indices(idx)
+
+
+class WholeRounds(torch.utils.data.Dataset):
+    """A validation set, filled up so that all data-parallel ranks read the same number of samples.
+
+    Megatron lets the ranks that run short of samples read their first ones again, which would count twice. These have
+    no loss instead.
+
+    Args:
+        dataset: validation samples with a `loss_mask`, each read once.
+        ranks: data-parallel size.
+    """
+
+    split = Split.valid  # by which Megatron's data loader chooses its sampler
+
+    def __init__(self, dataset: Any, ranks: int) -> None:
+        self.dataset = dataset
+        self.ranks = ranks
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.ranks) * self.ranks
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Sample `index`, or one that does not count where the validation set has no so many."""
+        if index < len(self.dataset):
+            return self.dataset[index]
+        sample = self.dataset[len(self.dataset) - 1]
+        return {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}

@@ -126,10 +126,24 @@ def test_attention_obeys_a_mask(kind):
     assert_same(lambda *qkv: mine(*qkv, mask), lambda *qkv: theirs(*qkv, mask), queries_keys_values())
 
 
+@pytest.mark.parametrize("window", [(5, 0), (1, 0), (S, 0), (-1, 0), (5, 3)])
 @pytest.mark.parametrize("kind", [SDPAttention, CPUAttention])
-def test_packed_sequences_attend_as_separate_ones(kind):
+def test_a_window_narrows_the_causal_mask_and_any_other(kind, window):
+    """Against Megatron's attention under the mask of both together; nobody sees what comes after them."""
+    distance = torch.arange(S)[:, None] - torch.arange(S)
+    outside = (distance < 0) | ((distance > window[0]) if window[0] >= 0 else False)
+    document = torch.bucketize(torch.arange(S), torch.tensor([7, 20]))
+    other = ((document[:, None] != document) | (distance < 0)).expand(B, 1, S, S)
+    mine, theirs = attention(kind, window_size=window), attention(DotProductAttention)
+    for mask, both in ((None, outside.expand(B, 1, S, S)), (other, other | outside)):
+        assert_same(lambda *qkv, m=mask: mine(*qkv, m), lambda *qkv, m=both: theirs(*qkv, m), queries_keys_values())
+
+
+@pytest.mark.parametrize("window", [None, (5, 0)])
+@pytest.mark.parametrize("kind", [SDPAttention, CPUAttention])
+def test_packed_sequences_attend_as_separate_ones(kind, window):
     borders = [0, 7, 8, 30, S]
-    layer = attention(kind)
+    layer = attention(kind, window_size=window)
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor(borders, dtype=torch.int32))
 
     def separately(*qkv: Tensor) -> Tensor:
