@@ -24,7 +24,7 @@ from megatron_meap.planning.text import layout_of
 from megatron_meap.planning.world import pretended
 from megatron_meap.sft import data as sft
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
-from megatron_meap.trainer import preflight
+from megatron_meap.trainer import batch_sizes, preflight
 from megatron_meap.trainer.arguments import parse_arguments
 from megatron_meap.trainer.batches import datasets_provider
 
@@ -36,7 +36,7 @@ def run() -> None:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
     logging.disable(logging.WARNING)
     megatron_patches.apply()
-    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's table of arguments and what it builds
+    with contextlib.redirect_stdout(io.StringIO()) as said:  # Megatron's table of arguments and what it builds
         args = _parse()
         args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
         checked = preflight.look(args)
@@ -44,6 +44,9 @@ def run() -> None:
         with pretended(args):
             update_train_iters(args)
             dataset = datasets_provider(list(get_train_valid_test_num_samples()))[0]
+    for line in said.getvalue().splitlines():
+        if line.startswith("note: "):
+            print(line)
     for warning in checked["warnings"]:
         print(f"warning: {warning}")
     for line in (*_model(args, total, by_stage), *_schedule(args), *_masks(args), *_checkpoints(args, checked)):
@@ -81,12 +84,10 @@ def _model(args: Namespace, total: int, by_stage: list[int]) -> list[str]:
 
 
 def _schedule(args: Namespace) -> list[str]:
-    samples = args.train_samples or args.train_iters * args.global_batch_size
-    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    samples = sum(phase.steps * phase.batch_size for phase in batch_sizes.phases(args))
     validation = f"{args.eval_iters} batches every {args.eval_interval} steps" if args.eval_iters else "none"
     return [
-        f"batch         {args.global_batch_size} sequences of {args.seq_length} tokens: {micro_batches} micro batches "
-        f"of {args.micro_batch_size} on each of {args.data_parallel_size} data-parallel ranks",
+        f"batch         {batch_sizes.describe(args)}",
         f"schedule      {args.train_iters:,} steps, {samples:,} samples, {samples * args.seq_length / 1e9:,.3f} B "
         f"tokens; learning rate {args.lr} to {args.min_lr}, {args.lr_decay_style}",
         f"validation    {validation}",

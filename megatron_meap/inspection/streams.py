@@ -19,6 +19,7 @@ from megatron_meap.inspection.samples import mask_statistics, page, sample_diges
 from megatron_meap.meap.positions import STRATEGIES
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft.data import describe
+from megatron_meap.trainer import batch_sizes
 from megatron_meap.trainer.batches import datasets_provider
 from megatron_meap.trainer.run import prepare
 
@@ -45,7 +46,7 @@ class Streams:
             raise UsageError(
                 f"--digest: {end - first} samples are no multiple of micro batch x data-parallel size = {step}"
             )
-        samples = args.train_samples or args.train_iters * args.global_batch_size
+        samples = sum(phase.steps * phase.batch_size for phase in batch_sizes.phases(args))
         if end > samples:
             raise UsageError(f"--digest: the run has {samples} samples, not {end}")
         mine: dict[int, str] = {}

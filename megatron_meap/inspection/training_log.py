@@ -18,7 +18,7 @@ _VALIDATION = re.compile(
 _PROBE = re.compile(
     rf"{PROBE} at iteration (?P<step>\d+) \|.* accuracy: (?P<accuracy>\S+) % \(chance (?P<chance>\S+) %\)"
 )
-_ARGUMENT = re.compile(r"^ +(?P<name>seq_length) \.+ (?P<value>\d+)$")
+_ARGUMENT = re.compile(r"^ +(?P<name>seq_length|train_samples) \.+ (?P<value>\d+)$")
 
 
 @dataclass
@@ -42,6 +42,8 @@ class History:
     """Accuracy of the retrieval probe by step, and that of chance, in percent."""
     seq_length: int | None = None
     """Tokens per sample."""
+    train_samples: int | None = None
+    """Samples of the whole run, where it is counted in samples."""
 
     def add(self, line: str) -> Step | None:
         """Take in one line of the log; the step it reports, where it reports one."""
@@ -56,7 +58,7 @@ class History:
         elif match := _PROBE.search(line):
             self.retrieval[int(match["step"])] = float(match["accuracy"]), float(match["chance"])
         elif match := _ARGUMENT.match(line):
-            self.seq_length = int(match["value"])
+            setattr(self, match["name"], int(match["value"]))
         return None
 
     @property
@@ -106,9 +108,17 @@ def progress_line(history: History, step: Step) -> str:
     if seconds and history.seq_length:
         parts.append(f"{values['global batch size'] * history.seq_length / seconds:,.0f} tokens/s")
     if seconds:
-        left = round((step.total - step.step) * seconds)
+        left = round(_steps_left(history, step) * seconds)
         parts.append(f"ETA {left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}")
     return " | ".join(parts)
+
+
+def _steps_left(history: History, step: Step) -> float:
+    """Steps of this one's batch size until the end: a schedule may make the later ones larger."""
+    if history.train_samples is None:
+        return step.total - step.step
+    values = step.values
+    return max(0.0, history.train_samples - values["consumed samples"]) / values["global batch size"]
 
 
 def follow(path: Path, done: Iterator[bool], history: History | None = None, start: int = 0) -> Iterator[str]:

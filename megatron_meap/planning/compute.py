@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from megatron.training.training import num_floating_point_operations
 
 from megatron_meap.errors import UsageError
+from megatron_meap.trainer import batch_sizes
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ class Work:
 
 def work(args: Namespace) -> Work:
     """The work of a whole run, from step 0 to its end."""
-    samples = args.train_samples or (args.train_iters or 0) * args.global_batch_size
+    phases = batch_sizes.phases(args)
+    samples = sum(phase.steps * phase.batch_size for phase in phases)
     if not samples:
         raise UsageError("--train-iters: how long is the run? Give --train-iters or --train-samples")
     model = num_floating_point_operations(args, samples)
     return Work(
-        steps=-(-samples // args.global_batch_size),
+        steps=sum(phase.steps for phase in phases),
         tokens=samples * args.seq_length,
         model_flops=model,
         hardware_flops=model + samples * _recomputed(args),
@@ -75,9 +77,10 @@ def _recomputed(args: Namespace) -> float:
             return layers * min(1.0, recomputed / args.num_layers)
         return layers
     repeated = 0.0
-    if "core_attn" in args.recompute_modules:
+    modules = args.recompute_modules or ["core_attn"]  # Megatron's own choice
+    if "core_attn" in modules:
         repeated += 2 * args.seq_length**2 * args.kv_channels * args.num_attention_heads * args.num_layers
-    if "mlp" in args.recompute_modules:
+    if "mlp" in modules:
         matrices = 3 if args.swiglu else 2
         repeated += 2 * args.seq_length * matrices * args.hidden_size * args.ffn_hidden_size * args.num_layers
     return repeated

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import itertools
+import operator
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from megatron.core.num_microbatches_calculator import destroy_num_microbatches_c
 from megatron_meap.errors import UsageError
 from megatron_meap.planning.compute import Work, work
 from megatron_meap.planning.memory import ModelMemory, bytes_per_parameter, measure
-from megatron_meap.trainer import arguments
+from megatron_meap.trainer import arguments, batch_sizes
 
 RECOMPUTATION: dict[str, dict[str, object]] = {
     "none": {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None},
@@ -37,10 +38,10 @@ class Plan:
     @property
     def bubble(self) -> float:
         """Idle time of the pipeline as a share of its busy time."""
-        args = self.args
-        micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-        virtual = args.virtual_pipeline_model_parallel_size or 1
-        return (args.pipeline_model_parallel_size - 1) / (micro_batches * virtual)
+        virtual = self.args.virtual_pipeline_model_parallel_size or 1
+        steps = batch_sizes.phases(self.args)
+        micro_batches = sum(phase.steps * phase.micro_batches for phase in steps)
+        return (self.args.pipeline_model_parallel_size - 1) * self.work.steps / (micro_batches * virtual)
 
     @property
     def slowdown(self) -> float:
@@ -64,11 +65,6 @@ def plan(flags: Namespace, **changes: object) -> Plan:
         try:
             arguments.check(args)
             arguments.set_tokenizer(args)
-            if args.global_batch_size % (args.micro_batch_size * args.data_parallel_size):
-                raise UsageError(
-                    f"--global-batch-size {args.global_batch_size}: no multiple of --micro-batch-size "
-                    f"{args.micro_batch_size} x {args.data_parallel_size} data-parallel ranks"
-                )
             return Plan(args, measure(args), work(args))
         finally:
             destroy_num_microbatches_calculator()
@@ -120,10 +116,10 @@ class _Layout:
             **RECOMPUTATION[self.recomputation],
         }
 
-    def micro_batches(self, args: Namespace) -> float:
-        """Of a step, on a data-parallel rank."""
-        data_parallel = args.world_size / (self.tensor * self.pipeline * self.context)
-        return args.global_batch_size / (self.micro * data_parallel)
+    def micro_batches(self, base: Plan) -> list[float]:
+        """Of a step on a data-parallel rank, for every batch size of the run."""
+        data_parallel = base.args.world_size / (self.tensor * self.pipeline * self.context)
+        return [phase.batch_size / (self.micro * data_parallel) for phase in batch_sizes.phases(base.args)]
 
     def at_least(self, base: Plan) -> float:
         """Bytes of a rank that no layout comes below: a cheap sieve before the real count."""
@@ -134,7 +130,7 @@ class _Layout:
         if self.recomputation == "none":
             width = 4 * args.hidden_size + (3 if args.swiglu else 2) * args.ffn_hidden_size
         # The first stage keeps as many micro batches as there are stages: all layers' worth of activations.
-        flying = min(1.0, self.micro_batches(args) / self.pipeline)
+        flying = min(1.0, max(self.micro_batches(base)) / self.pipeline)
         tokens = self.micro * args.seq_length / (self.tensor * self.context)
         return base.memory.parameters / part * kept + 2 * tokens * width * args.num_layers * flying
 
@@ -143,7 +139,9 @@ class _Layout:
         work, args = base.work, base.args
         logits = 6 * work.tokens * args.hidden_size * args.padded_vocab_size
         repeated = (work.model_flops - logits) / 3 if self.recomputation == "full" else 0.0
-        slowdown = (1 + repeated / work.model_flops) * (1 + (self.pipeline - 1) / self.micro_batches(args))
+        steps = [phase.steps for phase in batch_sizes.phases(args)]
+        micro_batches = sum(map(operator.mul, steps, self.micro_batches(base))) / sum(steps)
+        slowdown = (1 + repeated / work.model_flops) * (1 + (self.pipeline - 1) / micro_batches)
         return round(slowdown, 2), self.tensor * self.context, self.pipeline, -self.micro
 
 
@@ -158,5 +156,5 @@ def _candidates(base: Plan, per_node: int, memory: float) -> Iterator[_Layout]:
             continue
         for recomputation in RECOMPUTATION:
             layout = _Layout(tensor, pipeline, context, micro, recomputation)
-            if layout.micro_batches(args) % 1 == 0 and layout.at_least(base) <= memory:
+            if all(each % 1 == 0 for each in layout.micro_batches(base)) and layout.at_least(base) <= memory:
                 yield layout

@@ -8,6 +8,7 @@ import torch
 from megatron_meap.errors import UsageError
 from megatron_meap.planning.trace import Chunk, trace_stage
 from megatron_meap.planning.world import pretended
+from megatron_meap.trainer import batch_sizes
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def bytes_per_parameter(args: Namespace) -> dict[str, int]:
 def in_flight(args: Namespace, stage: int) -> list[int]:
     """Micro batches whose activations each chunk of a stage keeps at the worst moment of Megatron's 1F1B schedules."""
     stages, virtual = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
-    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    micro_batches = batch_sizes.most_micro_batches(args)
     if virtual == 1:
         return [min(micro_batches, stages - stage)]
     # The interleaved schedule sends groups of micro batches through chunk 0, then through chunk 1, and so on.

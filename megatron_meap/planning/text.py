@@ -5,6 +5,7 @@ from argparse import Namespace
 from megatron_meap.planning.compute import GPU
 from megatron_meap.planning.layouts import Plan
 from megatron_meap.planning.memory import StageMemory
+from megatron_meap.trainer import batch_sizes
 
 GIB = 2**30
 _KINDS = ("weights", "gradients", "optimizer", "activations", "loss", "working", "total")
@@ -33,13 +34,11 @@ def layout_of(args: Namespace) -> str:
 def describe(plan: Plan) -> str:
     """Model, work and memory by rank and kind."""
     args, memory, work = plan.args, plan.memory, plan.work
-    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     lines = [
         f"model         {memory.parameters:,} parameters ({args.num_layers} layers, hidden {args.hidden_size}, "
         f"vocabulary {args.padded_vocab_size})",
         f"layout        {layout_of(args)} on {args.world_size} GPUs",
-        f"batch         {args.global_batch_size} sequences of {args.seq_length} tokens a step: {micro_batches} micro "
-        f"batches of {args.micro_batch_size} on each of {args.data_parallel_size} data-parallel ranks",
+        f"batch         {batch_sizes.describe(args)}",
         f"work          {work.steps:,} steps, {work.tokens / 1e9:,.2f} B tokens, model FLOPs {work.model_flops:.3e}, "
         f"hardware FLOPs {work.hardware_flops:.3e}",
         f"checkpoint    {memory.checkpoint / GIB:,.2f} GiB each, optimizer state included",

@@ -23,6 +23,7 @@ from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft import flags as sft
 from megatron_meap.sft.flags import BadLineSettings, SFTSettings
 from megatron_meap.tokenization.mask_token import all_special_ids, resolve_mask_token
+from megatron_meap.trainer import batch_sizes
 from megatron_meap.trainer.official import OfficialSettings
 from megatron_meap.trainer.probe import ProbeSettings
 
@@ -159,6 +160,7 @@ def check(args: Namespace) -> None:
     from megatron.training.arguments import validate_args
 
     _require_the_models_shape(args)
+    batch_sizes.settle(args)
     _validate_meap(args)
     _refuse_what_this_device_cannot(args)
     args.use_persistent_ckpt_worker |= args.async_save  # without it Megatron saves in the foreground after all

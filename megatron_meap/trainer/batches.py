@@ -63,7 +63,10 @@ def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None
         sets = valid if isinstance(valid, list) else [valid]
         valid = [None if dataset is None else WholeRounds(dataset, ranks) for dataset in sets]
         if test is not None and args.rank == 0:
-            print("the test data is not evaluated: megatron-core 0.19 fails there with --full-validation", flush=True)
+            print(
+                "note: the test data is not evaluated: megatron-core 0.19 fails there with --full-validation",
+                flush=True,
+            )
         test = None
     connections.watch(args.meap_lost_host_seconds)  # the trainer has made all its connections by now
     return train, valid, test

@@ -69,7 +69,7 @@ def look(args: Namespace, data_only: bool = False, hash_files: HashFiles | None 
     else:
         _check_data(args)
     if args.eval_iters > 0 and not _has_validation(args):
-        print("no data is named for validation: nothing is evaluated (--eval-iters 0)", flush=True)
+        print("note: no data is named for validation: nothing is evaluated (--eval-iters 0)", flush=True)
         args.eval_iters = 0  # Megatron would evaluate on None
     found: dict[str, Any] = {
         "eval_iters": args.eval_iters,

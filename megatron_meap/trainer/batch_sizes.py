@@ -1,0 +1,139 @@
+"""How many samples each step of a run takes: what Megatron's calculator will say, for all who count steps or time."""
+
+import itertools
+from argparse import Namespace
+from dataclasses import dataclass
+
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+from megatron_meap.errors import UsageError, one_line
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps that follow each other and take equally many samples."""
+
+    steps: int
+    batch_size: int
+    """Samples of a step, on all data-parallel ranks."""
+    micro_batches: int
+    """Of a step, on each data-parallel rank."""
+
+
+def settle(args: Namespace) -> None:
+    """Check the flags of the batch size, and set `global_batch_size` to that of the steps where it stays the same.
+
+    Args:
+        args: parsed, not yet validated by Megatron.
+
+    Raises:
+        UsageError: a batch size that no step can have, or that does not become what was asked for.
+    """
+    if args.rampup_batch_size is not None:
+        raise UsageError("--rampup-batch-size: megatron-core 0.19 ignores it; use --step-batch-size-schedule")
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    if args.world_size % model:
+        return  # Megatron says so
+    ranks = args.world_size // model
+    if args.step_batch_size_schedule is not None:
+        _check_schedule(args, ranks)
+    elif args.global_batch_size is not None and args.global_batch_size % (args.micro_batch_size * ranks):
+        _settle_constant(args, ranks)
+
+
+def _settle_constant(args: Namespace, ranks: int) -> None:
+    """A batch size that the micro batches of all ranks do not divide: refused, or decreased where that is asked for.
+
+    Megatron decreases it in the steps alone: learning rate, amount of data and masks follow the size that was asked.
+    """
+    asked, together = args.global_batch_size, args.micro_batch_size * ranks
+    smaller = asked // together * together
+    why = f"no multiple of --micro-batch-size {args.micro_batch_size} x {ranks} data-parallel ranks"
+    if not args.decrease_batch_size_if_needed or smaller == 0:
+        near = f"{smaller} or {smaller + together}" if smaller else f"{together}"
+        raise UsageError(f"--global-batch-size {asked}: {why}; use {near}, or other micro batches")
+    args.global_batch_size = smaller
+    if args.rank == 0:
+        print(f"note: --global-batch-size {asked}: {why}; it is decreased to {smaller}, as asked for", flush=True)
+
+
+def _check_schedule(args: Namespace, ranks: int) -> None:
+    """Refuse a schedule of batch sizes that would stop the run on its way, or that other flags count wrong."""
+    flag = f"--step-batch-size-schedule {args.step_batch_size_schedule}"
+    if args.train_samples is None:
+        raise UsageError(
+            f"{flag}: needs --train-samples in the place of --train-iters: steps take more and more samples"
+        )
+    if args.decrease_batch_size_if_needed:
+        raise UsageError(f"{flag}: contradicts --decrease-batch-size-if-needed; drop one of them")
+    together = args.micro_batch_size * ranks
+    try:
+        schedule = _calculator(args, ranks).schedule
+    except (AssertionError, ValueError) as error:
+        raise UsageError(f"{flag}: {one_line(error)}; expected such as '0:256 10B:512', in tokens") from error
+    for _, size in schedule:
+        if size % together:
+            raise UsageError(
+                f"{flag}: {size} is no multiple of --micro-batch-size {args.micro_batch_size} x {ranks} data-parallel "
+                "ranks"
+            )
+    for (_, size), (_, following) in itertools.pairwise(schedule):
+        if following <= size:
+            raise UsageError(f"{flag}: from {size} to {following}: Megatron lets a batch size only grow")
+    last = _phases(schedule, args.train_samples, together)
+    end = sum(phase.steps * phase.batch_size for phase in last)
+    if end != args.train_samples:
+        raise UsageError(
+            f"--train-samples {args.train_samples}: the steps of {flag} end at {end - last[-1].batch_size} and {end} "
+            "samples; use one of them"
+        )
+
+
+def phases(args: Namespace) -> list[Phase]:
+    """The steps of a whole run in their order, by batch size.
+
+    Args:
+        args: validated by Megatron, with `train_iters` or `train_samples`.
+    """
+    together = args.micro_batch_size * args.data_parallel_size
+    if args.step_batch_size_schedule is not None:
+        return _phases(_calculator(args, args.data_parallel_size).schedule, args.train_samples, together)
+    steps = args.train_samples // args.global_batch_size if args.train_samples else args.train_iters or 0
+    return [Phase(steps, args.global_batch_size, args.global_batch_size // together)]
+
+
+def most_micro_batches(args: Namespace) -> int:
+    """Micro batches of a step on each data-parallel rank, where the run takes most."""
+    return max(phase.micro_batches for phase in phases(args))
+
+
+def _calculator(args: Namespace, ranks: int) -> StepBatchsizeNumMicroBatchesCalculator:
+    """Megatron's own, which reads the schedule; as a rank that logs nothing."""
+    return StepBatchsizeNumMicroBatchesCalculator(
+        args.micro_batch_size, ranks, False, rank=1, schedule=args.step_batch_size_schedule, seq_length=args.seq_length
+    )
+
+
+def _phases(schedule: list[tuple[int, int]], samples: int, together: int) -> list[Phase]:
+    """The steps up to `samples`, of a schedule of (samples from which on, batch size)."""
+    found, consumed = [], 0
+    ends = [threshold for threshold, _ in schedule[1:]] + [samples]
+    for (_, size), end in zip(schedule, ends, strict=True):
+        steps = -(-(min(end, samples) - consumed) // size)  # the last may reach beyond the end
+        if steps > 0:
+            found.append(Phase(steps, size, size // together))
+            consumed += steps * size
+    return found
+
+
+def describe(args: Namespace) -> str:
+    """The batch size in words; all of them, where a schedule changes it."""
+    found = phases(args)
+    sizes = ", then ".join(f"{phase.batch_size:,}" for phase in found)
+    micro_batches = ", then ".join(f"{phase.micro_batches:,}" for phase in found)
+    changes = ", ".join(f"{steps:,}" for steps in itertools.accumulate(phase.steps for phase in found[:-1]))
+    return (
+        f"{sizes} sequences of {args.seq_length} tokens{f' (from steps {changes} on)' if changes else ''}: "
+        f"{micro_batches} micro batches of {args.micro_batch_size} on each of {args.data_parallel_size} data-parallel "
+        "ranks"
+    )

@@ -1,0 +1,110 @@
+"""Steps and batch sizes of a run: as Megatron counts them, and refused where a run would stop or count wrong."""
+
+from argparse import Namespace
+
+import pytest
+from megatron.core import num_microbatches_calculator as calculator
+from megatron.training import training
+
+from megatron_meap.errors import UsageError
+from megatron_meap.inspection.training_log import History, progress_line
+from megatron_meap.meap.settings import masking_of
+from megatron_meap.planning.memory import in_flight
+from megatron_meap.trainer import batch_sizes
+
+
+def arguments(**changes) -> Namespace:
+    """Validated, as Megatron leaves them."""
+    fields = {
+        "rank": 0, "world_size": 4, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
+        "context_parallel_size": 1, "data_parallel_size": 4, "micro_batch_size": 2, "seq_length": 64,
+        "global_batch_size": None, "step_batch_size_schedule": None, "rampup_batch_size": None,
+        "decrease_batch_size_if_needed": False, "train_iters": None, "train_samples": None,
+        "virtual_pipeline_model_parallel_size": None,
+    }  # fmt: skip
+    return Namespace(**fields | changes)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "samples"),
+    [("0:8", 64), ("0:8 1K:16", 64), ("0:8 1K:16 4096:64", 1024), ("0:8,960:16,2K:24", 2456), ("0:16 1T:32", 160)],
+)
+def test_a_schedule_has_megatrons_steps(schedule: str, samples: int) -> None:
+    args = arguments(step_batch_size_schedule=schedule, train_samples=samples)
+    batch_sizes.settle(args)
+    phases = batch_sizes.phases(args)
+    ours = [(phase.batch_size, phase.micro_batches) for phase in phases for _ in range(phase.steps)]
+    calculator.init_num_microbatches_calculator(1, None, None, 2, 4, False, schedule, 64)
+    try:
+        consumed, theirs = 0, []
+        training.update_train_iters(args)
+        for _ in range(args.train_iters):
+            calculator.update_num_microbatches(consumed)
+            theirs.append((calculator.get_current_global_batch_size(), calculator.get_num_microbatches()))
+            consumed += theirs[-1][0]
+    finally:
+        calculator.destroy_num_microbatches_calculator()
+    assert ours == theirs
+    assert consumed == samples
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rampup_batch_size": ["8", "8", "64"], "train_iters": 4},
+            "--rampup-batch-size: .*--step-batch-size-schedule",
+        ),
+        ({"step_batch_size_schedule": "0:8 1K:16", "train_iters": 4}, "needs --train-samples"),
+        (
+            {"step_batch_size_schedule": "0:8 1K:12", "train_samples": 40},
+            "12 is no multiple of --micro-batch-size 2 x 4",
+        ),
+        ({"step_batch_size_schedule": "0:16 1K:8", "train_samples": 40}, "from 16 to 8"),
+        ({"step_batch_size_schedule": "8 1K:16", "train_samples": 40}, "Invalid schedule entry"),
+        ({"step_batch_size_schedule": "1:8", "train_samples": 40}, None),  # 1 token is sample 0
+        ({"step_batch_size_schedule": "64:8", "train_samples": 40}, "must have threshold 0"),
+        ({"step_batch_size_schedule": "0:8 1K:16", "train_samples": 41}, "end at 32 and 48 samples"),
+        ({"global_batch_size": 12}, "use 8 or 16"),
+        ({"global_batch_size": 6}, "use 8,"),
+        ({"global_batch_size": 6, "decrease_batch_size_if_needed": True}, "use 8,"),
+    ],
+)
+def test_what_no_run_can_follow_is_refused(changes: dict, message: str | None) -> None:
+    if message is None:
+        return batch_sizes.settle(arguments(**changes))
+    with pytest.raises(UsageError, match=message):
+        batch_sizes.settle(arguments(**changes))
+
+
+def test_a_decreased_batch_is_the_batch_of_all(capsys: pytest.CaptureFixture) -> None:
+    """Two steps of 8 instead of 12: the clean half is the second one."""
+    args = arguments(global_batch_size=12, decrease_batch_size_if_needed=True, train_iters=2)
+    batch_sizes.settle(args)
+    assert "note: --global-batch-size 12:" in capsys.readouterr().out
+    args.meap_mask_ratio, args.meap_mask_seed, args.meap_clean_final_share = 0.15, 1, 0.5
+    masking = masking_of(args, "train")
+    masked = [len(masking.positions(index, 64)) > 0 for index in range(16)]
+    assert masked == [True] * 8 + [False] * 8
+
+
+def test_micro_batches_in_flight_are_the_schedules() -> None:
+    args = arguments(
+        pipeline_model_parallel_size=4, data_parallel_size=1, step_batch_size_schedule="0:2 1K:16", train_samples=160,
+        global_batch_size=2,
+    )  # fmt: skip
+    batch_sizes.settle(args)
+    assert [in_flight(args, stage) for stage in range(4)] == [[4], [3], [2], [1]]
+
+
+def test_the_time_left_follows_the_samples() -> None:
+    """At step 8 of 11, 32 of 128 samples are left in two steps of 16: a second each."""
+    history = History()
+    history.add("  train_samples ....................... 128")
+    line = (
+        " [2026] iteration        8/      11 | consumed samples:       96 | elapsed time per iteration (ms): 1000.0 "
+        "| global batch size:    16 | lm loss: 5.0E+00 |"
+    )
+    step = history.add(line)
+    assert step is not None
+    assert progress_line(history, step).endswith("ETA 0:00:02")
