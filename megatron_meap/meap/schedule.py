@@ -61,4 +61,4 @@ class RatioSchedule:
 def _sigmoid(progress: float) -> float:
     """An s-shaped rise from 0 at 0 to 1 at 1, steepest in the middle."""
     low, value = (1 / (1 + math.exp(-_STEEP * (each - 0.5))) for each in (0.0, progress))
-    return (value - low) / (1 - 2 * low)
+    return min(1.0, (value - low) / (1 - 2 * low))

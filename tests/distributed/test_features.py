@@ -42,6 +42,18 @@ FEATURES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "official": ("--meap-mask-strategy official", {"dp2": ""}),
     "span": ("--meap-mask-strategy span --meap-mask-warmup-samples 100", {"pp2": "--pipeline-model-parallel-size 2"}),
+    "mir": (
+        "--meap-objective mir",
+        {
+            "dp2-apart": "--micro-batch-size 1",  # samples on one rank, their copies on the other
+            "pp2": "--pipeline-model-parallel-size 2",
+            "tp2-sp": "--tensor-model-parallel-size 2 --sequence-parallel",
+        },
+    ),
+    "replace": (
+        "--meap-objective replace --meap-mask-strategy bernoulli --meap-noised-share 0.5",
+        {"pp2": "--pipeline-model-parallel-size 2", "tp2": "--tensor-model-parallel-size 2"},
+    ),
     "hybrid": (
         f"{HYBRID} *-*-",
         {
