@@ -130,9 +130,12 @@ def verdict(entry: str, args: Namespace) -> Verdict:
 def differences(saved: Namespace, args: Namespace) -> Iterator[tuple[Verdict, str]]:
     """What differs between a checkpoint's arguments and a run's, a phrase each; free entries are left out.
 
-    An entry that one of them does not know is not compared: it is older than the flag.
+    An entry that one of them does not know is not compared: it is older than the flag. For what could not be done to
+    inputs before there was a flag for it, that is as if the flag had not been given.
     """
     there, here = getattr(saved, "meap_record", None) or describe(saved), args.meap_record
+    if "--meap-mask-ratio" in there:  # a run of ours
+        there = {MaskSettings.flag_of(name): getattr(MaskSettings, name) for name in _LATER} | there
     for entry in here:
         if entry not in there or there[entry] == here[entry]:
             continue
@@ -140,6 +143,17 @@ def differences(saved: Namespace, args: Namespace) -> Iterator[tuple[Verdict, st
         if outcome is not Verdict.FREE:
             yield outcome, f"{entry} {_short(there[entry])} there, {_short(here[entry])} here"
 
+
+_LATER = (
+    "mask_ratio_min",
+    "random_share",
+    "kept_share",
+    "noised_share",
+    "copy_weight",
+    "mask_warmup_shape",
+    "mask_weights_sha256",
+)
+"""Settings of the noise that the first checkpoints do not know."""
 
 _NAMED = {
     "precision": Verdict.WARNED,

@@ -23,6 +23,7 @@ from megatron_meap.meap.positions import ALL
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.meap.streams import Stream
 from megatron_meap.meap.weights import read_weights
+from megatron_meap.trainer.record import Verdict, differences
 
 VOCABULARY, MASK, SPECIAL = 50, 50, (0, 1, 2)
 ORDINARY = np.setdiff1d(np.arange(VOCABULARY), SPECIAL)
@@ -324,3 +325,16 @@ def test_an_objective_sets_the_flags_that_are_not_given(monkeypatch: pytest.Monk
     plain = parsed()
     assert MaskSettings.of(plain) == MaskSettings.of(parsed("--meap-objective", "meap"))
     assert (plain.meap_mask_strategy, plain.meap_mask_ratio, plain.meap_copy_weight) == ("random", None, None)
+
+
+@pytest.mark.parametrize("setting", ["mask_ratio_min", "random_share", "copy_weight", "noised_share"])
+def test_a_checkpoint_from_before_a_flag_is_one_without_it(setting: str) -> None:
+    """A run that was trained without copies is not resumed with them unnoticed, however old its checkpoint is."""
+    given = {f"meap_{name}": getattr(MaskSettings, name) for name in MaskSettings.__dataclass_fields__}
+    old = SimpleNamespace(meap_record={"--meap-mask-ratio": 0.15})
+    for value, refused in ((getattr(MaskSettings, setting), []), (0.125, [Verdict.REFUSED])):
+        args = SimpleNamespace(**(given | {"meap_mask_ratio": 0.15, f"meap_{setting}": value}))
+        args.meap_record = MaskSettings.deciding(args)
+        found = [(verdict, said) for verdict, said in differences(old, args)]
+        assert [verdict for verdict, _ in found] == refused
+        assert all(MaskSettings.flag_of(setting) in said and "0.125 here" in said for _, said in found)
