@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_meap.backend.patching import replace
 from megatron_meap.errors import UsageError
 
 WRITTEN_FOR = "0.19."
@@ -278,7 +279,10 @@ def _switch_off_what_needs_an_accelerator() -> None:
 
 
 def adapt_megatron() -> None:
-    """Mend what only shows on a CPU inside Megatron, once it can be imported."""
+    """Patch what only shows on a CPU inside Megatron (0.19), once it can be imported.
+
+    `tests/unit/test_megatron_patches.py` shows why each is needed.
+    """
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.training import initialize
@@ -287,9 +291,9 @@ def adapt_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     # The original turns a tensor into an array while it copies it from the GPU, and only then.
-    token_dispatcher.maybe_move_tensor_to_cpu = as_asked
+    replace(token_dispatcher, "maybe_move_tensor_to_cpu", lambda _: as_asked)
     # It compiles nothing here, but draws its inputs from the generator that the CPU's weights are drawn from next.
-    initialize._warmup_jit_function = lambda tp_size=None: None
+    replace(initialize, "_warmup_jit_function", lambda _: lambda tp_size=None: None)
     PersistentAsyncCaller.async_loop = staticmethod(_checkpoint_worker)
 
 

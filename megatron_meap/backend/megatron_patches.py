@@ -1,18 +1,21 @@
-"""Mends for megatron-core 0.19 itself: each function names the defect it mends, for CPU and GPU users alike.
+"""Patches of megatron-core itself, for CPU and GPU users alike: each function names the defect that it fixes.
 
-A mend that a later release no longer needs is deleted here and nowhere else.
+All are for 0.19 (written for 0.19.2); where no upstream issue is named, none is known.
+`tests/unit/test_megatron_patches.py` shows each defect in the installed Megatron: where such a test fails, a release no
+longer needs the patch, which is deleted here and nowhere else.
 """
 
-import contextlib
 import copy
-import functools
 import logging
+import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
+from megatron_meap.backend.patching import original_of, replace, replaced
 from megatron_meap.errors import UsageError
 
 _KNOWN_WARNINGS = (
@@ -22,19 +25,19 @@ _KNOWN_WARNINGS = (
     ".*Could not determine rank.*",
     ".*MimoModelConfig is experimental.*",
 )
+_verified: set[str] = set()
 
 
 def silence_known_warnings() -> None:
-    """Pass over what Megatron warns of while it is imported and what its users can do nothing about."""
+    """Leave out what Megatron warns of while it is imported and what its users can do nothing about."""
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(lambda record: "DEPRECATED" not in record.msg)
 
 
 def apply() -> None:
-    """Apply all mends; doing it twice is doing it once. Megatron must be importable (`device.prepare`)."""
+    """Apply all patches; doing it twice is doing it once. Megatron must be importable (`device.prepare`)."""
     _use_shipped_dataset_helpers()
-    _verify_checkpoints_once()
     _resume_distributed_optimizer_without_te()
     _load_weights_or_fail()
     _decay_all_parameters_on_request()
@@ -53,11 +56,11 @@ def _use_shipped_dataset_helpers() -> None:
         from megatron.core.datasets import helpers_cpp  # noqa: F401
     except ImportError:
         return
-    utils.compile_helpers = lambda: None
+    replace(utils, "compile_helpers", lambda _: lambda: None)
 
 
 def _resume_distributed_optimizer_without_te() -> None:
-    """Resuming with `--use-distributed-optimizer` and PyTorch's AdamW fails, and once mended counts wrong steps.
+    """Resuming with `--use-distributed-optimizer` and PyTorch's AdamW fails, and once that is fixed counts wrong steps.
 
     - `state_dict` asserts that the optimiser has stepped, but is also called to load into a fresh one.
     - `load_state_dict` gives all parameters one shared step tensor, which AdamW increments once per parameter, and
@@ -70,10 +73,11 @@ def _resume_distributed_optimizer_without_te() -> None:
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(DistributedOptimizer, "meap_mended"):
+    if distrib_optimizer.HAVE_APEX_OR_TE:
         return
-    state_dict, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
-    set_main_param_and_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    state_dict = original_of(DistributedOptimizer, "state_dict")
+    load_state_dict = original_of(DistributedOptimizer, "load_state_dict")
+    set_main_param_and_states = original_of(DistributedOptimizer, "_set_main_param_and_optimizer_states")
 
     def state_dict_of_fresh_optimizer(self: Any) -> dict:
         fresh = self.optimizer is not None and not self.optimizer.state
@@ -95,20 +99,26 @@ def _resume_distributed_optimizer_without_te() -> None:
         for state in self.optimizer.state.values():
             state["step"] = torch.tensor(float(loaded["optimizer"]["param_groups"][0]["step"]))
 
-    DistributedOptimizer.state_dict = state_dict_of_fresh_optimizer
-    DistributedOptimizer.load_state_dict = load_with_own_steps
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-    DistributedOptimizer.meap_mended = True
+    replace(DistributedOptimizer, "state_dict", lambda _: state_dict_of_fresh_optimizer)
+    replace(DistributedOptimizer, "load_state_dict", lambda _: load_with_own_steps)
+    replace(DistributedOptimizer, "_set_main_param_and_optimizer_states", lambda _: set_states)
 
 
-def _verify_checkpoints_once() -> None:
-    """`--verify-integrity` hashes a checkpoint while loading it, and fails for one that was saved without hashes.
+def verified(checkpoint: str) -> None:
+    """Let Megatron load this checkpoint without another `--verify-integrity`.
 
-    Our preflight has verified the checkpoint by then, and chosen another one where it was damaged.
+    Megatron hashes it on rank 0 while the others wait, and refuses one that was saved without hashes. Our preflight
+    has verified it by then, with all ranks, and chosen another one where it was damaged. Any other checkpoint is
+    verified by Megatron.
     """
     from megatron.core.dist_checkpointing import serialization
 
-    serialization.verify_integrity_manifest = lambda _: None
+    _verified.add(os.path.realpath(checkpoint))
+
+    def verify_others(verify: Callable) -> Callable:
+        return lambda folder: None if os.path.realpath(folder) in _verified else verify(folder)
+
+    replace(serialization, "verify_integrity_manifest", verify_others)
 
 
 def _load_weights_or_fail() -> None:
@@ -120,8 +130,7 @@ def _load_weights_or_fail() -> None:
     from megatron.core.dist_checkpointing import validation
     from megatron.training import get_args
 
-    report = validation.maybe_report_missing_and_unexpected_keys
-    report = getattr(report, "meap_original", report)
+    report = original_of(validation, "maybe_report_missing_and_unexpected_keys")
 
     def refuse(missing: set[str], unexpected: set[str], raise_error: bool = True) -> None:
         if raise_error or get_args().dist_ckpt_strictness != "log_unexpected":
@@ -135,15 +144,14 @@ def _load_weights_or_fail() -> None:
             )
         return None
 
-    refuse.meap_original = report  # type: ignore[attr-defined]
-    validation.maybe_report_missing_and_unexpected_keys = refuse
+    replace(validation, "maybe_report_missing_and_unexpected_keys", lambda _: refuse)
 
 
 def _decay_all_parameters_on_request() -> None:
     """Which parameters have no weight decay is fixed in a function that takes no flags (`official`)."""
     from megatron.training import training
 
-    configure = getattr(training.get_megatron_optimizer_config, "meap_original", training.get_megatron_optimizer_config)
+    configure = original_of(training, "get_megatron_optimizer_config")
 
     def configure_on_request(args: Any) -> tuple[Any, dict]:
         config, overrides = configure(args)
@@ -151,30 +159,28 @@ def _decay_all_parameters_on_request() -> None:
             overrides = {kind: override for kind, override in overrides.items() if override.get("wd_mult") != 0.0}
         return config, overrides
 
-    configure_on_request.meap_original = configure  # type: ignore[attr-defined]
-    training.get_megatron_optimizer_config = configure_on_request
+    replace(training, "get_megatron_optimizer_config", lambda _: configure_on_request)
 
 
 def _fuse_weight_gradients_where_possible() -> None:
     """A GPT's output layer, Megatron's own beside Transformer Engine too, refuses to be made without Apex's kernel.
 
     Transformer Engine's layers have a kernel of their own: `--no-gradient-accumulation-fusion` would take it from them.
+    Upstream: https://github.com/NVIDIA/Megatron-LM/issues/1885.
     """
     from megatron.core.tensor_parallel import layers
 
     if layers._grad_accum_fusion_available:
         return
-    original = getattr(layers.ColumnParallelLinear.__init__, "meap_original", layers.ColumnParallelLinear.__init__)
+    original = original_of(layers.ColumnParallelLinear, "__init__")
 
-    @functools.wraps(original)
     def initialise(self: Any, *args: Any, config: Any, **kwargs: Any) -> None:
         if config.gradient_accumulation_fusion:
             config = copy.copy(config)
             config.gradient_accumulation_fusion = False
         original(self, *args, config=config, **kwargs)
 
-    initialise.meap_original = original  # type: ignore[attr-defined]
-    layers.ColumnParallelLinear.__init__ = initialise
+    replace(layers.ColumnParallelLinear, "__init__", lambda _: initialise)
 
 
 def _evaluate_whole_sets_in_any_pipeline() -> None:
@@ -184,10 +190,8 @@ def _evaluate_whole_sets_in_any_pipeline() -> None:
     """
     from megatron.training import get_args, training
 
-    build = training.build_train_valid_test_data_iterators
-    build = getattr(build, "meap_original", build)
+    build = original_of(training, "build_train_valid_test_data_iterators")
 
-    @functools.wraps(build)
     def build_and_count(*args: Any, **kwargs: Any) -> Any:
         iterators = build(*args, **kwargs)
         settings = get_args()
@@ -195,60 +199,49 @@ def _evaluate_whole_sets_in_any_pipeline() -> None:
             settings.eval_iters = [count or 0 for count in settings.eval_iters]
         return iterators
 
-    build_and_count.meap_original = build  # type: ignore[attr-defined]
-    training.build_train_valid_test_data_iterators = build_and_count
+    replace(training, "build_train_valid_test_data_iterators", lambda _: build_and_count)
 
 
-@contextlib.contextmanager
-def outside_the_job() -> Iterator[None]:
+def outside_the_job() -> AbstractContextManager[None]:
     """Megatron's dataset classes build their caches on rank 0 alone, or where there is no job: let there be none."""
-    is_initialized = torch.distributed.is_initialized
-    torch.distributed.is_initialized = lambda: False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.distributed.is_initialized = is_initialized
+    return replaced(torch.distributed, "is_initialized", lambda: False)
 
 
 def save_checkpoints_by(wrap: Callable[[Callable], Callable]) -> None:
     """Put `wrap` around Megatron's saving of distributed checkpoints, where rank 0 alone does `verify_integrity`."""
     from megatron.core import dist_checkpointing
 
-    save = getattr(dist_checkpointing.save, "meap_original", dist_checkpointing.save)
-    dist_checkpointing.save = wrap(save)
-    dist_checkpointing.save.meap_original = save
+    replace(dist_checkpointing, "save", wrap)
 
 
 def after_each_save(follow_up: Callable[[], object]) -> None:
     """Call `follow_up` on rank 0 whenever the trainer has saved a checkpoint: Megatron has no hook there."""
     from megatron.training import training
 
-    save = getattr(training.save_checkpoint, "meap_original", training.save_checkpoint)
+    save = original_of(training, "save_checkpoint")
 
-    @functools.wraps(save)
     def save_and_follow_up(*args: Any, **kwargs: Any) -> None:
         save(*args, **kwargs)
         if torch.distributed.get_rank() == 0:
             follow_up()
 
-    save_and_follow_up.meap_original = save  # type: ignore[attr-defined]
-    training.save_checkpoint = save_and_follow_up
+    replace(training, "save_checkpoint", lambda _: save_and_follow_up)
 
 
 def after_each_step(follow_up: Callable[[Any, Any, int], None]) -> None:
     """Call `follow_up(model chunks, optimizer, iteration)` on every rank after each training step.
 
-    Megatron has no hook there. It comes after the step's log and evaluation, and before its checkpoint.
+    Megatron has no hook there. It comes after the step's log and evaluation, and before its checkpoint. (The hook
+    `non_loss_data_func` of `pretrain` is called within evaluations alone: at their interval, with validation data, once
+    for each validation set, and it is not told the step.)
     """
     from megatron.training import training
 
-    callbacks = getattr(training.post_training_step_callbacks, "meap_original", training.post_training_step_callbacks)
+    callbacks = original_of(training, "post_training_step_callbacks")
 
-    @functools.wraps(callbacks)
     def call_back_and_follow_up(model: Any, optimizer: Any, scheduler: Any, iteration: int, *args: Any) -> Any:
         result = callbacks(model, optimizer, scheduler, iteration, *args)
         follow_up(model, optimizer, iteration)
         return result
 
-    call_back_and_follow_up.meap_original = callbacks  # type: ignore[attr-defined]
-    training.post_training_step_callbacks = call_back_and_follow_up
+    replace(training, "post_training_step_callbacks", lambda _: call_back_and_follow_up)

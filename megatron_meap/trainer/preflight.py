@@ -12,6 +12,7 @@ import torch
 from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
+from megatron_meap.backend import megatron_patches
 from megatron_meap.checkpoint.latest import HashFiles
 from megatron_meap.cluster import meeting
 from megatron_meap.errors import UsageError
@@ -41,6 +42,8 @@ def check(args: Namespace, data_only: bool = False) -> torch.distributed.Store |
     args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
     found, store = meeting.on_rank_zero(args, lambda hash_files: look(args, data_only, hash_files))
     args.ckpt_step, args.eval_iters = found["iteration"], found["eval_iters"]
+    if found.get("start") is not None:
+        megatron_patches.verified(found["start"])
     args.meap_sft_digests, args.meap_sft_train_digest = found["digests"], found["train"]
     args.meap_sft_date = found["date"]
     args.meap_record = found["record"]
