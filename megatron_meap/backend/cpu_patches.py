@@ -3,7 +3,8 @@
 Installed with the CPU adaptation, never on a GPU, and without effect on what is computed beyond rounding. The modules
 of a layer (norm, attention, MLP) are chosen in `layers`; here is what no layer specification can reach. Each function
 says what it replaces and what that gained in a training step of the 15.6M-parameter model, 8 x 512 tokens, on one core
-of a Xeon with AVX512_BF16 and without AMX (6.5 s a step in bf16 before).
+of a Xeon with AVX512_BF16 and without AMX (6.5 s a step in bf16 before). All are for megatron-core 0.19, where none of
+this is a defect: its kernels are for GPUs. Arguments that a later Megatron adds reach Megatron's own functions.
 """
 
 import contextlib

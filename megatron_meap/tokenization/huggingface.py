@@ -201,12 +201,12 @@ def _from_gpt2(vocab: str | None, merges: str | None) -> PreTrainedTokenizerFast
 
 def _from_tiktoken(path: Path, args: Namespace) -> PreTrainedTokenizerFast:
     """Megatron's tiktoken file: a JSON list of byte strings by rank, below them the special tokens."""
-    from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer as megatrons
+    from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer
 
-    special = list(args.special_tokens or megatrons.SPECIAL_TOKENS)
+    special = list(args.special_tokens or tiktoken_tokenizer.SPECIAL_TOKENS)
     count = args.tiktoken_num_special_tokens
-    special += [megatrons.SPECIAL_TOKEN_TEMPLATE.format(id=i) for i in range(len(special), count)]
-    size = args.vocab_size or megatrons.DEFAULT_TIKTOKEN_MAX_VOCAB
+    special += [tiktoken_tokenizer.SPECIAL_TOKEN_TEMPLATE.format(id=i) for i in range(len(special), count)]
+    size = args.vocab_size or tiktoken_tokenizer.DEFAULT_TIKTOKEN_MAX_VOCAB
     ranked = [base64.b64decode(entry["token_bytes"]) for entry in json.loads(path.read_text())][: size - count]
     letters = bytes_to_unicode()
 
@@ -223,7 +223,11 @@ def _from_tiktoken(path: Path, args: Namespace) -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate(special)}
     vocabulary |= {written(token): rank + count for token, rank in ranks.items()}
     pairs = [(left, right) for *_, left, right in sorted(merges)]
-    pattern = megatrons._PATTERN_TIKTOKEN_V1 if args.tiktoken_pattern == "v1" else megatrons._PATTERN_TIKTOKEN_V2
+    pattern = (
+        tiktoken_tokenizer._PATTERN_TIKTOKEN_V1
+        if args.tiktoken_pattern == "v1"
+        else tiktoken_tokenizer._PATTERN_TIKTOKEN_V2
+    )
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     made = _byte_level(models.BPE(vocabulary, pairs, ignore_merges=True), pattern, names)
     made.add_tokens([AddedToken(token, normalized=False, special=True) for token in special], special_tokens=True)

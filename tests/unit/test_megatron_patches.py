@@ -1,0 +1,237 @@
+"""Why each patch of Megatron is there: the installed Megatron, unpatched, still has the defect or lacks the hook.
+
+A test that fails here says that the installed release no longer needs a patch (or needs another one): delete the patch.
+"""
+
+import inspect
+import logging
+import socket
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_meap.backend import cpu, device, megatron_patches
+
+device.prepare()
+
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.datasets import utils as dataset_utils  # noqa: E402
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
+from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
+from megatron.core.datasets.utils import Split  # noqa: E402
+from megatron.core.dist_checkpointing import serialization, validation  # noqa: E402
+from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import async_utils  # noqa: E402
+from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig  # noqa: E402
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
+from megatron.core.tensor_parallel import layers  # noqa: E402
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer.moe import token_dispatcher  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.utils import local_multi_tensor_l2_norm  # noqa: E402
+from megatron.training import initialize, pretrain, training  # noqa: E402
+
+from megatron_meap.backend import kernels  # noqa: E402
+from megatron_meap.backend.patching import original_of  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    """Process groups of one rank, and Megatron's random states."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def test_the_dataset_helpers_are_compiled_in_a_package_without_a_makefile() -> None:
+    with pytest.raises(SystemExit):
+        original_of(dataset_utils, "compile_helpers")()
+
+
+def test_a_checkpoint_without_hashes_is_refused_and_only_the_verified_one_is_not(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointingException):
+        original_of(serialization, "verify_integrity_manifest")(str(tmp_path / "a"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    megatron_patches.verified(str(tmp_path / "link"))
+    megatron_patches.verified(str(tmp_path / "c"))
+    serialization.verify_integrity_manifest(str(tmp_path / "a"))
+    with pytest.raises(CheckpointingException):
+        serialization.verify_integrity_manifest(str(tmp_path / "b"))
+
+
+def test_the_state_of_a_fresh_distributed_optimizer_cannot_be_asked_for() -> None:
+    fresh = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(AssertionError):
+        original_of(DistributedOptimizer, "state_dict")(SimpleNamespace(optimizer=fresh))
+
+
+def test_weights_that_a_checkpoint_lacks_are_only_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        original_of(validation, "maybe_report_missing_and_unexpected_keys")(set(), {"a.weight"}, raise_error=False)
+    assert "a.weight" in caplog.text
+
+
+def test_no_flag_decays_all_parameters() -> None:
+    _, overrides = original_of(training, "get_megatron_optimizer_config")(Namespace(lr=1e-3, optimizer="adam"))
+    assert any(override.get("wd_mult") == 0.0 for override in overrides.values())
+    decays = {each.name for each in fields(OptimizerConfig) if "decay" in each.name or "wd" in each.name}
+    assert decays == {"weight_decay", "decoupled_weight_decay", "apply_wd_to_qk_layernorm"}
+
+
+def test_a_layer_refuses_fused_weight_gradients_without_apex(one_rank: None) -> None:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=1,
+        gradient_accumulation_fusion=True,
+        use_cpu_initialization=True,
+    )
+
+    def build(initialise: Callable) -> None:
+        layer = layers.ColumnParallelLinear.__new__(layers.ColumnParallelLinear)
+        initialise(layer, 8, 8, config=config, init_method=torch.nn.init.zeros_, skip_bias_add=False)
+
+    with pytest.raises(RuntimeError, match="gradient_accumulation_fusion"):
+        build(original_of(layers.ColumnParallelLinear, "__init__"))
+    megatron_patches.apply()
+    build(layers.ColumnParallelLinear.__init__)
+
+
+def test_evaluation_counts_stay_none_where_there_is_no_data() -> None:
+    source = inspect.getsource(training.evaluate_and_print_results)
+    assert "torch.tensor(args.eval_iters" in source  # of a list that may hold None
+    assert "or 0" not in inspect.getsource(original_of(training, "build_train_valid_test_data_iterators"))
+
+
+def test_data_caches_are_built_by_rank_0_alone(corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = SimpleNamespace(unique_identifiers={"a": "b"}, eod=0, vocab_size=512)
+    config = GPTDatasetConfig(
+        random_seed=1, sequence_length=64, split="1,0,0", path_to_cache=str(tmp_path), reset_position_ids=False,
+        reset_attention_mask=False, eod_mask_loss=False, tokenizer=tokenizer,
+    )  # fmt: skip
+
+    def build() -> GPTDataset:
+        data = IndexedDataset(corpus.prefix)
+        return GPTDataset(data, corpus.prefix, np.arange(len(data)), 10, Split.train, config)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 1)
+    with pytest.raises(FileNotFoundError):
+        build()
+    with megatron_patches.outside_the_job():
+        assert len(build()) >= 10
+    assert torch.distributed.is_initialized()
+
+
+def test_rank_0_alone_hashes_what_all_ranks_saved() -> None:
+    source = " ".join(inspect.getsource(original_of(dist_checkpointing, "save")).split())
+    assert "if torch.distributed.get_rank() == 0: save_integrity_manifest(checkpoint_dir)" in source
+
+
+def test_the_trainer_has_no_hook_after_a_step_or_a_save() -> None:
+    """Whatever `pretrain` takes that is not in this list may be one."""
+    assert set(inspect.signature(pretrain).parameters) == {
+        "cfg_container",
+        "train_valid_test_dataset_provider",
+        "model_type",
+        "forward_step_func",
+        "model_provider",
+        "process_non_loss_data_func",
+        "get_embedding_ranks",
+        "get_position_embedding_ranks",
+        "non_loss_data_func",  # within evaluations alone
+        "store",
+        "inprocess_call_wrapper",
+        "p2p_communicator",
+        "pg_collection",
+        "skip_model_parallel_init",
+    }
+    assert "non_loss_data_func" in inspect.getsource(training.evaluate)
+
+
+# What a CPU alone needs.
+
+
+def test_routing_wants_arrays_that_a_cpu_tensor_does_not_become() -> None:
+    assert torch.is_tensor(original_of(token_dispatcher, "maybe_move_tensor_to_cpu")(torch.ones(2), as_numpy=True))
+
+
+def test_warming_up_draws_from_the_generator_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"ffn_hidden_size": 8, "hidden_size": 8, "seq_length": 4, "micro_batch_size": 1}
+    alone = {"tensor_model_parallel_size": 1, "context_parallel_size": 1, "sequence_parallel": False}
+    args = Namespace(bf16=False, fp16=False, swiglu=True, **sizes, **alone)
+    monkeypatch.setattr(initialize, "get_args", lambda: args)
+    before = torch.get_rng_state()
+    original_of(initialize, "_warmup_jit_function")()
+    assert not torch.equal(before, torch.get_rng_state())
+
+
+def test_the_process_that_saves_in_the_background_asks_for_a_gpu() -> None:
+    source = inspect.getsource(async_utils)
+    assert "torch.cuda.set_device(rank % torch.cuda.device_count())" in source
+    assert cpu._checkpoint_worker.__module__ == "megatron_meap.backend.cpu"
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names.append(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+def operations(function: Callable[[], Any]) -> list[str]:
+    with Operations() as noted:
+        function()
+    return noted.names
+
+
+def test_rotation_computes_cosines_and_sines_in_every_layer() -> None:
+    queries, angles = torch.randn(64, 2, 4, 16), torch.randn(64, 1, 1, 16)
+    megatrons = original_of(rope_utils, "_apply_rotary_pos_emb_bshd")
+    again = operations(lambda: [megatrons(queries, angles) for _ in range(2)])
+    assert again.count("cos") == again.count("sin") == 2
+
+
+def test_cross_entropy_passes_over_the_logits_more_often(one_rank: None) -> None:
+    logits, target = torch.randn(8, 2, 500), torch.randint(500, (8, 2))
+    group = parallel_state.get_tensor_model_parallel_group()
+    megatrons = original_of(tensor_parallel, "vocab_parallel_cross_entropy")
+    ours = operations(lambda: kernels.cross_entropy(logits.clone(), target, group))
+    assert len(operations(lambda: megatrons(logits.clone(), target, tp_group=group))) > len(ours)
+
+
+def test_linear_layers_do_not_add_their_gradients_to_megatrons_buffer(one_rank: None) -> None:
+    weight = torch.randn(5, 4, requires_grad=True)
+    weight.main_grad = torch.zeros(5, 4)
+    megatrons = original_of(layers, "linear_with_grad_accumulation_and_async_allreduce")
+    group = parallel_state.get_tensor_model_parallel_group()
+    megatrons(torch.randn(3, 4), weight, None, False, False, False, tp_group=group).sum().backward()
+    assert weight.main_grad.abs().max() == 0
+
+
+def test_adamw_is_not_fused_on_a_cpu_and_norms_are_taken_one_by_one() -> None:
+    pytorchs = next(each for each in torch.optim.AdamW.__mro__ if each.__module__.startswith("torch."))
+    assert not pytorchs([torch.nn.Parameter(torch.ones(2))]).param_groups[0]["fused"]
+    gradients = [torch.randn(3) for _ in range(20)]
+    assert len(operations(lambda: local_multi_tensor_l2_norm(0, None, [gradients], False))) >= 20
