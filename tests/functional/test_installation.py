@@ -1,6 +1,7 @@
 """The wheel by itself: built, installed where no checkout is in sight, used from text to a trained model."""
 
 import os
+import pydoc_data.topics
 import shutil
 import subprocess
 import sys
@@ -43,8 +44,8 @@ def test_from_text_to_a_trained_model(installed: Path, tmp_path: Path):
     where = call(installed / "python", "-c", "import megatron_meap; print(megatron_meap.__file__)")
     assert where.startswith(str(installed.parent))
     text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"The {number}th line has its own {number * number}." for number in range(2000)))
-    call(installed / "megatron-meap", "train-tokenizer", "--input", text, "--output", "t.model", "--vocab-size", "300")
+    text.write_text("\n".join(pydoc_data.topics.topics.values()))
+    call(installed / "megatron-meap", "train-tokenizer", "--input", text, "--output", "t.model", "--vocab-size", "512")
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "t.model"]
     call(
         installed / "megatron-meap",
