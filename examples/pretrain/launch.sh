@@ -14,6 +14,9 @@ MASTER_ADDR=${MASTER_ADDR:-}                 # a name or address of node 0 that 
 MASTER_PORT=${MASTER_PORT:-29500}
 MASK_RATIO=${MASK_RATIO:-0.15}               # 0: the next-token twin of any recipe
 TP=${TP:-1} PP=${PP:-1} CP=${CP:-1}          # tensor, pipeline and context parallel; what is left is data parallel
+FP8=${FP8:-}                                 # hybrid or e4m3: matrix products in fp8 (Transformer Engine, H100 and later)
+FP8_RECIPE=${FP8_RECIPE:-}                   # how fp8 is scaled: delayed (Megatron's default), tensorwise, blockwise, mxfp8
+NUMA_BINDING=${NUMA_BINDING:-}               # ranks run on the cores beside their GPU (node, where numactl is); none: anywhere
 case $MASK_RATIO in 0 | 0.0) OBJECTIVE=ntp ;; *) OBJECTIVE=meap ;; esac
 
 stop() { echo "error: $*" >&2; exit 2; }
@@ -63,9 +66,24 @@ _check_gpus() {
   fi
 }
 
+# Flags of every recipe on a GPU: without the first, logits take several times their own memory.
+gpu_flags() {
+  GPU_FLAGS=(--cross-entropy-loss-fusion)
+  if [ -n "$FP8" ]; then GPU_FLAGS+=(--fp8-format "$FP8"); fi
+  if [ -n "$FP8_RECIPE" ]; then GPU_FLAGS+=(--fp8-recipe "$FP8_RECIPE"); fi
+}
+
+# Whether this node has several parts of memory, and PyTorch and the system the means to bind processes to them.
+_binds_to_numa() {
+  [ "$MEAP_DEVICE" = cuda ] && [ -d /sys/devices/system/node/node1 ] && command -v numactl >/dev/null &&
+    python -c 'import importlib.util as u, os, sys; sys.exit(not os.path.isdir(u.find_spec("torch").submodule_search_locations[0] + "/numa"))' >/dev/null
+}
+
 # launch FLAGS...: pretrain_gpt_meap.py under torchrun; never returns.
 launch() {
   local word words=() look='' nodes=(--standalone)
+  gpu_flags
+  set -- "${GPU_FLAGS[@]}" "$@" # the recipe's own and the caller's win
   for word in "$@"; do
     case $word in
       --dry-run) look=pretrain_gpt_meap.py words+=("$word") ;;
@@ -84,6 +102,9 @@ launch() {
     need NODE_RANK "the number of this node, 0 to $((NNODES - 1))" 0
     nodes=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
   fi
+  export MEAP_DEVICE=${MEAP_DEVICE:-cuda} # a node whose PyTorch cannot use its GPUs must not train on its processor
+  if [ -z "$NUMA_BINDING" ] && _binds_to_numa; then NUMA_BINDING=node; fi
+  case $NUMA_BINDING in '' | none) ;; *) nodes+=(--numa-binding "$NUMA_BINDING") ;; esac
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron overlaps communication so
   # SIGUSR1 and SIGTERM reach the ranks, which save and leave with status 75; they have ten minutes for it.
   exec torchrun "${nodes[@]}" --nproc_per_node "$GPUS_PER_NODE" \

@@ -8,7 +8,7 @@
 # over two. `--plan --gpu h200 --compare 5` proposes layouts for other numbers and kinds of GPUs.
 set -euo pipefail
 NNODES=${NNODES:-16} GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-TP=${TP:-8} PP=${PP:-4} CP=${CP:-2}
+TP=${TP:-4} PP=${PP:-4} CP=${CP:-2}
 . "$(dirname "$0")/launch.sh"
 
 RUN=${RUN:-runs/llama-70b-$OBJECTIVE}
@@ -34,7 +34,7 @@ LAYOUT=(
   --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"
   --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 )
-if ((TP > 1)); then LAYOUT+=(--sequence-parallel); fi
+if ((TP > 1)); then LAYOUT+=(--sequence-parallel --tp-comm-overlap); fi
 if ((PP > 1)); then LAYOUT+=(--num-layers-per-virtual-pipeline-stage "${VIRTUAL_LAYERS:-5}"); fi
 LOGGING=(--log-interval 10 --log-throughput --eval-interval 1000 --eval-iters 10)
 CHECKPOINTS=(

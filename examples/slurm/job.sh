@@ -29,7 +29,8 @@ run_recipe() {
 describe_nodes() {
   local found=${SLURM_GPUS_ON_NODE:-} wanted=${NNODES:-$SLURM_JOB_NUM_NODES}
   [ "$wanted" = "$SLURM_JOB_NUM_NODES" ] || stop "NNODES=$wanted, but Slurm allocated $SLURM_JOB_NUM_NODES nodes; ask for them with sbatch --nodes $wanted"
-  if [ "${MEAP_DEVICE:-}" = cpu ]; then found=; fi
+  export MEAP_DEVICE=${MEAP_DEVICE:-cuda} # never the processor because a GPU does not work
+  if [ "$MEAP_DEVICE" = cpu ]; then found=; fi
   export NNODES=$SLURM_JOB_NUM_NODES GPUS_PER_NODE=${GPUS_PER_NODE:-$found}
   need GPUS_PER_NODE "Slurm allocated no GPUs (sbatch --gpus-per-node); with MEAP_DEVICE=cpu say how many processes a node runs" 8
   # node=address, as Slurm itself reaches them, in the order of SLURM_NODEID
@@ -50,7 +51,7 @@ describe_nodes() {
 # Before minutes go into starting: every node has its GPUs and reaches every other one.
 check_nodes() {
   local gpus=$GPUS_PER_NODE
-  if [ "${MEAP_DEVICE:-}" = cpu ]; then gpus=0; fi
+  if [ "$MEAP_DEVICE" = cpu ]; then gpus=0; fi
   # shellcheck disable=SC2016,SC2086  # $0 and $@ are the nodes' own; ADDRESSES is a word a node
   srun --ntasks="$NNODES" --ntasks-per-node=1 --cpu-bind=quiet,none --wait=0 bash -c '
     cd "$0" 2>/dev/null || { echo "error: node $SLURMD_NODENAME does not see $0; CHECKOUT must be on a shared disk" >&2; exit 2; }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_meap.backend import kernels
+from megatron_meap.backend import kernels, optimizer_step
 from megatron_meap.backend.patching import replace, where_possible
 
 
@@ -26,7 +26,7 @@ def install() -> None:
     _multiply_in_the_fast_type()
     rotate_in_one_step()
     _cross_entropy_in_one_step()
-    _step_all_parameters_at_once()
+    optimizer_step.fuse()
 
 
 def _keep_freed_memory() -> None:
@@ -91,35 +91,16 @@ def _cos_sin(freqs: Tensor, dtype: torch.dtype, mscale: float) -> tuple[Tensor, 
 
 
 def _cross_entropy_in_one_step() -> None:
-    """Vocabulary-parallel cross-entropy: a dozen passes over 32-bit logits become three within the cache."""
+    """Vocabulary-parallel cross-entropy: a dozen passes over 32-bit logits become three within the cache.
+
+    It takes the place of `--cross-entropy-loss-fusion` too, whose gradients Megatron rounds to bf16.
+    """
     from megatron.core import tensor_parallel
+    from megatron.core.models.common.language_module import language_module
     from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
     def cross_entropy(vocab_parallel_logits: Tensor, target: Tensor, tp_group: Any = None) -> Tensor:
         return kernels.cross_entropy(vocab_parallel_logits, target, get_tensor_model_parallel_group_if_none(tp_group))
 
     replace(tensor_parallel, "vocab_parallel_cross_entropy", where_possible(cross_entropy))
-
-
-def _step_all_parameters_at_once() -> None:
-    """AdamW, gradient norm and clipping: one pass over memory each, for a dozen a parameter."""
-    from megatron.core.optimizer import clip_grads
-
-    class AdamW(torch.optim.AdamW):
-        """PyTorch's AdamW with its fused CPU kernel, which PyTorch does not choose by itself."""
-
-        meap_fused = True
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{"fused": True, **kwargs})
-
-    def l2_norm(_chunk: int, _overflow: Tensor, tensor_lists: list[list[Tensor]], *_: Any) -> tuple[Tensor, None]:
-        norms = torch._foreach_norm(tensor_lists[0])
-        return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
-
-    def scale(_chunk: int, _overflow: Tensor, tensor_lists: list[list[Tensor]], factor: float) -> None:
-        for source, target in zip(*tensor_lists, strict=True):
-            torch.mul(source, factor, out=target)
-
-    torch.optim.AdamW = AdamW  # type: ignore[misc]
-    clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = l2_norm, scale
+    replace(language_module, "fused_vocab_parallel_cross_entropy", where_possible(cross_entropy))

@@ -1,6 +1,7 @@
 """Which device trains: CUDA where there is one, else the CPU presented to Megatron as its accelerator."""
 
 import os
+import socket
 
 import torch
 
@@ -18,12 +19,17 @@ def prepare() -> bool:
 
     Returns:
         True where the CPU trains.
+
+    Raises:
+        UsageError: `MEAP_DEVICE=cuda`, as the recipes set it, where PyTorch can use no GPU.
     """
     megatron_patches.silence_known_warnings()
     choice = os.environ.get("MEAP_DEVICE", "auto")
     if choice not in ("auto", "cpu", "cuda"):
         raise UsageError(f"MEAP_DEVICE={choice}: expected auto, cpu or cuda")
-    if choice == "cuda" or (choice == "auto" and torch.cuda.is_available()):
+    if choice == "cuda" and (problem := gpu_problem()):
+        raise UsageError(f"MEAP_DEVICE=cuda: on {socket.gethostname()} {problem}; MEAP_DEVICE=cpu trains on the CPU")
+    if choice != "cpu" and torch.cuda.is_available():
         return False
     from megatron_meap.backend import cpu
 
@@ -42,6 +48,18 @@ def prepare_to_look() -> None:
     from megatron_meap.backend import cpu
 
     cpu.install()
+
+
+def gpu_problem() -> str | None:
+    """Why PyTorch can use no GPU here, in its own words; None where it can."""
+    if not torch.backends.cuda.is_built():
+        return f"PyTorch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except Exception as error:  # PyTorch has no class of errors for it
+        said = " ".join(str(error).split()).partition(". ")[0]
+        return f"PyTorch {torch.__version__} for CUDA {torch.version.cuda} can use no GPU ({said})"
+    return None
 
 
 def plans_for_gpu() -> bool:

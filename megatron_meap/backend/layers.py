@@ -34,6 +34,11 @@ from torch.nn import functional
 
 from megatron_meap.backend import device, kernels
 
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # before PyTorch 2.10
+    varlen = None  # type: ignore[assignment]
+
 
 class Norm(torch.nn.Module):
     """RMSNorm or LayerNorm over the last dimension, usable with sequence parallelism.
@@ -137,8 +142,24 @@ class SDPAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        """One attention per packed sequence; Transformer Engine has a kernel for it, PyTorch has none on CPU."""
-        borders = packed.cu_seqlens_q.tolist()
+        """Within each packed sequence: on a GPU by FlashAttention's kernel for that, else one after the other."""
+        if self._has_kernel_for_packed(query):
+            q, k, v = (x.reshape(x.shape[0], *x.shape[-2:]) for x in (query, key, value))
+            borders, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+            attend: Any = varlen.varlen_attn  # by default it returns one tensor
+            context = attend(
+                q, k, v, borders, borders, longest, longest,
+                scale=self.softmax_scale, window_size=(-1, 0), enable_gqa=query.shape[-2] != key.shape[-2],
+            )  # fmt: skip
+            return context.reshape(query.shape[0], 1, -1)
+        return self._one_by_one(query, key, value, packed.cu_seqlens_q.tolist())
+
+    def _has_kernel_for_packed(self, query: Tensor) -> bool:
+        """FlashAttention's limits."""
+        suits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
+        return suits and varlen is not None and not device.is_cpu() and not (self.dropout and self.training)
+
+    def _one_by_one(self, query: Tensor, key: Tensor, value: Tensor, borders: list[int]) -> Tensor:
         q, k, v = (x.reshape(x.shape[0], *x.shape[-2:]).transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         parts = [
             self._attend(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], causal=True)

@@ -96,8 +96,8 @@ def _resume_distributed_optimizer_without_te() -> None:
     @torch.no_grad()
     def load_with_own_steps(self: Any, loaded: dict) -> None:
         load_state_dict(self, loaded)
-        for state in self.optimizer.state.values():
-            state["step"] = torch.tensor(float(loaded["optimizer"]["param_groups"][0]["step"]))
+        for parameter, state in self.optimizer.state.items():  # PyTorch's fused kernel reads the step on its device
+            state["step"] = torch.tensor(float(loaded["optimizer"]["param_groups"][0]["step"]), device=parameter.device)
 
     replace(DistributedOptimizer, "state_dict", lambda _: state_dict_of_fresh_optimizer)
     replace(DistributedOptimizer, "load_state_dict", lambda _: load_with_own_steps)

@@ -8,6 +8,9 @@ import threading
 import time
 from dataclasses import dataclass
 
+import torch
+
+from megatron_meap.backend import device
 from megatron_meap.errors import UsageError
 
 _ATTEMPT_S = 5.0
@@ -35,6 +38,16 @@ def check_gpus(node: Node, wanted: int) -> None:
         raise UsageError(
             f"node {node.name}: has {found} GPUs, {wanted} wanted; leave it out, or ask for fewer with --gpus-per-node"
         )
+
+
+def check_pytorch(node: Node, wanted: int) -> None:
+    """Refuse a node whose PyTorch cannot use `wanted` GPUs, though the driver lists them."""
+    if wanted == 0:
+        return
+    if problem := device.gpu_problem():
+        raise UsageError(f"node {node.name}: {problem}; it has a driver: install one that suits this PyTorch")
+    if (found := torch.cuda.device_count()) < wanted:
+        raise UsageError(f"node {node.name}: PyTorch sees {found} GPUs, {wanted} wanted; look at CUDA_VISIBLE_DEVICES")
 
 
 def check_network(nodes: list[Node], index: int, port: int, seconds: float) -> None:

@@ -9,7 +9,6 @@ import threading
 import time
 
 import torch
-from megatron.training.dist_signal_handler import all_gather_item
 
 EXIT_STOPPED = 75
 """Exit status of a rank stopped by a signal, after its checkpoint is saved (EX_TEMPFAIL: run it again later)."""
@@ -69,9 +68,11 @@ class StopRequest:
             os._exit(128 + number)
 
     def signals_received(self) -> list[int]:
-        """One entry a rank, non-zero where a signal came; all ranks call this together."""
-        everywhere = all_gather_item(self.received or 0, dtype=torch.int32)
-        self.stopping = any(everywhere)
+        """The largest number of a signal that came to any rank, 0 for none; all ranks call this together."""
+        largest = torch.tensor([self.received or 0], dtype=torch.int32, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        number = int(largest.item())
+        self.stopping = number > 0
         if self.stopping and self.received is None:
-            self.received = max(everywhere)
-        return everywhere
+            self.received = number
+        return [number]

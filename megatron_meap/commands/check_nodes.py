@@ -7,7 +7,7 @@ The batch scripts in examples/slurm do so before every launch.
 
 import argparse
 
-from megatron_meap.cluster.nodes import Node, check_gpus, check_network
+from megatron_meap.cluster.nodes import Node, check_gpus, check_network, check_pytorch
 from megatron_meap.errors import UsageError
 
 
@@ -27,3 +27,4 @@ def main() -> None:
     nodes = [Node(name, address or name) for name, _, address in (word.partition("=") for word in args.nodes)]
     check_network(nodes, args.index, args.port, args.seconds)  # first: the others wait for this node
     check_gpus(nodes[args.index], args.gpus)
+    check_pytorch(nodes[args.index], args.gpus)

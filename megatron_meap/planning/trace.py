@@ -25,7 +25,7 @@ from megatron_meap.backend import cpu, cpu_patches, device, layers
 from megatron_meap.backend.patching import original_of, replaced
 from megatron_meap.errors import UsageError
 from megatron_meap.trainer import run
-from megatron_meap.trainer.arguments import LOCAL_LAYERS
+from megatron_meap.trainer.arguments import LOCAL_LAYERS, NOT_COMPILED
 
 
 @dataclass
@@ -110,7 +110,9 @@ def _build(args: Namespace) -> list[Any]:
     Both have the same parameters.
     """
     local = copy.copy(args)
-    vars(local).update(LOCAL_LAYERS, use_cpu_initialization=True, perform_initialization=False, fp8=None, fp4=None)
+    vars(local).update(
+        LOCAL_LAYERS | NOT_COMPILED, use_cpu_initialization=True, perform_initialization=False, fp8=None, fp4=None
+    )
     local.cuda_graph_impl, local.tp_comm_overlap = "none", False
     config = run.model_config(local)
     builder = config.get_builder_cls()(config)
@@ -194,7 +196,8 @@ def _kernels_of(args: Namespace) -> Iterator[None]:
     from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
 
     fused = args.transformer_impl != "local"
-    modules = layers.Modules(layers.CPUNorm, layers.SDPAttention, layers.CPUSwiGLU if fused else layers.MLP)
+    mlp = layers.CPUSwiGLU if args.bias_swiglu_fusion else layers.MLP
+    modules = layers.Modules(layers.CPUNorm, layers.SDPAttention, mlp)
     rotate = "_apply_rotary_pos_emb_bshd"
     with (
         layers.made_of(modules),

@@ -33,10 +33,11 @@ LOCAL_LAYERS = {
     "no_persist_layer_norm": True,
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
-    "bias_dropout_fusion": False,
-    "bias_swiglu_fusion": False,
 }
 """Megatron's arguments for the local layers (layers.py): PyTorch only, no kernels of Apex or Transformer Engine."""
+
+NOT_COMPILED = {"bias_dropout_fusion": False, "bias_swiglu_fusion": False}
+"""What `torch.compile` fuses on a GPU, and nothing does on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser, command_line: list[str] | Non
 def _local_defaults(command_line: list[str] | None = None) -> dict[str, object]:
     """Defaults that make Megatron run with what is installed here; the user's own flags still win."""
     if device.is_cpu():
-        defaults: dict[str, object] = {"distributed_backend": "gloo", "use_cpu_initialization": True}
+        defaults: dict[str, object] = {"distributed_backend": "gloo", "use_cpu_initialization": True} | NOT_COMPILED
     elif _uses_transformer_engine(command_line):
         return {}
     else:
@@ -163,6 +164,7 @@ def check(args: Namespace) -> None:
     batch_sizes.settle(args)
     _validate_meap(args)
     _refuse_what_this_device_cannot(args)
+    _refuse_rounded_gradients(args)
     args.use_persistent_ckpt_worker |= args.async_save  # without it Megatron saves in the foreground after all
     args.verify_integrity &= args.ckpt_format == "torch_dist"  # Megatron records hashes for no other format
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
@@ -278,7 +280,17 @@ def _refuse_what_this_device_cannot(args: Namespace) -> None:
     if args.context_parallel_size > 1 and args.transformer_impl == "local":
         raise UsageError(
             f"--context-parallel-size {args.context_parallel_size}: needs Transformer Engine, whose attention reaches "
-            "beyond a rank's part of the sequence; install it (pip install -e '.[gpu]'), or use tensor parallelism"
+            "beyond a rank's part of the sequence; install it (tools/build_te.sh), or use tensor parallelism"
+        )
+
+
+def _refuse_rounded_gradients(args: Namespace) -> None:
+    """Megatron's fused cross-entropy rounds silently; on a CPU another one takes its place."""
+    native = args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "native"
+    if native and not args.bf16 and not device.is_cpu():
+        raise UsageError(
+            "--cross-entropy-loss-fusion: Megatron's native one rounds the gradient of the logits to bf16; train with "
+            "--bf16, or drop it"
         )
 
 

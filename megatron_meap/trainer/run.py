@@ -29,7 +29,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_meap.backend import device, megatron_patches
+from megatron_meap.backend import description, device, megatron_patches, optimizer_step
 from megatron_meap.backend.hybrid import local_stack_spec
 from megatron_meap.backend.layers import local_block_spec
 from megatron_meap.checkpoint import integrity, latest
@@ -91,10 +91,7 @@ def _heading(args: Namespace) -> str:
 
 def _announce(args: Namespace) -> None:
     """Say in a few lines what is about to run."""
-    if device.is_cpu():
-        from megatron_meap.backend.cpu import describe
-
-        print(describe())
+    print(*description.describe(args), sep="\n")
     print(
         f"checkpoints and log ({LOG}) in {args.save}" if args.save else "no --save: nothing of this run will be kept",
         flush=True,
@@ -113,6 +110,8 @@ def prepare(data_only: bool = False) -> tuple[Namespace, torch.distributed.Store
 
         cpu.adapt_megatron()
         cpu_patches.install()
+    elif not description.has_fused_optimizer():
+        optimizer_step.fuse()
     args = parse_arguments()
     return args, preflight.check(args, data_only)
 
@@ -231,7 +230,7 @@ def _packed_seq_params(batch: dict[str, Any], args: Namespace) -> PackedSeqParam
     padded = None if batch["cu_seqlens_padded"] is None else batch["cu_seqlens_padded"].squeeze(0)
     if not device.is_cpu():  # it names a CUDA device by its number; only the TFLOP/s in the log depend on it
         update_seqlen_stats_from_cu_seqlens(borders)
-    longest = int(batch["max_seqlen"].item())
+    longest = args.seq_length  # of a document at most; its own length, `max_seqlen`, would have to come from the GPU
     local_cp_size = batch["local_cp_size"]
     return PackedSeqParams(
         qkv_format="thd",

@@ -36,7 +36,7 @@ RECIPES = {
 
 REPORTER = """#!{python}
 import json, os, sys
-names = ("WORLD_SIZE", "NNODES", "CUDA_DEVICE_MAX_CONNECTIONS")
+names = ("WORLD_SIZE", "NNODES", "MEAP_DEVICE", "CUDA_DEVICE_MAX_CONNECTIONS")
 print(json.dumps({{"command": sys.argv, "environment": {{name: os.environ.get(name) for name in names}}}}))
 """
 
@@ -164,8 +164,8 @@ def test_a_dry_run_shows_the_run(results: dict, desk: Desk, name: str) -> None:
 def test_big_recipes_have_their_layouts(results: dict) -> None:
     args = results["llama-70b"]["args"]
     parts = ("tensor", "pipeline", "context")
-    assert [args[f"{part}_{'' if part == 'context' else 'model_'}parallel_size"] for part in parts] == [8, 4, 2]
-    assert (args["data_parallel_size"], args["virtual_pipeline_model_parallel_size"]) == (2, 4)
+    assert [args[f"{part}_{'' if part == 'context' else 'model_'}parallel_size"] for part in parts] == [4, 4, 2]
+    assert (args["data_parallel_size"], args["virtual_pipeline_model_parallel_size"]) == (4, 4)
     assert "on 128 GPUs" in results["llama-70b"]["output"]
     assert results["llama-7b"]["args"]["data_parallel_size"] == 16
     assert results["long-context"]["args"]["rotary_base"] == 640000
@@ -201,6 +201,20 @@ def test_torchrun_is_asked_for_the_nodes(desk: Desk) -> None:
     assert "--standalone" in alone
 
 
+def test_a_gpu_recipe_never_trains_on_the_cpu(desk: Desk) -> None:
+    """The driver lists GPUs; whether PyTorch can use them is for the ranks to find out, and to refuse."""
+    driver = desk.folder / "driver"
+    driver.mkdir()
+    (driver / "nvidia-smi").write_text("#!/bin/sh\nfor n in 0 1; do echo GPU $n: NVIDIA H100; done\n")
+    (driver / "nvidia-smi").chmod(0o755)
+    path = f"{driver}:{desk.folder / 'bin'}:/usr/bin:/bin"
+    asked = desk.asked("paper.sh", PATH=path, GPUS_PER_NODE="2", FP8="hybrid", FP8_RECIPE="tensorwise")
+    assert asked["environment"]["MEAP_DEVICE"] == "cuda"
+    words = " ".join(asked["command"])
+    assert "--cross-entropy-loss-fusion --fp8-format hybrid --fp8-recipe tensorwise --num-layers 12" in words
+    assert desk.asked("paper.sh", MEAP_DEVICE="cpu", GPUS_PER_NODE="2")["environment"]["MEAP_DEVICE"] == "cpu"
+
+
 def test_plan_goes_to_the_tool(desk: Desk) -> None:
     asked = desk.asked("llama_70b.sh", "--plan", "--gpu", "h200")
     assert asked["command"][1].endswith("tools/plan_run.py")
@@ -218,7 +232,7 @@ def test_plan_goes_to_the_tool(desk: Desk) -> None:
         (
             "llama_70b.sh",
             {"TOKENIZER": "t.model", "DATA": "d", "NNODES": "1"},
-            "needs a multiple of 64 GPUs (TP 8 x PP 4 x CP 2), but NNODES 1 x GPUS_PER_NODE 8 is 8",
+            "needs a multiple of 32 GPUs (TP 4 x PP 4 x CP 2), but NNODES 1 x GPUS_PER_NODE 8 is 8",
         ),
         (
             "paper.sh",
