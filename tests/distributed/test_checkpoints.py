@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -61,13 +62,27 @@ def test_resharding(corpus: Corpus, tmp_path: Path, optimizer: str) -> None:
         assert seen[step] == pytest.approx(values["lm loss"], abs=1e-4), step
 
 
+@dataclass
+class Saved:
+    """Runs of one launch, each of which saved in the folder of its name."""
+
+    folder: Path
+    flags: list[str]
+    """Of `run`: 6 steps, saved at every one."""
+    runs: dict[str, Run]
+
+
 @pytest.fixture(scope="module")
-def saved(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], Run]:
-    """A run of 6 steps that saved at every one, its flags and its losses."""
+def saved(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     folder = tmp_path_factory.mktemp("saved")
     flags = [*common(corpus, folder), "--train-iters", "6", "--save-interval", "1"]
-    done = launch_many(1, {"run": [*flags, "--save", str(folder / "run")]}, folder)
-    return folder / "run", flags, done["run"]
+    more = {
+        "run": [],
+        "asynchronous": ["--async-save", "--save-interval", "2"],
+        "pruned": ["--train-iters", "9", "--meap-keep-last", "2", "--meap-keep-every", "4"],
+    }
+    runs = {name: [*flags, "--save", str(folder / name), *own] for name, own in more.items()}
+    return Saved(folder, flags, launch_many(1, runs, folder))
 
 
 @pytest.mark.parametrize(
@@ -80,11 +95,10 @@ def saved(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         pytest.param("no integrity record", marks=pytest.mark.slow),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_passed_over(saved: Saved, tmp_path: Path, damage: str) -> None:
     """It is named, and the run goes on from the newest good one with the same losses."""
-    run, flags, whole = saved
     copy = tmp_path / "run"
-    shutil.copytree(run, copy)
+    shutil.copytree(saved.folder / "run", copy)
     newest = copy / "iter_0000006"
     shard = newest / "__0_0.distcp"
     if damage == "missing":
@@ -101,34 +115,30 @@ def test_a_damaged_checkpoint_is_passed_over(saved, tmp_path: Path, damage: str)
     else:  # as if the machine had stopped in the middle of saving
         (newest / "integrity.json").unlink()
         (newest / "metadata.json").unlink()
-    resumed = launch(1, [*flags, "--load", str(copy), "--save", str(copy)])
+    resumed = launch(1, [*saved.flags, "--load", str(copy), "--save", str(copy)])
     assert resumed.returncode == 0, resumed.output[-3000:]
     warning = next(line for line in resumed.output.splitlines() if line.startswith("warning:"))
     assert "starting from iteration 5 instead" in warning
     assert ("latest_checkpointed" if damage == "torn pointer" else "iter_0000006 is damaged") in warning
-    assert {6: whole.steps[6]["lm loss"]} == {step: values["lm loss"] for step, values in resumed.steps.items()}
+    assert list(resumed.steps) == [6]
+    assert resumed.losses() == saved.runs["run"].losses()[5:]
     assert latest.pointer(copy) == "6"
     assert latest.damage(newest) is None
 
 
-def test_old_checkpoints_are_pruned(corpus: Corpus, tmp_path: Path) -> None:
-    flags = [*common(corpus, tmp_path), "--train-iters", "9", "--save", str(tmp_path / "run"), "--save-interval", "1"]
-    launch_many(1, {"run": [*flags, "--meap-keep-last", "2", "--meap-keep-every", "4"]}, tmp_path)
-    assert latest.iterations(tmp_path / "run") == [4, 8, 9]
+def test_old_checkpoints_are_pruned(saved: Saved) -> None:
+    assert latest.iterations(saved.folder / "pruned") == [4, 8, 9]
 
 
-def test_asynchronous_saving(saved, tmp_path: Path) -> None:
+def test_asynchronous_saving(saved: Saved) -> None:
     """The same checkpoints, complete and verified before the pointer moves."""
-    _, flags, whole = saved
-    flags = [*flags, "--save", str(tmp_path / "run"), "--async-save", "--save-interval", "2"]
-    run = launch(1, flags)
-    assert run.returncode == 0, run.output[-3000:]
-    assert run.losses() == whole.losses()
+    run, folder = saved.runs["asynchronous"], saved.folder / "asynchronous"
+    assert run.losses() == saved.runs["run"].losses()
     assert "Disabling --async-save" not in run.output
     assert run.output.count("scheduled an async checkpoint save") == 3
-    assert latest.pointer(tmp_path / "run") == "6"
+    assert latest.pointer(folder) == "6"
     for iteration in (2, 4, 6):
-        path = latest.directory(tmp_path / "run", iteration)
+        path = latest.directory(folder, iteration)
         assert (path / "integrity.json").exists()
         assert latest.damage(path) is None
 
