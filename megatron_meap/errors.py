@@ -43,7 +43,7 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command's ``main``; turn what a user can mend into one line and a non-zero exit status.
+    """Run a command's ``main``; turn what a user can fix into one line and a non-zero exit status.
 
     Under torchrun the line is in `$TORCHELASTIC_ERROR_FILE` too, which torchrun shows as the root cause.
 
