@@ -109,6 +109,10 @@ def _refuse_megatron(args: Namespace) -> None:
         (get("glu_linear_offset"), "--glu-linear-offset"),
         (get("activation_func_clamp_value"), "--activation-func-clamp-value"),
         (get("use_mup"), "--use-mup"),
+        (
+            get("hidden_size") % get("num_attention_heads"),
+            f"--hidden-size {get('hidden_size')}, no multiple of --num-attention-heads {get('num_attention_heads')}",
+        ),
     ]
     for present, what in obstacles:
         if present:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def export(job: ExportJob) -> None:
     ) as directory:
         write_weights(directory, source, dtype, shard_bytes)
         write_json(directory / "config.json", source.config(dtype, tokenizer))
-        _write_tokenizer(directory, source, tokenizer)
+        _write_tokenizer(directory, source, tokenizer, args)
         card.write_card(directory, output.name, source.model, parameters, checkpoint.args, checkpoint.iteration)
         print(f"wrote {parameters:,} weights, {size / 1e6:,.1f} MB in {dtype}; {memory}", flush=True)
         if job.check:
@@ -110,7 +111,7 @@ def _write_shard(path: Path, tensors: Iterator[tuple[str, Tensor]], names: list[
     return sum(tensor.nbytes for tensor in shard.values())
 
 
-def _write_tokenizer(directory: Path, source: Source, tokenizer: Any | None) -> None:
+def _write_tokenizer(directory: Path, source: Source, tokenizer: Any | None, args: Namespace) -> None:
     """Write the tokenizer and the generation config; without a tokenizer say that there is none."""
     mask_id = getattr(source.checkpoint.args, "meap_mask_token_id", None)
     ids: dict[str, Any] = {}
@@ -120,7 +121,7 @@ def _write_tokenizer(directory: Path, source: Source, tokenizer: Any | None) -> 
         save_tokenizer(tokenizer, directory, source.model.max_positions)
         mask_id = tokenizer.mask_token_id
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-        if len(ends := ending_ids(source.checkpoint.args, tokenizer)) > 1:
+        if len(ends := ending_ids(args, tokenizer)) > 1:
             ids["eos_token_id"] = ends
     known = {name: value for name, value in ids.items() if value is not None}
     suppressed = {} if mask_id is None else {"suppress_tokens": [mask_id]}

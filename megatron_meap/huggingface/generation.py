@@ -90,7 +90,7 @@ class Generator:
 
     def _encode(self, prompt: str) -> torch.Tensor:
         """Ids of the prompt [1, tokens]; a document's start where there is no text."""
-        ids = self.tokenizer(prompt, split_special_tokens=True)["input_ids"] if prompt else []
+        ids = self._ids(prompt) if prompt else []
         start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         if not ids and start is None:
             raise UsageError("--prompt: empty, and the tokenizer has no BOS or EOS token to start from")
@@ -98,6 +98,15 @@ class Generator:
         if len(ids) >= limit:
             raise UsageError(f"the prompt has {len(ids)} tokens, the model's context only {limit}")
         return torch.tensor([ids or [start]], device=self.model.device)
+
+    def _ids(self, prompt: str) -> list[int]:
+        """Ids of a text with what the tokenizer puts before it, but not what it puts behind it, such as EOS."""
+        ids = self.tokenizer(prompt, split_special_tokens=True)["input_ids"]
+        plain = self.tokenizer(prompt, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+        for end in range(len(ids), len(plain) - 1, -1):
+            if plain and ids[end - len(plain) : end] == plain:
+                return ids[:end]
+        return ids
 
     def _config(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:
         """Transformers' settings: up to the end of the context, and never the mask token."""
@@ -129,12 +138,13 @@ def _from_huggingface(path: str, tokenizer: str | None) -> tuple[Any, Any, int |
 def _from_megatron(path: str, iteration: int | None, tokenizer: str | None) -> tuple[Any, Any, int]:
     """Model, tokenizer and mask id of a Megatron checkpoint."""
     checkpoint = open_checkpoint(path, iteration)
-    loaded = trained_tokenizer(moved(checkpoint.args, tokenizer))
+    args = moved(checkpoint.args, tokenizer)
+    loaded = trained_tokenizer(args)
     if loaded is None:
         raise UsageError(f"{path}: was trained without a tokenizer (NullTokenizer), so it has no text to generate")
     source = inspect(checkpoint, loaded)
     model = model_in_memory(source, checkpoint.dtype("embedding.word_embeddings.weight"))
-    model.generation_config.eos_token_id = ending_ids(checkpoint.args, loaded) or None
+    model.generation_config.eos_token_id = ending_ids(args, loaded) or None
     return model, loaded, loaded.mask_token_id
 
 

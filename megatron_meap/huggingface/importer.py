@@ -26,6 +26,7 @@ from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface.architecture import Architecture, megatron_flags
 from megatron_meap.huggingface.export import DTYPES
+from megatron_meap.huggingface.generation_config import keep_endings
 from megatron_meap.huggingface.mapping import Weight, layer_weights, outer_weights
 from megatron_meap.huggingface.memory import PeakMemory
 from megatron_meap.huggingface.output import new_directory
@@ -34,7 +35,7 @@ from megatron_meap.huggingface.source import HuggingFaceWeights, read_directory
 from megatron_meap.tokenization.huggingface import add_mask_token, load_directory, save_tokenizer
 
 NOISE = 0.01  # of the rows' standard deviation
-LARGEST_PADDING = 1024  # no vocabulary is padded to a multiple of more
+LARGEST_PADDING = 1024  # rows beyond this are no padding, and worth a word
 FLAGS_FILE = "megatron_flags.txt"
 
 
@@ -71,6 +72,7 @@ def import_model(job: ImportJob) -> None:
     size = dtype.itemsize * sum(math.prod(source.shape(name)) for name in source.places)
     with new_directory(output, source=folder, overwrite=job.overwrite, mark=FLAGS_FILE, needed=size) as directory:
         save_tokenizer(tokenizer, directory / "tokenizer", source.model.max_positions)
+        keep_endings(folder, directory / "tokenizer")
         flags = _model_flags(source.model, directory / "tokenizer", job)
         args = _megatron_args(flags, dtype)
         args.tokenizer_model = str(output.resolve() / "tokenizer")
@@ -82,19 +84,26 @@ def import_model(job: ImportJob) -> None:
         if job.check:
             _check(job, source, directory, dtype, tokens)
     print(f"{output}: imported{'' if job.check else ', not checked (--no-check)'}. Train it with\n", flush=True)
-    print(f"  pretrain_gpt_meap.py --pretrained-checkpoint {output} {line}")
+    print(f"  pretrain_gpt_meap.py --pretrained-checkpoint {shlex.quote(str(output))} {line}")
 
 
 def _tokenizer(job: ImportJob, model: Architecture) -> tuple[Any, int]:
     """The tokenizer with the mask token, and how many tokens it had before."""
     folder = Path(job.tokenizer or job.load)
     tokenizer = load_directory(folder)
-    tokens = len(tokenizer)
-    if tokens > model.vocabulary or model.vocabulary - tokens >= LARGEST_PADDING:
+    tokens = min(len(tokenizer), model.vocabulary)
+    spare, beyond = model.vocabulary - tokens, len(tokenizer) - tokens
+    added = [index for index in tokenizer.added_tokens_decoder if index >= model.vocabulary]
+    if beyond > len(added) or (spare >= LARGEST_PADDING and job.tokenizer is not None):
         raise UsageError(
-            f"{folder}: its tokenizer has {tokens} tokens, the weights have {model.vocabulary} rows: "
+            f"{folder}: its tokenizer has {len(tokenizer)} tokens, the weights have {model.vocabulary} rows: "
             "it is not the tokenizer of this model"
         )
+    if spare >= LARGEST_PADDING:
+        print(f"note: the last {spare} rows of the embedding belong to no token; they are left out", flush=True)
+    if beyond:
+        names = ", ".join(str(tokenizer.added_tokens_decoder[index]) for index in added[:3])
+        print(f"note: {beyond} tokens ({names}) have no row in the weights; they get new ones", flush=True)
     known = tokenizer.get_vocab().get(job.mask_token)
     if known is not None and known not in tokenizer.all_special_ids:
         raise UsageError(

@@ -1,5 +1,6 @@
 """A Hugging Face directory as a source of weights: found complete before anything is converted."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,21 +66,48 @@ def read_directory(folder: Path) -> HuggingFaceWeights:
         raise UsageError(f"{folder / 'config.json'}: {one_line(error)}") from error
     found = HuggingFaceWeights(folder, from_huggingface(config), weights_in(folder))
     if not found.places:
-        raise UsageError(f"{folder}: has no .safetensors files; save the model with save_pretrained of transformers")
+        raise UsageError(
+            f"{folder}: has no model.safetensors and no index of shards (model.safetensors.index.json); "
+            "save the model with save_pretrained of transformers"
+        )
     _check_weights(found)
     return found
 
 
 def weights_in(folder: Path) -> dict[str, Path]:
-    """Names of all weights in a directory's safetensors files, and the file of each."""
-    places: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                places |= dict.fromkeys(file.keys(), path)
-        except Exception as error:  # a damaged header can be wrong in any way
-            raise UsageError(f"{path}: not a safetensors file, or damaged ({one_line(error)})") from error
+    """Names of all weights that transformers reads from a directory, and the file of each.
+
+    That is `model.safetensors`, or the files in the index. Others there (`consolidated.safetensors`, an adapter, shards
+    of an earlier save) are none of the model's.
+
+    Raises:
+        UsageError: a file is damaged or missing, or the index names a weight that its file does not hold.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return dict.fromkeys(_names_in(whole), whole)
+    if not index.is_file():
+        return {}
+    try:
+        places = {str(name): folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{index}: not an index of weights ({one_line(error)})") from error
+    for path in sorted(set(places.values())):
+        if not path.is_file():
+            raise UsageError(f"{path}: missing, but {index.name} names it; copy the directory again")
+        there = _names_in(path)
+        if lacking := sorted(name for name, place in places.items() if place == path and name not in there):
+            raise UsageError(f"{path}: has no {lacking[0]}, but {index.name} says so: it belongs to another save")
     return places
+
+
+def _names_in(path: Path) -> set[str]:
+    """Names of the weights in one file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except Exception as error:  # a damaged header can be wrong in any way
+        raise UsageError(f"{path}: not a safetensors file, or damaged ({one_line(error)})") from error
 
 
 def _check_weights(found: HuggingFaceWeights) -> None:

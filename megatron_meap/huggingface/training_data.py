@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX
-from megatron_meap.tokenization.huggingface import begin_with_bos, tokenizer_of
+from megatron_meap.tokenization.huggingface import begin_with_bos, begin_without_bos, tokenizer_of
 
 
 def manifests(args: Namespace) -> list[tuple[str, str, dict[str, Any]]]:
@@ -37,6 +37,8 @@ def trained_tokenizer(args: Namespace, add_bos: bool | None = None) -> Any | Non
     tokenizer = tokenizer_of(args)
     if tokenizer is None:
         return None
+    if add_bos is False:
+        begin_without_bos(tokenizer)
     if add_bos is None:
         add_bos = tokenizer.bos_token is not None and documents_begin_with(args) == [tokenizer.bos_token_id]
     if add_bos:

@@ -265,6 +265,22 @@ def begin_with_bos(tokenizer: Any) -> None:
     )
 
 
+def begin_without_bos(tokenizer: Any) -> None:
+    """Make a tokenizer that puts BOS before every text leave it out; what it puts behind a text stays."""
+    ids = tokenizer("x")["input_ids"]
+    if tokenizer.bos_token is None or ids[0] != tokenizer.bos_token_id:
+        return
+    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
+    after = tokenizer.convert_ids_to_tokens(ids[ids.index(plain[0]) + len(plain) :])
+    around = " ".join(["$A", *after])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=around, pair=f"{around} $B", special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in set(after)]
+    )
+    if getattr(tokenizer, "add_bos_token", None):
+        tokenizer._add_bos_token = False
+    tokenizer.init_kwargs["add_bos_token"] = False
+
+
 def save_tokenizer(tokenizer: Any, directory: Path, max_length: int) -> None:
     """Save as files that transformers 4 and 5, vLLM and lm-eval all load."""
     tokenizer.model_max_length = max_length

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import os
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
@@ -301,6 +302,9 @@ def set_tokenizer(args: Namespace) -> Any:
     files = ("SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "GPTSentencePieceTokenizer")
     if args.tokenizer_model and args.tokenizer_type in files and not Path(args.tokenizer_model).exists():
         raise UsageError(f"--tokenizer-model {args.tokenizer_model}: no such file")
+    named = args.tokenizer_model
+    if args.tokenizer_type == "HuggingFaceTokenizer" and os.path.isabs(named or "") and not os.path.exists(named):
+        raise UsageError(f"--tokenizer-model {named}: nothing there; if the directory was moved, name its new place")
     padded_by_user = args.padded_vocab_size
     pad_vocab_size, args.pad_vocab_size = args.pad_vocab_size, False  # padding comes after the mask token
     try:

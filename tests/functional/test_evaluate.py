@@ -190,6 +190,8 @@ def test_the_judge_is_asked_again_and_keeps_its_verdicts(
     [
         ("FAITHFUL", True), ("**Hallucinated**.", False), ("<think>FAITHFUL or not?</think>\nHALLUCINATED", False),
         ("Faithful: all of it stands in the document.", True), ("NOT FAITHFUL", None), ("UNFAITHFUL", None),
+        ("Verdict: FAITHFUL", True), ('```json\n{"verdict": "HALLUCINATED"}\n```', False), ("\\boxed{FAITHFUL}", True),
+        ("The final answer is $\\boxed{\\text{Faithful}}$.", True), ("Answer: not faithful", None),
         ("The summary is not faithful.", None), ("FAITHFUL or HALLUCINATED? Hard to say.", None),
     ],
 )  # fmt: skip

@@ -13,11 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mistr
 
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.errors import UsageError
-from megatron_meap.huggingface import megatron_model, selfcheck
+from megatron_meap.huggingface import megatron_model, selfcheck, source
 from megatron_meap.huggingface.export import ExportJob, export
 from megatron_meap.huggingface.importer import FLAGS_FILE, ImportJob, import_model
 from megatron_meap.huggingface.selfcheck import CheckFailed
-from megatron_meap.tokenization.huggingface import from_sentencepiece, save_tokenizer
+from megatron_meap.sft.published import TEMPLATES
+from megatron_meap.sft.turns import TurnEncoder
+from megatron_meap.tokenization.huggingface import (
+    begin_with_bos,
+    begin_without_bos,
+    from_sentencepiece,
+    save_tokenizer,
+)
 from tests.sft import prepare
 
 SMALL = {
@@ -262,3 +269,60 @@ def copied(folder: Path, to: Path) -> Path:
     import shutil
 
     return Path(shutil.copytree(folder, to / "copy"))
+
+
+def test_weights_are_those_that_transformers_reads(untied: Pair, tmp_path: Path) -> None:
+    """By the index: files of other kinds, and shards of an earlier save, do not count; what it names must be there."""
+    export(ExportJob(str(untied.imported), str(tmp_path / "a b"), max_shard_size="100KB", check=False))
+    folder = tmp_path / "a b"
+    zeros = {"model.norm.weight": torch.zeros(64), "lora.weight": torch.zeros(1)}
+    for other in ("consolidated.safetensors", "adapter_model.safetensors", "model-00001-of-00099.safetensors"):
+        save_file(zeros, folder / other, metadata={"format": "pt"})
+    places = source.weights_in(folder)
+    assert places.keys() == load_file(untied.exported / "model.safetensors").keys()
+    assert not any(path.name.endswith("00099.safetensors") for path in places.values())
+    import_model(ImportJob(str(folder), str(tmp_path / "imported again")))
+    shard = places["model.norm.weight"]
+    save_file({"lora.weight": torch.zeros(1)}, shard, metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="belongs to another save"):
+        source.weights_in(folder)
+    shard.unlink()
+    with pytest.raises(UsageError, match="missing, but model"):
+        source.weights_in(folder)
+
+
+@pytest.mark.parametrize("rows", [-1, 2385])
+def test_vocabularies_of_other_sizes_than_the_weights(rows: int, huggingface_folder: Path, tmp_path: Path) -> None:
+    """An added token without a row gets one; thousands of rows without a token are left out; all EOS ids stay."""
+    known = AutoTokenizer.from_pretrained(str(huggingface_folder))
+    known.add_special_tokens({"pad_token": "<added>"})
+    known.chat_template = {"default": TEMPLATES["chatml"], "tool_use": "{{ messages }}"}
+    torch.manual_seed(0)
+    config = LlamaConfig(**SMALL, vocab_size=len(known) + rows)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "original")
+    known.save_pretrained(tmp_path / "original")
+    (tmp_path / "original" / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    import_model(ImportJob(str(tmp_path / "original"), str(tmp_path / "imported")))
+    export(ExportJob(str(tmp_path / "imported"), str(tmp_path / "exported")))
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors")["model.embed_tokens.weight"]
+        for name in ("original", "exported")
+    )
+    kept = min(len(known), len(before))
+    assert torch.equal(before[:kept], after[:kept])
+    assert len(after) == len(known) + 1
+    settings = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [known.eos_token_id, 5, 7]
+    encoder = TurnEncoder(AutoTokenizer.from_pretrained(tmp_path / "exported"), None)
+    assert encoder.template == TEMPLATES["chatml"]
+
+
+def test_a_tokenizer_that_adds_bos_itself_can_be_told_not_to(huggingface_folder: Path, tmp_path: Path) -> None:
+    known = AutoTokenizer.from_pretrained(str(huggingface_folder))
+    known.add_special_tokens({"bos_token": "<bos>"})
+    begin_with_bos(known)
+    begin_without_bos(known)
+    save_tokenizer(known, tmp_path, 128)
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path)("x")["input_ids"] == known("x", add_special_tokens=False)["input_ids"]
+    )

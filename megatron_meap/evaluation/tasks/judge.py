@@ -30,7 +30,8 @@ Summary:
 Answer with one word: FAITHFUL if everything in the summary is supported by the document, HALLUCINATED otherwise."""
 ENVIRONMENT = ("MEAP_JUDGE_URL", "MEAP_JUDGE_MODEL")
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
-_VERDICT = re.compile(r"\W*(FAITHFUL|HALLUCINATED)\b(.*)", re.IGNORECASE | re.DOTALL)
+_LEAD = r"(?:(?:(?:the\s+|my\s+)?(?:final\s+)?(?:verdict|answer|judge?ment|label)(?:\s+is)?|json|boxed|text)\W+)*"
+_VERDICT = re.compile(rf"\W*{_LEAD}(FAITHFUL|HALLUCINATED)\b(.*)", re.IGNORECASE | re.DOTALL)
 TRIES = 5
 FIRST_WAIT = 1.0
 """Seconds before the second try; doubled each time."""
@@ -107,7 +108,10 @@ def judged(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def verdict(said: str) -> bool | None:
-    """What a judge's answer says; None where it is not the one word that was asked for, with or without reasons."""
+    """What a judge's answer says; None where it does not begin with one.
+
+    The word may stand behind `Verdict:` and its like, in JSON or in `\\boxed{}`, and reasons may follow it.
+    """
     match = _VERDICT.fullmatch(_THOUGHTS.sub("", said))
     if match is None:
         return None
