@@ -17,7 +17,7 @@ data_flags
 MEAP=(--meap-mask-ratio "$MASK_RATIO")
 TRAINING=(
   --seq-length "${SEQ_LENGTH:-4096}" --attention-dropout 0 --hidden-dropout 0
-  --bf16 --micro-batch-size "${MICRO_BATCH:-1}" --global-batch-size 256 --train-iters "$TRAIN_ITERS" # 5.2B tokens
+  --bf16 --micro-batch-size "${MICRO_BATCH:-1}" --global-batch-size "${GLOBAL_BATCH:-256}" --train-iters "$TRAIN_ITERS" # 5.2B tokens
   --lr 5e-5 --min-lr 5e-6 --lr-decay-style cosine --lr-warmup-iters $((TRAIN_ITERS / 100))
   --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --seed 3407
 )

@@ -6,7 +6,7 @@
 # The first start takes the weights of CHECKPOINT, every later one resumes. The paper names the base and the length; the
 # length of the extension and its learning rate are our choice. DATA should hold long documents.
 set -euo pipefail
-TP=${TP:-1} PP=1 CP=${CP:-8}
+TP=${TP:-1} PP=${PP:-1} CP=${CP:-8}
 . "$(dirname "$0")/launch.sh"
 
 need CHECKPOINT "the checkpoints of the model to extend (its --save)" runs/paper-1.1b-meap/checkpoints
@@ -34,12 +34,12 @@ MODEL=(
 )
 MEAP=(--meap-mask-ratio "$MASK_RATIO" --meap-decay-all-parameters)
 TRAINING=(
-  --bf16 --micro-batch-size 1 --global-batch-size "${GLOBAL_BATCH:-16}" --train-iters "$TRAIN_ITERS" # 1.0B tokens
+  --bf16 --micro-batch-size "${MICRO_BATCH:-1}" --global-batch-size "${GLOBAL_BATCH:-16}" --train-iters "$TRAIN_ITERS" # 1.0B tokens
   --lr 4e-5 --min-lr 4e-6 --lr-decay-style cosine --lr-warmup-iters $((TRAIN_ITERS / 10))
   --weight-decay 0.05 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --seed 3407
 )
 LAYOUT=(
-  --tensor-model-parallel-size "$TP" --context-parallel-size "$CP"
+  --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"
   --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 )
 if ((TP > 1)); then LAYOUT+=(--sequence-parallel); fi

@@ -9,7 +9,6 @@
 # Data: C4, each document BOS + text + EOS (tools/preprocess_data.py --append-eod --prepend-bos), Llama-2's tokenizer:
 # its 32,000 tokens and [MASK] make 32,064 rows. Resumes from its own checkpoints. More variables: launch.sh.
 set -euo pipefail
-TP=1 PP=1 CP=1 # the models are small: data parallel alone
 . "$(dirname "$0")/launch.sh"
 
 SIZE=${SIZE:-0.1b}
@@ -36,11 +35,15 @@ MODEL=(
 )
 MEAP=(--meap-mask-ratio "$MASK_RATIO" --meap-official-init --meap-decay-all-parameters)
 TRAINING=(
-  --bf16 --micro-batch-size "${MICRO_BATCH:-$MICRO}" --global-batch-size 256 --train-iters "$TRAIN_ITERS"
+  --bf16 --micro-batch-size "${MICRO_BATCH:-$MICRO}" --global-batch-size "${GLOBAL_BATCH:-256}" --train-iters "$TRAIN_ITERS"
   --lr 4e-4 --min-lr 4e-5 --lr-decay-style cosine --lr-warmup-iters $((TRAIN_ITERS / 10))
   --weight-decay 0.05 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --seed 3407
 )
-LAYOUT=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
+LAYOUT=( # the models are small: by default data parallel alone
+  --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP"
+  --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+)
+if ((TP > 1)); then LAYOUT+=(--sequence-parallel); fi
 LOGGING=(--log-interval 10 --log-throughput --eval-interval 500 --eval-iters 10)
 CHECKPOINTS=(
   --save "$RUN/checkpoints" --load "$RUN/checkpoints" --save-interval 500 --meap-keep-last 3

@@ -20,7 +20,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--show", type=int, nargs="+", default=[], metavar="INDEX", help="samples to decode")
+    parser.add_argument(
+        "--show", type=int, nargs="+", default=[], metavar="INDEX", help="samples to decode (default: 0)"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the decoded samples as a page, too")
     parser.add_argument("--statistics", type=int, default=0, metavar="SAMPLES", help="mask statistics over so many")
     parser.add_argument("--digest", metavar="FIRST:END", help="digest of the stream of these samples")
@@ -41,5 +43,7 @@ def main() -> None:
         if not (first.isdigit() and end.isdigit() and int(first) < int(end)):
             raise UsageError(f"--digest {own.digest}: expected FIRST:END, such as 0:64")
         streams.print_digest(int(first), int(end))
-    if own.show or own.statistics or own.html:
+    if not (own.digest or own.statistics) or own.html:
+        own.show = own.show or [0]
+    if own.show or own.statistics:
         streams.print_samples(own.show, own.statistics, own.html)

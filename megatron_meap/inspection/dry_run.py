@@ -24,9 +24,10 @@ from megatron_meap.planning.text import layout_of
 from megatron_meap.planning.world import pretended
 from megatron_meap.sft import data as sft
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
-from megatron_meap.trainer import batch_sizes, preflight
+from megatron_meap.trainer import batch_sizes, data_use, preflight
 from megatron_meap.trainer.arguments import parse_arguments
 from megatron_meap.trainer.batches import datasets_provider
+from megatron_meap.trainer.data_use import amount, tokens_read
 
 
 def run() -> None:
@@ -75,7 +76,8 @@ def _sample_to_show(dataset: Any) -> int:
 
 def _model(args: Namespace, total: int, by_stage: list[int]) -> list[str]:
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
-    ranks = "GPUs" if device.plans_for_gpu() else "CPU processes"
+    one, more = ("GPU", "GPUs") if device.plans_for_gpu() else ("CPU process", "CPU processes")
+    ranks = one if args.world_size == 1 else more
     return [
         f"model         {total:,} parameters: {args.num_layers} layers, hidden {args.hidden_size}, FFN "
         f"{args.ffn_hidden_size}, {args.num_attention_heads} heads, vocabulary {args.padded_vocab_size}, {precision}",
@@ -85,11 +87,16 @@ def _model(args: Namespace, total: int, by_stage: list[int]) -> list[str]:
 
 def _schedule(args: Namespace) -> list[str]:
     samples = sum(phase.steps * phase.batch_size for phase in batch_sizes.phases(args))
-    validation = f"{args.eval_iters} batches every {args.eval_interval} steps" if args.eval_iters else "none"
+    validation = (
+        f"{args.eval_iters} batch{'es' if args.eval_iters > 1 else ''} every {args.eval_interval} steps"
+        if args.eval_iters
+        else "none"
+    )
     return [
         f"batch         {batch_sizes.describe(args)}",
-        f"schedule      {args.train_iters:,} steps, {samples:,} samples, {samples * args.seq_length / 1e9:,.3f} B "
+        f"schedule      {args.train_iters:,} steps, {samples:,} samples, {amount(tokens_read(args))} "
         f"tokens; learning rate {args.lr} to {args.min_lr}, {args.lr_decay_style}",
+        *data_use.lines(args),
         f"validation    {validation}",
     ]
 

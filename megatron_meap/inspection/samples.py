@@ -141,16 +141,18 @@ def view(dataset: Any, index: int, tokenizer: Any, mask_token_id: int) -> View:
     )
 
 
-def page(views: list[View], statistics: str) -> str:
-    """A self-contained HTML page."""
+def page(views: list[View], statistics: str, source: str) -> str:
+    """A self-contained HTML page about samples of a source, which is named at its top."""
     style = (
         "body{font-family:sans-serif;max-width:60em;margin:2em auto}pre{white-space:pre-wrap;line-height:1.6;"
-        "background:#f6f6f6;padding:1em}.masked{background:#c33;color:#fff}.unlearned{color:#aaa}h2{font-size:1em}"
+        "background:#f6f6f6;padding:1em}.masked{background:#c33;color:#fff;"
+        "border-right:1px solid #fff}.unlearned{color:#aaa}h2{font-size:1em}"
     )
     sections = "\n".join(each.for_html() for each in views)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Batches</title><style>{style}</style>\n'
-        '<h1>What the model sees</h1>\n<p><span class="masked">noised input</span> shown by its clean text (→ what '
+        f"<h1>What the model sees</h1>\n<p>{html.escape(source)}</p>\n"
+        '<p><span class="masked">noised input</span> shown by its clean text (→ what '
         'stands there, where it is not the mask token), <span class="unlearned">no loss</span>; '
         "a line parts two documents.</p>\n"
         f"<pre>{html.escape(statistics)}</pre>\n"

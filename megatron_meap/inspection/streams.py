@@ -87,10 +87,16 @@ class Streams:
             print(figures, flush=True)
         if page_path is not None:
             try:
-                page_path.write_text(page(views, figures))
+                page_path.write_text(page(views, figures, self._source()))
             except OSError as error:
                 raise UsageError(f"--html {page_path}: cannot be written: {error.strerror}") from error
             print(f"wrote {page_path}", flush=True)
+
+    def _source(self) -> str:
+        """Which data it is, and what is masked of it."""
+        args = self.args
+        names = args.data_path or args.train_data_path or [args.data_args_path or "mock data"]
+        return f"{' '.join(names)}: {MaskSettings.of(args).words('input tokens')}"
 
 
 def _exact(args: Namespace) -> bool:

@@ -159,7 +159,11 @@ def plot(history: History, path: Path, unigram: float | None = None) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.backend_bases import FigureCanvasBase
 
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:] not in formats:
+        raise UsageError(f"{path}: no picture has that ending; use one of .{', .'.join(sorted(formats))}")
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for name, label, color in (
         (MASKED_LOSS, "training, own input masked", "tab:red"),

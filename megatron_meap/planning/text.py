@@ -5,7 +5,7 @@ from argparse import Namespace
 from megatron_meap.planning.compute import GPU
 from megatron_meap.planning.layouts import Plan
 from megatron_meap.planning.memory import StageMemory
-from megatron_meap.trainer import batch_sizes
+from megatron_meap.trainer import batch_sizes, data_use
 
 GIB = 2**30
 _KINDS = ("weights", "gradients", "optimizer", "activations", "loss", "working", "total")
@@ -37,10 +37,11 @@ def describe(plan: Plan) -> str:
     lines = [
         f"model         {memory.parameters:,} parameters ({args.num_layers} layers, hidden {args.hidden_size}, "
         f"vocabulary {args.padded_vocab_size})",
-        f"layout        {layout_of(args)} on {args.world_size} GPUs",
+        f"layout        {layout_of(args)} on {args.world_size} GPU{'' if args.world_size == 1 else 's'}",
         f"batch         {batch_sizes.describe(args)}",
         f"work          {work.steps:,} steps, {work.tokens / 1e9:,.2f} B tokens, model FLOPs {work.model_flops:.3e}, "
         f"hardware FLOPs {work.hardware_flops:.3e}",
+        *data_use.lines(args),
         f"checkpoint    {memory.checkpoint / GIB:,.2f} GiB each, optimizer state included",
         "",
         "memory of a rank, GiB",

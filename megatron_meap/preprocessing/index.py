@@ -90,7 +90,13 @@ def read_index(prefix: str) -> Index:
     path, data = Path(prefix + ".idx"), Path(prefix + ".bin")
     for file in (path, data):
         if not file.is_file():
-            raise UsageError(f"{file}: no such file; a dataset is named by its path without .bin and .idx")
+            near = f"{prefix}_text_document"
+            hint = (
+                f"did you mean {near}?"
+                if Path(near + ".idx").is_file()
+                else "a dataset is named by its path without .bin and .idx"
+            )
+            raise UsageError(f"{file}: no such file; {hint}")
     with open(path, "rb") as opened:
         header = opened.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):

@@ -39,7 +39,7 @@ from megatron_meap.errors import UsageError, note_status
 from megatron_meap.meap.dataset import COPY, NOISED
 from megatron_meap.meap.losses import next_token_loss
 from megatron_meap.tokenization.mask_token import special_token_ids
-from megatron_meap.trainer import official, preflight
+from megatron_meap.trainer import data_use, official, preflight
 from megatron_meap.trainer.arguments import parse_arguments
 from megatron_meap.trainer.batches import datasets_provider, get_batch
 from megatron_meap.trainer.output import LOG, Output
@@ -91,7 +91,7 @@ def _heading(args: Namespace) -> str:
 
 def _announce(args: Namespace) -> None:
     """Say in a few lines what is about to run."""
-    print(*description.describe(args), sep="\n")
+    print(*description.describe(args), *data_use.lines(args), sep="\n")
     print(
         f"checkpoints and log ({LOG}) in {args.save}" if args.save else "no --save: nothing of this run will be kept",
         flush=True,

@@ -215,6 +215,20 @@ def test_a_gpu_recipe_never_trains_on_the_cpu(desk: Desk) -> None:
     assert desk.asked("paper.sh", MEAP_DEVICE="cpu", GPUS_PER_NODE="2")["environment"]["MEAP_DEVICE"] == "cpu"
 
 
+@pytest.mark.parametrize(
+    "recipe", ["paper.sh", "llama_7b.sh", "llama_70b.sh", "long_context.sh", "continue.sh", "finetune.sh"]
+)
+def test_every_recipe_honours_the_documented_variables(desk: Desk, recipe: str) -> None:
+    asked = {"TRAIN_ITERS": "77", "MICRO_BATCH": "3", "GLOBAL_BATCH": "48", "TP": "2", "PP": "2", "RUN": "runs/mine"}
+    asked |= {"CP": "1" if recipe == "finetune.sh" else "2"}
+    command = " ".join(desk.asked(recipe, "--dry-run", CHECKPOINT="imported", **asked)["command"])
+    for flag in ("--train-iters 77", "--micro-batch-size 3", "--global-batch-size 48", "--save runs/mine/checkpoints"):
+        assert f" {flag} " in command + " "
+    for name, variable in (("tensor-model", "TP"), ("pipeline-model", "PP"), ("context", "CP")):
+        if asked[variable] != "1":
+            assert f" --{name}-parallel-size {asked[variable]} " in command + " "
+
+
 def test_plan_goes_to_the_tool(desk: Desk) -> None:
     asked = desk.asked("llama_70b.sh", "--plan", "--gpu", "h200")
     assert asked["command"][1].endswith("tools/plan_run.py")
@@ -239,6 +253,7 @@ def test_plan_goes_to_the_tool(desk: Desk) -> None:
             {"TOKENIZER": "t.model", "DATA": "d", "NNODES": "2", "MEAP_DEVICE": "cpu"},
             "error: MASTER_ADDR is not set",
         ),
+        ("finetune.sh", {"CP": "2"}, "error: CP=2: packed rows are not cut"),
         ("continue.sh", {}, "error: CHECKPOINT is not set"),
         ("continue.sh", {"CHECKPOINT": "nowhere"}, "CHECKPOINT=nowhere: has no megatron_flags.txt"),
         ("long_context.sh", {}, "error: CHECKPOINT is not set"),

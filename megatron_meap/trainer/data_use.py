@@ -1,0 +1,65 @@
+"""How much data a run reads, and how often it reads the same."""
+
+from argparse import Namespace
+
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.index import read_index
+from megatron_meap.trainer import batch_sizes
+
+MANY_EPOCHS = 4
+"""Up to about so many, repeated text is nearly as good as new text (arXiv 2305.16264)."""
+
+
+def amount(tokens: float) -> str:
+    """A number of tokens for people: 131.1 M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if tokens >= size:
+            return f"{tokens / size:,.1f} {unit}"
+    return f"{tokens:.0f}"
+
+
+def tokens_read(args: Namespace) -> int:
+    """Tokens that the training steps read, copies included."""
+    return sum(phase.steps * phase.batch_size for phase in batch_sizes.phases(args)) * int(args.seq_length)
+
+
+def lines(args: Namespace) -> list[str]:
+    """Tokens and epochs of the pretraining data in one line, and a warning where text is read many times.
+
+    There is none for data that does not stand in files here, and for fine-tuning, which counts conversations.
+    """
+    if args.meap_sft or args.mock_data or not (args.train_iters or args.train_samples):
+        return []
+    try:
+        there, epochs = _use(args)
+    except UsageError:
+        return []
+    if not epochs:
+        return []
+    low, high = min(epochs), max(epochs)
+    times = f"{high:.2g}" if high - low < 0.05 * high else f"{low:.2g} to {high:.2g}"
+    said = [f"tokens        {amount(tokens_read(args))} read of {amount(there)} to train on: {times} epochs"]
+    if high > MANY_EPOCHS:
+        said.append(
+            f"warning: some text is read {high:.0f} times; beyond {MANY_EPOCHS} epochs a model gains little from it: "
+            "use more data, or fewer steps"
+        )
+    return said
+
+
+def _use(args: Namespace) -> tuple[float, list[float]]:
+    """Tokens there are to train on, and how often those of each dataset are read."""
+    blend, per_split = get_blend_and_blend_per_split(args)
+    prefixes, weights = blend or (per_split or [None])[0] or ([], None)
+    share = 1.0
+    if blend is not None and args.split is not None:
+        parts = [float(part) for part in args.split.split(",")]
+        share = parts[0] / sum(parts)
+    tokens = [share * read_index(prefix).tokens for prefix in prefixes]
+    weights = weights or tokens
+    read = tokens_read(args) / (2 if args.meap_copy_weight is not None else 1)  # a copy is of the sample before it
+    return sum(tokens), [
+        read * weight / sum(weights) / size for weight, size in zip(weights, tokens, strict=True) if size and weight
+    ]
