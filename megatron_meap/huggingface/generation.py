@@ -5,6 +5,7 @@ model runs with too: transformers' own, with its cache, samplers and streaming.
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,8 @@ class Generator:
     def _config(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:
         """Transformers' settings: up to the end of the context, and never the mask token."""
         room = self.model.config.max_position_embeddings - prompt_tokens
+        if sampling.max_new_tokens > room:
+            print(f"the model's context leaves room for {room} new tokens", file=sys.stderr)
         greedy = sampling.temperature == 0
         how = {} if greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
         ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id

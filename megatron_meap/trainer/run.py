@@ -92,6 +92,9 @@ def _heading(args: Namespace) -> str:
 def _announce(args: Namespace) -> None:
     """Say in a few lines what is about to run."""
     print(*description.describe(args), *data_use.lines(args), sep="\n")
+    loads = args.pretrained_checkpoint or (args.load and latest.pointer(Path(args.load)))
+    if args.meap_sft and not loads:
+        print("warning: no --pretrained-checkpoint: the fine-tuning starts from random weights")
     print(
         f"checkpoints and log ({LOG}) in {args.save}" if args.save else "no --save: nothing of this run will be kept",
         flush=True,
