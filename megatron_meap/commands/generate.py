@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import replace
 
 from megatron_meap.errors import UsageError
 
@@ -25,6 +26,11 @@ def parse_flags() -> argparse.Namespace:
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     text.add_argument("--prompt-file", help="file with one prompt a line; - is standard input")
+    parser.add_argument(
+        "--chat", action="store_true", help="ask in the tokenizer's chat template; each prompt continues the chat"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (default 1)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=100, help="length of a continuation (default %(default)s)"
     )
@@ -73,8 +79,22 @@ def main() -> None:
     sampling = Sampling(
         args.max_new_tokens, 0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.seed
     )
+    if args.num_samples < 1:
+        raise UsageError(f"--num-samples {args.num_samples}: must be at least 1")
+    if args.system and not args.chat:
+        raise UsageError("--system: belongs to a chat; add --chat")
     generator = Generator(args.load, args.ckpt_step, args.tokenizer)
+    messages: list[dict[str, str]] = [{"role": "system", "content": args.system}] if args.system else []
     for prompt in prompts(args):
-        text = generator.generate(prompt, sampling, stream=not args.no_stream)
-        if args.no_stream:
-            print(text, flush=True)
+        if args.chat:
+            messages.append({"role": "user", "content": prompt})
+        for number in range(args.num_samples):
+            chosen = sampling if args.seed is None else replace(sampling, seed=args.seed + number)
+            if args.chat:
+                text = generator.answer(messages, chosen, stream=not args.no_stream)
+            else:
+                text = generator.generate(prompt, chosen, stream=not args.no_stream)
+            if args.no_stream:
+                print(text, flush=True)
+        if args.chat:
+            messages.append({"role": "assistant", "content": text})

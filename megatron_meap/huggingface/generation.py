@@ -19,6 +19,8 @@ from megatron_meap.errors import UsageError, one_line
 from megatron_meap.huggingface.generation_config import ending_ids
 from megatron_meap.huggingface.training_data import trained_tokenizer
 from megatron_meap.huggingface.weights import Source, inspect
+from megatron_meap.sft.records import BadConversation, Message
+from megatron_meap.sft.turns import TurnEncoder
 from megatron_meap.tokenization.huggingface import load_directory, moved
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
@@ -62,6 +64,7 @@ class Generator:
             self.model, self.tokenizer, self.mask_id = _from_huggingface(path, tokenizer)
         else:
             self.model, self.tokenizer, self.mask_id = _from_megatron(path, iteration, tokenizer)
+        self._encoder: TurnEncoder | None = None  # made for the first chat
         on_gpu = torch.cuda.is_available() and os.environ.get("MEAP_DEVICE") != "cpu" and not device.is_cpu()
         self.model.eval().to("cuda" if on_gpu else "cpu")
 
@@ -77,17 +80,46 @@ class Generator:
             The prompt and its continuation.
         """
         tokens = self._encode(prompt)
+        streamer = TextStreamer(self.tokenizer, skip_special_tokens=True) if stream else None
+        return self.tokenizer.decode(self._continue(tokens, sampling, streamer), skip_special_tokens=True)
+
+    def answer(self, messages: list[Message], sampling: Sampling, stream: bool = False) -> str:
+        """Answer the last message of a chat, asked as in fine-tuning: in the tokenizer's chat template.
+
+        Args:
+            messages: a system prompt or none, then user and assistant in turn, the user's question last.
+            sampling: how tokens are chosen.
+            stream: print the answer while it is made.
+        """
+        if self._encoder is None:
+            self._encoder = TurnEncoder(self.tokenizer, None)
+        try:
+            ids = self._encoder.prompt(messages).tolist()
+        except BadConversation as error:
+            raise UsageError(f"--chat: the conversation {error}") from error
+        tokens = torch.tensor([self._fitting(ids)], device=self.model.device)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+        output = self._continue(tokens, sampling, streamer)
+        return self.tokenizer.decode(output[len(ids) :], skip_special_tokens=True)
+
+    def _continue(self, tokens: torch.Tensor, sampling: Sampling, streamer: Any) -> torch.Tensor:
+        """Ids of the prompt [1, tokens] and its continuation."""
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        streamer = TextStreamer(self.tokenizer, skip_special_tokens=True) if stream else None
         with torch.inference_mode():
-            output = self.model.generate(
+            return self.model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 generation_config=self._config(sampling, tokens.shape[1]),
                 streamer=streamer,
-            )
-        return self.tokenizer.decode(output[0], skip_special_tokens=True)
+            )[0]
+
+    def _fitting(self, ids: list[int]) -> list[int]:
+        """The ids, if they leave room in the context."""
+        limit = self.model.config.max_position_embeddings
+        if len(ids) >= limit:
+            raise UsageError(f"the prompt has {len(ids)} tokens, the model's context only {limit}")
+        return ids
 
     def _encode(self, prompt: str) -> torch.Tensor:
         """Ids of the prompt [1, tokens]; a document's start where there is no text."""
@@ -95,10 +127,7 @@ class Generator:
         start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         if not ids and start is None:
             raise UsageError("--prompt: empty, and the tokenizer has no BOS or EOS token to start from")
-        limit = self.model.config.max_position_embeddings
-        if len(ids) >= limit:
-            raise UsageError(f"the prompt has {len(ids)} tokens, the model's context only {limit}")
-        return torch.tensor([ids or [start]], device=self.model.device)
+        return torch.tensor([self._fitting(ids) or [start]], device=self.model.device)
 
     def _ids(self, prompt: str) -> list[int]:
         """Ids of a text with what the tokenizer puts before it, but not what it puts behind it, such as EOS."""

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface.generation import Generator, Sampling
 from megatron_meap.huggingface.importer import ImportJob, import_model
+from megatron_meap.sft.published import TEMPLATES
 from tests.conftest import REPOSITORY
 
 
@@ -121,3 +122,17 @@ def test_missing_prompt_file(folders: dict[str, Path], monkeypatch: pytest.Monke
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(REPOSITORY / "tools" / "generate.py"), run_name="__main__")
     assert caught.value.code == 2
+
+
+def test_a_chat_is_asked_by_the_ids_of_fine_tuning(folders: dict[str, Path]) -> None:
+    """The answer alone, the same from both forms; the template's text is tokens, a message's is not."""
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "<eos> the class"}]
+    answers = []
+    for folder in folders.values():
+        generator = Generator(str(folder))
+        generator.tokenizer.chat_template = TEMPLATES["vicuna"].replace("bos_token", "eos_token")
+        answers.append(generator.answer(chat, Sampling(8, 1.0, seed=3)))
+        ids = generator._encoder.prompt(chat).tolist()
+        assert ids.count(generator.tokenizer.eos_token_id) == 1
+    assert answers[0] == answers[1]
+    assert "USER" not in answers[0]
