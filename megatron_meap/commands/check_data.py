@@ -26,7 +26,12 @@ def main() -> None:
     for prefix in args.data:
         statistics, manifest = inspect(prefix)
         if reference:
-            check_manifest(prefix, tokenizer_sha256=tokenizer_fingerprint(args), vocab_size=reference.vocab_size)
+            check_manifest(
+                prefix,
+                tokenizer_sha256=tokenizer_fingerprint(args),
+                vocab_size=reference.vocab_size,
+                special={"bos": reference.bos, "eod": reference.eod},
+            )
             if not manifest and len(statistics.counts) > reference.vocab_size:
                 raise UsageError(f"{prefix}: holds ids up to {len(statistics.counts) - 1}: made with another tokenizer")
         print(f"{prefix}: " + ("as its manifest says" if manifest else "whole; no manifest to compare with"))

@@ -33,13 +33,20 @@ def to_bytes(manifest: dict[str, Any]) -> bytes:
     return (json.dumps({"format": FORMAT, **manifest}, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def check_manifest(prefix: str, *, tokenizer_sha256: str | None, vocab_size: int) -> None:
+def _named(name: str, id: int | None) -> str:
+    return f"no {name.upper()} token" if id is None else f"the {name.upper()} token {id}"
+
+
+def check_manifest(
+    prefix: str, *, tokenizer_sha256: str | None, vocab_size: int, special: dict[str, int | None] | None = None
+) -> None:
     """Refuse a dataset that does not fit a training run; without a manifest nothing is known, and nothing refused.
 
     Args:
         prefix: as in `--data-path`, without `.bin` or `.idx`.
         tokenizer_sha256: `tokenizer_fingerprint` of the run's arguments; None does not compare.
         vocab_size: rows of the model's embedding that have a meaning (mask token included, padding not).
+        special: ids of `bos` and `eod` in the run's tokenizer, None for those that it has not; None does not compare.
 
     Raises:
         UsageError: another tokenizer, ids outside the vocabulary, or a `.bin` that is not the manifest's.
@@ -54,6 +61,12 @@ def check_manifest(prefix: str, *, tokenizer_sha256: str | None, vocab_size: int
             f"sha256 {made_with['sha256'][:12]}) than this run's (sha256 {tokenizer_sha256[:12]}); "
             "train with that tokenizer, or preprocess the corpus again with this one"
         )
+    for name, now in (special or {}).items():
+        if (then := made_with[name]) != now:
+            raise UsageError(
+                f"{prefix}: made with {_named(name, then)}, but this run's tokenizer has {_named(name, now)}: it would "
+                "not see where documents begin and end; set its special tokens as they were, or preprocess again"
+            )
     if manifest["max_token_id"] >= vocab_size:
         raise UsageError(
             f"{prefix}: holds the token id {manifest['max_token_id']}, but the model's vocabulary has {vocab_size} "

@@ -50,6 +50,7 @@ def tokenizer_of(args: Namespace) -> Any | None:
     if args.tokenizer_type == "NullTokenizer":
         return None
     tokenizer = _load(args)
+    _fill_holes(tokenizer)
     add_mask_token(tokenizer, getattr(args, "meap_mask_token", "[MASK]"))
     _agree_with_training(tokenizer, args)
     tokenizer.chat_template = getattr(args, "meap_sft_template_text", None) or tokenizer.chat_template
@@ -89,6 +90,17 @@ def load_directory(directory: Path) -> Any:
         raise UsageError(
             f"{directory}: holds no Hugging Face tokenizer that can be loaded ({one_line(error)})"
         ) from error
+
+
+def _fill_holes(tokenizer: Any) -> None:
+    """Give every id up to the largest a token: else one that is added takes, once loaded again, an id that is used."""
+    used = tokenizer.get_vocab().values()
+    holes = sorted(set(range(max(used))) - set(used))
+    if not holes:
+        return
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    definition["model"]["vocab"].update({f"<unused_{id}>": id for id in holes})
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(definition))
 
 
 def add_mask_token(tokenizer: Any, text: str) -> int:

@@ -33,18 +33,41 @@ def resolve_mask_token(tokenizer: Any, text: str = MASK_TOKEN) -> MaskToken:
         text: how the token is written.
 
     Raises:
-        UsageError: the tokenizer has that token as an ordinary one, which text can produce.
+        UsageError: the tokenizer has that token as an ordinary one, which text can produce, or for another purpose.
     """
-    lookup = _LOOKUPS.get(getattr(tokenizer, "library", ""))
-    found, special = lookup(tokenizer._tokenizer.tokenizer, text) if lookup else (None, True)
+    found, special = _look_up(tokenizer, text)
     if found is None:
-        return MaskToken(text, tokenizer.vocab_size, added=True)
+        return MaskToken(text, vocabulary_size(tokenizer), added=True)
+    for name in ("eod", "bos", "pad", "unk"):
+        if special_id(tokenizer, name) == found:
+            raise UsageError(
+                f"--meap-mask-token: {text!r} is this tokenizer's {name.upper()} token (id {found}); name another one, "
+                "which has no other purpose"
+            )
     if not special:
         raise UsageError(
             f"--meap-mask-token: {text!r} is an ordinary token of this tokenizer (id {found}), so text can produce it; "
             "name a special (control) token, or one that the tokenizer does not have"
         )
     return MaskToken(text, found, added=False)
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Rows of the embedding that a Megatron tokenizer's ids need: some Hugging Face vocabularies have holes."""
+    if getattr(tokenizer, "library", "") not in ("huggingface", "megatron"):
+        return tokenizer.vocab_size
+    return max(tokenizer.vocab_size, 1 + max(tokenizer._tokenizer.tokenizer.get_vocab().values()))
+
+
+def token_id(tokenizer: Any, text: str) -> int | None:
+    """Id of the token that is written `text`; None where a Megatron tokenizer has none."""
+    return _look_up(tokenizer, text)[0]
+
+
+def _look_up(tokenizer: Any, text: str) -> tuple[int | None, bool]:
+    """Id of a token, None where there is none, and whether text never becomes it."""
+    lookup = _LOOKUPS.get(getattr(tokenizer, "library", ""))
+    return lookup(tokenizer._tokenizer.tokenizer, text) if lookup else (None, True)
 
 
 def _in_sentencepiece(processor: Any, text: str) -> tuple[int | None, bool]:
@@ -80,7 +103,7 @@ _LOOKUPS = {
 
 
 def special_id(tokenizer: Any, name: str) -> int | None:
-    """Id of `eod`, `bos` or `pad`; None where the tokenizer has none, which Megatron's say in several ways."""
+    """Id of `eod`, `bos`, `pad` or `unk`; None where the tokenizer has none, which Megatron's say in several ways."""
     try:
         value = getattr(tokenizer, name)
     except (AttributeError, NotImplementedError, NameError):

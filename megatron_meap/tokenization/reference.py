@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_meap.errors import UsageError, one_line
-from megatron_meap.tokenization.mask_token import MASK_TOKEN, MaskToken, resolve_mask_token, special_id
+from megatron_meap.tokenization.mask_token import MASK_TOKEN, MaskToken, resolve_mask_token, special_id, vocabulary_size
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "TikTokenizer", "GPT2BPETokenizer", "NullTokenizer")
@@ -88,19 +88,15 @@ def load_reference(args: Any) -> Reference:
         return _sentencepiece(args.tokenizer_model, args.meap_mask_token)
     megatron = _megatron_tokenizer(args)
     model: Any = getattr(megatron._tokenizer, "tokenizer", None)
-    encode: Callable[[str], Sequence[int]] = megatron.tokenize
+    encode = plain_encode(megatron)
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
-    if megatron.library == "tiktoken":
-        encode = model.encode_ordinary
-    elif megatron.library in ("huggingface", "megatron"):
-        encode = _huggingface_encode(model)
-        if not args.tokenizer_hf_no_include_special_tokens:
-            prefix, suffix = _around(model("a")["input_ids"], encode("a"))
+    if megatron.library in ("huggingface", "megatron") and not args.tokenizer_hf_no_include_special_tokens:
+        prefix, suffix = _around(model("a")["input_ids"], encode("a"))
     return Reference(
         megatron.library,
         encode,
-        megatron.vocab_size,
+        vocabulary_size(megatron),
         prefix,
         suffix,
         bos=special_id(megatron, "bos"),
@@ -110,6 +106,18 @@ def load_reference(args: Any) -> Reference:
         tokenizer=megatron,
         mask=None if megatron.library == "null-text" else resolve_mask_token(megatron, args.meap_mask_token),
     )
+
+
+def plain_encode(tokenizer: Any) -> Callable[[str], Sequence[int]]:
+    """Ids of a text alone, as `Reference.encode`, by a Megatron tokenizer."""
+    model = getattr(tokenizer._tokenizer, "tokenizer", None)
+    if tokenizer.library == "tiktoken":
+        return model.encode_ordinary  # type: ignore[union-attr]
+    if tokenizer.library == "sentencepiece":
+        return model.encode_as_ids  # type: ignore[union-attr]
+    if tokenizer.library in ("huggingface", "megatron"):
+        return _huggingface_encode(model)
+    return tokenizer.tokenize
 
 
 def _check_files(args: Any) -> None:
@@ -141,20 +149,20 @@ def _sentencepiece(path: str, mask_token: str) -> Reference:
         _tokenizer=SimpleNamespace(tokenizer=model),
         vocab_size=model.get_piece_size(),
         detokenize=model.decode_ids,
+        bos=model.bos_id(),
+        eod=model.eos_id(),
+        unk=model.unk_id(),
+        pad=model.pad_id(),
     )
-
-    def present(token: int) -> int | None:
-        return token if token >= 0 else None
-
     return Reference(
         "sentencepiece",
         model.encode_as_ids,
         stand_in.vocab_size,
         (),
         (),
-        bos=present(model.bos_id()),
-        eod=present(model.eos_id()),
-        unk=present(model.unk_id()),
+        bos=special_id(stand_in, "bos"),
+        eod=special_id(stand_in, "eod"),
+        unk=special_id(stand_in, "unk"),
         model=model,
         tokenizer=stand_in,
         mask=resolve_mask_token(stand_in, mask_token),

@@ -23,8 +23,8 @@ from megatron_meap.meap import settings as meap
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft import flags as sft
 from megatron_meap.sft.flags import BadLineSettings, SFTSettings
-from megatron_meap.tokenization.mask_token import all_special_ids, resolve_mask_token
-from megatron_meap.trainer import batch_sizes
+from megatron_meap.tokenization.mask_token import all_special_ids, resolve_mask_token, vocabulary_size
+from megatron_meap.trainer import batch_sizes, fim
 from megatron_meap.trainer.official import OfficialSettings
 from megatron_meap.trainer.probe import ProbeSettings
 
@@ -317,7 +317,8 @@ def set_tokenizer(args: Namespace) -> Any:
         raise UsageError(f"--tokenizer-model {path}: not a {args.tokenizer_type} tokenizer ({reason})") from error
     args.pad_vocab_size = pad_vocab_size
     mask = resolve_mask_token(tokenizer, args.meap_mask_token)
-    needed = max(tokenizer.vocab_size, mask.id + 1)
+    needed = max(vocabulary_size(tokenizer), mask.id + 1)
+    fim.check(args, tokenizer, mask.id)
     if padded_by_user is None:
         args.padded_vocab_size = vocab_size_with_padding(needed, args) if pad_vocab_size else needed
     elif padded_by_user < needed:
@@ -326,6 +327,6 @@ def set_tokenizer(args: Namespace) -> Any:
             f"{needed}; raise --padded-vocab-size, or use the tokenizer the checkpoint was trained with"
         )
     args.meap_mask_token_id = mask.id
-    args.meap_tokenizer_vocab_size = tokenizer.vocab_size
+    args.meap_tokenizer_vocab_size = vocabulary_size(tokenizer)
     args.meap_special_ids = all_special_ids(tokenizer)
     return tokenizer

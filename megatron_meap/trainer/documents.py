@@ -5,13 +5,17 @@ samples a process reads, and in which order. The classes are named as Megatron's
 its data caches.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.utils import Split
+from megatron.core.utils import accepts_parameter
 from megatron.training.datasets.fim_dataset import GPTFIMDataset
+
+from megatron_meap.tokenization.reference import plain_encode
 
 
 class _CleanCache(gpt_dataset.GPTDataset):
@@ -37,11 +41,33 @@ class MockGPTDataset(_CleanCache, gpt_dataset.MockGPTDataset):
     """Samples of made-up documents (`--mock-data`)."""
 
 
+class _PlainText:
+    """A Megatron tokenizer that takes all text for text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._decode = tokenizer._tokenizer.ids_to_text
+        self._without_special = (
+            {"remove_special_tokens": True} if accepts_parameter(self._decode, "remove_special_tokens") else {}
+        )
+        self.text_to_ids = plain_encode(tokenizer)
+
+    def ids_to_text(self, ids: np.ndarray, remove_special_tokens: bool = True) -> str:
+        return self._decode(ids.tolist(), **self._without_special)
+
+
 class StatelessFIMDataset(_CleanCache, GPTFIMDataset):
     """Fill-in-the-middle samples.
 
-    Megatron's own draws from one running generator a process.
+    Megatron's own draws from one running generator a process, and parses special tokens from the text that it encodes
+    again: a document that speaks of `[MASK]` would have the mask's id in its inputs and labels.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._text = SimpleNamespace(_tokenizer=_PlainText(self.config.tokenizer))
+
+    def _permute(self, sample: Any, fim_rate: float, fim_spm_rate: float, tokenizer: Any, **settings: Any) -> Any:
+        return super()._permute(sample, fim_rate, fim_spm_rate, self._text, **settings)
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, Any, list]:
         self.np_rng = np.random.RandomState([self.config.random_seed % 2**32, idx])

@@ -20,6 +20,7 @@ from megatron_meap.preprocessing.index import read_index
 from megatron_meap.preprocessing.manifest import check_manifest
 from megatron_meap.sft import data as sft
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.tokenization.mask_token import special_id
 from megatron_meap.trainer.record import describe
 from megatron_meap.trainer.resume import choose_start
 
@@ -164,7 +165,13 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
         )
     if args.split is not None:
         _check_split(prefix, args)
-    check_manifest(prefix, tokenizer_sha256=args.meap_tokenizer_sha256, vocab_size=args.meap_tokenizer_vocab_size)
+    tokenizer = get_tokenizer()
+    check_manifest(
+        prefix,
+        tokenizer_sha256=args.meap_tokenizer_sha256,
+        vocab_size=args.meap_tokenizer_vocab_size,
+        special={name: special_id(tokenizer, name) for name in ("bos", "eod")},
+    )
 
 
 def _check_split(prefix: str, args: Namespace) -> None:

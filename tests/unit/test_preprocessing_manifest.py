@@ -91,3 +91,17 @@ def test_what_else_determines_the_ids(tmp_path):
         )
     ]
     assert len(set(prints)) == len(prints)
+
+
+def test_other_special_tokens_are_refused(dataset, model):
+    """The same vocabulary file may name another end of documents, which the fingerprint does not see."""
+    sha256 = tokenizer_fingerprint(sentencepiece_args(model))
+    fits = {"bos": 1, "eod": 2}
+    check_manifest(dataset, tokenizer_sha256=sha256, vocab_size=600, special=fits)
+    for name, id, message in [
+        ("eod", 7, "made with the EOD token 2, but this run's tokenizer has the EOD token 7"),
+        ("eod", None, "made with the EOD token 2, but this run's tokenizer has no EOD token"),
+        ("bos", None, "made with the BOS token 1, but this run's tokenizer has no BOS token"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            check_manifest(dataset, tokenizer_sha256=sha256, vocab_size=600, special=fits | {name: id})

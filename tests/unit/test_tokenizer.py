@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 from megatron.core.tokenizers import MegatronTokenizer
 from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+from transformers import PreTrainedTokenizerFast
 
 from megatron_meap.errors import UsageError
 from megatron_meap.tokenization.mask_token import resolve_mask_token, special_token_ids
@@ -114,3 +115,43 @@ def test_llama2_as_in_the_paper(shared_data: Path, tmp_path: Path, kind: str) ->
     assert (mask.id, mask.added) == (32000, True)
     args = SimpleNamespace(make_vocab_size_divisible_by=64, tensor_model_parallel_size=1, rank=0)
     assert vocab_size_with_padding(mask.id + 1, args) == 32064
+
+
+def test_a_vocabulary_with_a_hole(tmp_path: Path) -> None:
+    """The mask token comes after the largest id, in training and in an exported tokenizer that is loaded again."""
+    from tokenizers import Tokenizer, models
+
+    from megatron_meap.tokenization.huggingface import tokenizer_of
+    from tests.unit.preprocessing import read_back, run_job, tokenizer_args, write_jsonl
+
+    letters = {letter: id for id, letter in enumerate("abcdefgh")} | {"</s>": 9}  # 9 entries, 9 is the largest id
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "hf")
+    tokenizer = huggingface_tokenizer(tmp_path / "hf")
+    assert tokenizer.vocab_size == tokenizer.eod == 9
+    assert resolve_mask_token(tokenizer).id == 10
+    args = tokenizer_args("HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "hf"))
+    made = run_job([write_jsonl(tmp_path / "a.jsonl", ["abc"])], tmp_path / "x", args)[0]
+    assert read_back(tmp_path / "x_text_document") == [[0, 1, 2, 9]]
+    assert (made["tokenizer"]["vocab_size"], made["mask_token"]["id"]) == (10, 10)
+    args.meap_tokenizer_vocab_size, args.meap_mask_token_id = 10, 10
+    tokenizer_of(args).save_pretrained(tmp_path / "exported")
+    exported = PreTrainedTokenizerFast.from_pretrained(tmp_path / "exported")
+    assert (exported.mask_token_id, exported.eos_token_id, exported("abc")["input_ids"]) == (10, 9, [0, 1, 2])
+
+
+@pytest.mark.parametrize("name", ["eos_token", "bos_token", "pad_token", "unk_token"])
+def test_a_token_of_another_purpose_is_no_mask(name: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    names = {"eos_token": "</s>", name: "[X]"}
+    backend = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"'\[X\]' is this tokenizer's (EOD|BOS|PAD|UNK) token"):
+        resolve_mask_token(huggingface_tokenizer(tmp_path), "[X]")
+
+
+def test_a_control_symbol_of_another_purpose_is_no_mask(corpus: Corpus) -> None:
+    for text, name in (("<s>", "BOS"), ("</s>", "EOD"), ("<unk>", "UNK")):
+        with pytest.raises(UsageError, match=f"'{text}' is this tokenizer's {name} token"):
+            resolve_mask_token(sentencepiece_tokenizer(corpus.tokenizer), text)
