@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_meap.backend import optimizer_patches
 from megatron_meap.backend.patching import original_of, replace, replaced
 from megatron_meap.errors import UsageError
 
@@ -38,7 +39,7 @@ def silence_known_warnings() -> None:
 def apply() -> None:
     """Apply all patches; doing it twice is doing it once. Megatron must be importable (`device.prepare`)."""
     _use_shipped_dataset_helpers()
-    _resume_distributed_optimizer_without_te()
+    optimizer_patches.apply()
     _load_weights_or_fail()
     _decay_all_parameters_on_request()
     _fuse_weight_gradients_where_possible()
@@ -57,51 +58,6 @@ def _use_shipped_dataset_helpers() -> None:
     except ImportError:
         return
     replace(utils, "compile_helpers", lambda _: lambda: None)
-
-
-def _resume_distributed_optimizer_without_te() -> None:
-    """Resuming with `--use-distributed-optimizer` and PyTorch's AdamW fails, and once that is fixed counts wrong steps.
-
-    - `state_dict` asserts that the optimiser has stepped, but is also called to load into a fresh one.
-    - `load_state_dict` gives all parameters one shared step tensor, which AdamW increments once per parameter, and
-      then overwrites it with the step of the fresh optimiser, 0: the bias correction starts anew.
-    - With `--dist-ckpt-optim-fully-reshardable` it asks the checkpoint for a step of every parameter.
-    - In fp32 it copies into views of parameters that require a gradient, which PyTorch refuses.
-
-    (Transformer Engine's and Apex's optimisers keep the step in the parameter group.)
-    """
-    from megatron.core.optimizer import distrib_optimizer
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    if distrib_optimizer.HAVE_APEX_OR_TE:
-        return
-    state_dict = original_of(DistributedOptimizer, "state_dict")
-    load_state_dict = original_of(DistributedOptimizer, "load_state_dict")
-    set_main_param_and_states = original_of(DistributedOptimizer, "_set_main_param_and_optimizer_states")
-
-    def state_dict_of_fresh_optimizer(self: Any) -> dict:
-        fresh = self.optimizer is not None and not self.optimizer.state
-        if fresh:  # as it will be after zero steps; Megatron fills the moments in the same way
-            parameter = self.optimizer.param_groups[0]["params"][0]
-            self.optimizer.state[parameter] = {"step": torch.tensor(0.0)}
-        try:
-            return state_dict(self)
-        finally:
-            if fresh:
-                self.optimizer.state.clear()
-
-    def set_states(self: Any, parameter: torch.Tensor, tensors: dict) -> None:
-        set_main_param_and_states(self, parameter, {"step": None, **tensors})  # None: not a tensor to be copied
-
-    @torch.no_grad()
-    def load_with_own_steps(self: Any, loaded: dict) -> None:
-        load_state_dict(self, loaded)
-        for parameter, state in self.optimizer.state.items():  # PyTorch's fused kernel reads the step on its device
-            state["step"] = torch.tensor(float(loaded["optimizer"]["param_groups"][0]["step"]), device=parameter.device)
-
-    replace(DistributedOptimizer, "state_dict", lambda _: state_dict_of_fresh_optimizer)
-    replace(DistributedOptimizer, "load_state_dict", lambda _: load_with_own_steps)
-    replace(DistributedOptimizer, "_set_main_param_and_optimizer_states", lambda _: set_states)
 
 
 def verified(checkpoint: str) -> None:

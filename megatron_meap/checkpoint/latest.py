@@ -5,10 +5,12 @@ default) a SHA-256 of every file beside it. Here both are read *before* Megatron
 is named, and the newest good one is taken instead, or the start is refused.
 """
 
+import errno
 import re
 import shutil
+import traceback
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,23 +175,43 @@ def newest_saved(folder: Path) -> int | None:
     return int(last) if last is not None and last.isdigit() else None
 
 
-def full_disk(folder: Path) -> str | None:
-    """Whether a save failed because the disk is full, and what is left then; None where it is not so.
+def full_disk(folder: Path, error: BaseException) -> str | None:
+    """Whether an error came from saving to a full disk, and what is left then; None where nothing says so.
 
-    Megatron writes in worker processes and loses the reason of their failure. What can be seen is a checkpoint that
-    was begun, and less space than one takes.
+    It must have been raised while saving. Megatron writes in worker processes and may lose the reason of their failure:
+    where the causes do not say "no space left", a checkpoint was begun, and there is less space than one takes.
     """
+    chain = list(_causes(error))
+    certain = any(isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT) for each in chain)
+    if not _raised_while_saving(chain):
+        return None
     complete = pointer(folder)
     try:
         saved = iterations(folder)
         begun = [each for each in saved if not (complete or "").isdigit() or each > int(complete or 0)]
         sizes = [sum(file.stat().st_size for file in directory(folder, each).iterdir()) for each in saved]
-        if not begun or shutil.disk_usage(folder).free > max(sizes):
+        if not certain and (not begun or shutil.disk_usage(folder).free > max(sizes)):
             return None
     except OSError:
         return None
     kept = f"the last complete checkpoint is that of iteration {complete}" if complete else "no checkpoint is complete"
-    return f"the disk is full: {directory(folder, begun[-1])} could not be completed, {kept}"
+    what = f"{directory(folder, begun[-1])} could not be completed" if begun else "a checkpoint could not be written"
+    return f"the disk is full: {what}, {kept}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and all that led to it, each once."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _raised_while_saving(chain: list[BaseException]) -> bool:
+    """Whether one of these passed through Megatron's functions that write a checkpoint or wait for one."""
+    frames = (frame for each in chain for frame in traceback.extract_tb(each.__traceback__))
+    return any(frame.name in ("save_checkpoint", "maybe_finalize_async_save") for frame in frames)
 
 
 def set_pointer(folder: Path, iteration: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from megatron_meap.backend import device
 from megatron_meap.checkpoint import model_arguments
 from megatron_meap.checkpoint.latest import CheckpointSettings
+from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.cluster.connections import ConnectionSettings
 from megatron_meap.errors import UsageError, one_line
 from megatron_meap.flags import Settings, add_group, flag, refuse_in_one_line
@@ -109,14 +110,31 @@ def _local_defaults(command_line: list[str] | None = None) -> dict[str, object]:
 
 
 def _uses_transformer_engine(command_line: list[str] | None = None) -> bool:
-    """Whether a run on GPUs does: as it asks for, else wherever it is installed, or where the run is only planned."""
+    """Whether a run on GPUs does: as it says, as the run that it resumes, or wherever it is installed or planned."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     refuse_in_one_line(parser)
     parser.add_argument("--transformer-impl")
-    asked = parser.parse_known_args(command_line)[0].transformer_impl
-    if asked is not None:
-        return asked != "local"
-    return device.plans_for_gpu() or importlib.util.find_spec("transformer_engine") is not None
+    parser.add_argument("--load")
+    parser.add_argument("--ckpt-step", type=int)
+    parser.add_argument("--finetune", action="store_true")
+    given = parser.parse_known_args(command_line)[0]
+    if given.transformer_impl is not None:
+        return given.transformer_impl != "local"
+    installed = device.plans_for_gpu() or importlib.util.find_spec("transformer_engine") is not None
+    if installed and given.load is not None and not given.finetune and _has_local_layers(given.load, given.ckpt_step):
+        if os.environ.get("RANK", "0") == "0":
+            print("layers: local, as in the checkpoint; --transformer-impl transformer_engine changes them", flush=True)
+        return False
+    return installed
+
+
+def _has_local_layers(load: str, step: int | None) -> bool:
+    """Whether the run that is resumed had them; not, where there is none or its checkpoint is not to be read."""
+    try:
+        checkpoint = open_checkpoint(load, step)
+    except UsageError:
+        return False
+    return checkpoint.directory.name != "release" and getattr(checkpoint.args, "transformer_impl", None) == "local"
 
 
 def parse_arguments(**changes: object) -> Namespace:

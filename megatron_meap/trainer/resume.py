@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_meap.checkpoint import latest, model_arguments
@@ -86,6 +87,8 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
     warnings = _compare_model(flag, path, saved, args, resumes)
     if not resumes:
         return warnings
+    _refuse_another_optimizer(path, saved, args)
+    warnings += _compare_schedule(path, state, args)
     found = list(differences(saved, args))
     refused = [said for outcome, said in found if outcome is Verdict.REFUSED]
     if refused and not args.meap_allow_changed_settings:
@@ -95,6 +98,9 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
         )
     if found:
         warnings.append(f"{path} was trained with other settings: {'; '.join(said for _, said in found)}")
+    layers = getattr(saved, "transformer_impl", args.transformer_impl)
+    if layers != args.transformer_impl:
+        warnings.append(f"{path} was trained with the layers of {layers}; {args.transformer_impl} layers resume it")
     if not hasattr(saved, "meap_record"):
         warnings.append(f"{path} is older than the record of data and versions: whether these are the same is unknown")
     return warnings
@@ -125,3 +131,57 @@ def _compare_model(flag: str, path: Path, saved: Namespace, args: Namespace, res
     if not resumes:
         changed += model_arguments.differences(saved, args, ["rotary_base"])
     return [f"{flag}: the model is changed: {'; '.join(changed)}"] if changed else []
+
+
+def _refuse_another_optimizer(path: Path, saved: Namespace, args: Namespace) -> None:
+    """Refuse an optimizer state that would be loaded into other parameters than its own, or not at all."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    if args.no_load_optim or getattr(saved, "no_save_optim", False):
+        return
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "transformer_impl")
+    changed = [
+        f"--{name.replace('_', '-')} {getattr(saved, name)} there, {getattr(args, name)} here"
+        for name in names
+        if getattr(saved, name, getattr(args, name)) != getattr(args, name)
+    ]
+    kind = (dist_checkpointing.load_content_metadata(str(path)) or {}).get("distrib_optim_sharding_type")
+    flat = kind is not None and kind not in DistributedOptimizer.checkpoint_fully_reshardable_formats
+    if args.use_distributed_optimizer and getattr(saved, "use_distributed_optimizer", False) and flat and changed:
+        raise UsageError(
+            f"--load: the optimizer state in {path} is flat, in the order of its run's parameters, and does not fit: "
+            f"{'; '.join(changed)}; repeat that, or save there once more with --dist-ckpt-optim-fully-reshardable, or "
+            "start with a new optimizer (--no-load-optim)"
+        )
+
+
+def _compare_schedule(path: Path, state: dict[str, Any], args: Namespace) -> list[str]:
+    """Refuse another schedule of learning rate and weight decay, unless a flag says whose counts; then say it."""
+    from megatron.training.training import get_optimizer_param_scheduler
+
+    there = state.get("opt_param_scheduler")
+    if there is None or args.no_load_optim:
+        return []
+    before = dict(vars(args))
+    try:  # it reads Megatron's global arguments, which are these, and completes them
+        here = get_optimizer_param_scheduler(SimpleNamespace(param_groups=[])).state_dict()
+    finally:
+        vars(args).clear()
+        vars(args).update(before)
+    changed = [
+        f"{name} {there[name]} there, {here[name]} here"
+        for name in here
+        if name != "num_steps" and name in there and there[name] != here[name]
+    ]
+    if not changed:
+        return []
+    said = f"{path} has another schedule: {'; '.join(changed)}"
+    if args.override_opt_param_scheduler:
+        return [f"{said}; this run's is taken"]
+    if args.use_checkpoint_opt_param_scheduler:
+        return [f"{said}; the checkpoint's is taken"]
+    raise UsageError(
+        f"--load: {said}; add --override-opt_param-scheduler to take this run's (--lr, --min-lr, --lr-decay-*, "
+        "--lr-warmup-*, --weight-decay, --train-iters), or --use-checkpoint-opt_param-scheduler to keep the other"
+    )

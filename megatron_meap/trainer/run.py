@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -138,11 +139,12 @@ def _pretrain(args: Namespace, store: torch.distributed.Store | None, output: Ou
     except UsageError:
         raise
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
-        problem = latest.full_disk(Path(args.save)) if args.save else None
+        problem = latest.full_disk(Path(args.save), error) if args.save else None
         if problem is None and (lost := connections.explain(error)) is not None:
             raise lost from error
         if problem is None:
             raise
+        traceback.print_exc()  # what is said below is concluded, and the error itself must not be lost
         raise UsageError(f"--save {args.save}: {problem}; free some space and run the same command again") from error
 
 

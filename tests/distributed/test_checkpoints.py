@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_meap.checkpoint import latest
+from megatron_meap.errors import UsageError
 from tests.conftest import Corpus
 from tests.launch import ENTRY, MODEL, TRAINING, Run, environment, launch, launch_many, torchrun
+from tests.sft import prepare
 
 CHAIN = {
     "tp2": "--tensor-model-parallel-size 2",
@@ -124,6 +126,28 @@ def test_a_damaged_checkpoint_is_passed_over(saved: Saved, tmp_path: Path, damag
     assert resumed.losses() == saved.runs["run"].losses()[5:]
     assert latest.pointer(copy) == "6"
     assert latest.damage(newest) is None
+
+
+def test_the_learning_rate_changes_on_purpose(saved: Saved, tmp_path: Path) -> None:
+    """One of two flags says whose schedule counts; without them nothing starts."""
+    whole = saved.runs["run"]
+    flags = [*saved.flags, "--load", str(saved.folder / "run"), "--ckpt-step", "3", "--lr", "2e-3"]
+    with pytest.raises(UsageError, match=r"max_lr 0.001 there, 0.002 here; add --override-opt_param-scheduler"):
+        prepare(*flags)
+    runs = {
+        "own": [*flags, "--override-opt_param-scheduler"],
+        "other": [*flags, "--use-checkpoint-opt_param-scheduler"],
+    }
+    done = launch_many(1, runs, tmp_path)
+    for name, factor in (("own", 2), ("other", 1)):
+        whose = "this run's" if name == "own" else "the checkpoint's"
+        assert f"has another schedule: max_lr 0.001 there, 0.002 here; {whose} is taken" in done[name].output
+        for step in (5, 6):
+            share = (whole.steps[step]["learning rate"] - 1e-4) / 9e-4  # of the way from the least to the largest
+            expected = 1e-4 + share * (factor * 1e-3 - 1e-4)
+            assert done[name].steps[step]["learning rate"] == pytest.approx(expected, rel=1e-4)
+    assert done["other"].steps[6]["lm loss"] == whole.steps[6]["lm loss"]
+    assert done["own"].steps[6]["lm loss"] != whole.steps[6]["lm loss"]
 
 
 def test_old_checkpoints_are_pruned(saved: Saved) -> None:
