@@ -17,7 +17,7 @@ from megatron.training.training import get_train_valid_test_num_samples, update_
 from megatron_meap.backend import device, megatron_patches
 from megatron_meap.errors import UsageError
 from megatron_meap.inspection.samples import view
-from megatron_meap.meap.dataset import NOISED
+from megatron_meap.meap.dataset import NOISED, noise_of
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.planning.memory import count_parameters
 from megatron_meap.planning.text import layout_of
@@ -57,7 +57,7 @@ def run() -> None:
     for line in sft.lines(args) if args.meap_sft else ():
         print(line)
     print(f"data          {len(dataset):,} training samples; one of them, noised tokens marked:\n")
-    print(view(dataset, _sample_to_show(dataset), get_tokenizer(), args.meap_mask_token_id).for_terminal())
+    print(view(dataset, _sample_to_show(dataset, args), get_tokenizer(), args.meap_mask_token_id).for_terminal())
     print("dry run: all checks passed, nothing was trained or saved", flush=True)
 
 
@@ -68,10 +68,10 @@ def _parse() -> Namespace:
     return args
 
 
-def _sample_to_show(dataset: Any) -> int:
+def _sample_to_show(dataset: Any, args: Namespace) -> int:
     """Index of the first sample that has a mask, if one of the first has: in fine-tuning not every one does."""
     indices = range(min(64, len(dataset)))
-    return next((i for i in indices if "noise" in (sample := dataset[i]) and (sample["noise"] & NOISED).any()), 0)
+    return next((i for i in indices if (noise_of(dataset[i], args.meap_mask_token_id) & NOISED).any()), 0)
 
 
 def _model(args: Namespace, total: int, by_stage: list[int]) -> list[str]:

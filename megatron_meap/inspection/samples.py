@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_meap.meap.dataset import NOISED, MaskedInputDataset
+from megatron_meap.meap.dataset import NOISED, MaskedInputDataset, noise_of
 from megatron_meap.meap.masking import num_masks
 from megatron_meap.sft.dataset import SFTDataset
 from megatron_meap.tokenization.mask_token import special_id
@@ -160,19 +160,20 @@ def page(views: list[View], statistics: str, source: str) -> str:
     )
 
 
-def mask_statistics(dataset: Any, count: int, ratio: float, exact: bool) -> str:
+def mask_statistics(dataset: Any, count: int, mask_token_id: int, ratio: float, exact: bool = True) -> str:
     """Figures over the first `count` samples: share and spread of the noise, evenness over positions.
 
     Args:
         dataset: the training dataset; of copies and their clean samples the copies count.
         count: how many samples.
+        mask_token_id: the mask token.
         ratio: the mask ratio.
         exact: whether every sample has exactly that share.
     """
     count = min(count, len(dataset))
     copies = getattr(dataset, "copy_weight", None) is not None
     indices = [index for index in range(count) if index % 2 or not copies]
-    masks = np.stack([_noised(dataset[index]) for index in indices])
+    masks = np.stack([(noise_of(dataset[index], mask_token_id) & NOISED).numpy() for index in indices])
     seen = masks.sum(axis=1, dtype=int)
     by_position = masks.mean(axis=0)
     repeated = len(masks) - len({mask.tobytes() for mask in masks})
@@ -184,9 +185,3 @@ def mask_statistics(dataset: Any, count: int, ratio: float, exact: bool) -> str:
         f"share by position: {by_position.min():.3f} to {by_position.max():.3f}; samples that repeat another's masks: "
         f"{repeated}"
     )
-
-
-def _noised(sample: dict[str, torch.Tensor]) -> np.ndarray:
-    """Where a sample is noised, bool [s]; samples of a clean split do not say."""
-    noise = sample.get("noise")
-    return np.zeros(len(sample["tokens"]), bool) if noise is None else noise.numpy() & NOISED == NOISED

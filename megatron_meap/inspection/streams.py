@@ -83,7 +83,9 @@ class Streams:
             if args.meap_sft:
                 figures = describe(self.dataset, args)
             else:
-                figures = mask_statistics(self.dataset, statistics, args.meap_mask_ratio, _exact(args))
+                figures = mask_statistics(
+                    self.dataset, statistics, args.meap_mask_token_id, args.meap_mask_ratio, _exact(args)
+                )
             print(figures, flush=True)
         if page_path is not None:
             try:

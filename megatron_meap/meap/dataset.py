@@ -1,5 +1,6 @@
 """The one place where MEAP touches data: a wrapper that noises the input tokens of a dataset's samples."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,15 @@ from megatron_meap.meap.masking import Masking
 
 NOISED, COPY = 1, 2
 """Bits of `noise`: the input is not the clean token; the sample is the noised copy of the one before it."""
+
+
+def noise_of(sample: Mapping[str, torch.Tensor], mask_token_id: int) -> torch.Tensor:
+    """What was done to the inputs of a sample or a batch, uint8 in the shape of its tokens: `NOISED` and `COPY`.
+
+    The mask token cannot come from text, so it marks itself; where more is to be told, samples carry `noise`.
+    """
+    noise = sample.get("noise")
+    return (sample["tokens"] == mask_token_id).to(torch.uint8) if noise is None else noise
 
 
 class Samples(Protocol):
@@ -25,7 +35,8 @@ class Samples(Protocol):
 class MaskedInputDataset(torch.utils.data.Dataset):
     """Noises `tokens` of the wrapped dataset's samples; what else they hold passes through untouched.
 
-    Every sample tells, as `noise`, uint8 [sequence length], what was done to it: `NOISED` and `COPY`.
+    `noise_of` tells what was done to a sample; those that random tokens replace, and copies, carry it as `noise`, uint8
+    [sequence length].
 
     It wraps the *top-level* dataset of a split (the blend, where there is one). Megatron's sampler walks that
     dataset's index in order, so the index is the consumed-sample count: noise does not depend on the parallel layout,
@@ -65,6 +76,9 @@ class MaskedInputDataset(torch.utils.data.Dataset):
         self.protected_ids = protected_ids
         self.first_index = first_index
         self.copy_weight = copy_weight
+        self._tells = copy_weight is not None or masking.replacement.random_share > 0
+        self._stays = np.zeros(vocab_size, bool)  # by token id; looking up also finds ids that are none
+        self._stays[[each for each in protected_ids if each < vocab_size]] = True
 
     def __len__(self) -> int:
         return len(self.dataset) * (1 if self.copy_weight is None else 2)
@@ -75,40 +89,45 @@ class MaskedInputDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
         """Return the sample with noised `tokens`; index None (padding of an incomplete batch) passes through."""
-        sample = self.dataset[None] if index is None else self.clean(index)
+        if index is None:
+            return self._told(self.dataset[None])
+        sample = self.clean(index)
         tokens = sample["tokens"].numpy()  # on 4,096 numbers NumPy has the smaller overhead
-        if index is not None:
-            self._check_ids(tokens, index)
-        if index is None or (self.copy_weight is not None and index % 2 == 0):
-            return {**sample, "noise": torch.zeros(len(tokens), dtype=torch.uint8)}
-        protected = self._protected(tokens, sample["loss_mask"])
+        protected = self._protected(tokens, sample["loss_mask"], index)
+        if self.copy_weight is not None and index % 2 == 0:
+            return self._told(sample)
         positions, ids = self.masking.noise(self.first_index + int(index), tokens, self.mask_token_id, protected)
         noised = tokens.copy()  # the wrapped dataset may cache the tensors it returns
         noised[positions] = ids
-        noise = (noised != tokens).view(np.uint8)
-        changed = {"tokens": torch.from_numpy(noised), "noise": torch.from_numpy(noise)}
+        changed = {"tokens": torch.from_numpy(noised)}
+        if self._tells:
+            noise = (noised != tokens).view(np.uint8)
+            changed["noise"] = torch.from_numpy(noise)
         if self.copy_weight is not None:
             noise |= COPY
             changed["loss_mask"] = sample["loss_mask"] * self.copy_weight
         return {**sample, **changed}
 
-    def _protected(self, tokens: np.ndarray, loss_mask: torch.Tensor) -> np.ndarray | None:
-        """Positions that must stay, bool [sequence length], or None where nothing is protected."""
+    def _told(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A clean sample, with the keys of the others: they are batched together."""
+        return {**sample, "noise": torch.zeros_like(sample["tokens"], dtype=torch.uint8)} if self._tells else sample
+
+    def _protected(self, tokens: np.ndarray, loss_mask: torch.Tensor, index: int = 0) -> np.ndarray | None:
+        """Positions that must stay, bool [sequence length], or None where nothing is protected.
+
+        Ids that the model has no row for are refused: vocabulary-parallel layers would take them silently.
+        """
+        try:
+            protected = self._stays[tokens]
+        except IndexError:
+            raise UsageError(
+                f"--data-path: sample {index} holds token id {tokens.max()}, but the tokenizer has {self.vocab_size} "
+                "tokens: the dataset was made with another tokenizer; preprocess it again with this one"
+            ) from None
         if not self.protected_ids:
             return None
         # GPTDataset rewrites padding to id 0 and takes it out of the loss: that pair is what tells it apart.
-        protected = tokens == 0
-        if protected.any():
-            protected &= loss_mask.numpy() == 0
-        for token in self.protected_ids:
-            protected |= tokens == token
+        padding = tokens == 0
+        if padding.any():
+            protected |= padding & (loss_mask.numpy() == 0)
         return protected
-
-    def _check_ids(self, tokens: np.ndarray, index: int) -> None:
-        """Refuse ids that the model has no row for: vocabulary-parallel layers would take them silently."""
-        largest = int(tokens.max())
-        if largest >= self.vocab_size:
-            raise UsageError(
-                f"--data-path: sample {index} holds token id {largest}, but the tokenizer has {self.vocab_size} "
-                "tokens: the dataset was made with another tokenizer; preprocess it again with this one"
-            )

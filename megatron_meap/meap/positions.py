@@ -44,9 +44,9 @@ def num_masks(ratio: float, seq_length: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _orders(count: int) -> tuple[Positions, Positions]:
+def _orders(count: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """0, 1, ... and the same backwards: shared, never written to."""
-    order = np.arange(count)
+    order = np.arange(count, dtype=np.int32)
     return order, order[::-1].copy()
 
 
@@ -55,18 +55,18 @@ def _distinct(stream: Stream, below: int, count: int, rejected: npt.NDArray[np.b
 
     How many words are drawn at once does not matter: a longer draw begins with the shorter one.
     """
-    expected = -below * math.log1p(-count / (below + 1))  # draws until `count` of `below` have been seen
-    words = int(1.1 * expected) + 32
+    # Draws until `count` of `below` have been seen, and what hardly ever is not enough beyond.
+    words = int(-1.05 * below * math.log1p(-count / (below + 1))) + 32
     power = below & (below - 1) == 0
     while True:
         drawn = stream.words(words)
-        drawn = (drawn & np.uint64(below - 1) if power else drawn % np.uint64(below)).view(np.int64)
+        drawn = (np.bitwise_and if power else np.remainder)(drawn, np.uint64(below - power), out=drawn).view(np.int64)
         order, backwards = _orders(words)
-        first = np.empty(below, np.int64)
+        first = np.empty(below, np.int32)
         first[drawn[::-1]] = backwards  # of equal numbers the one drawn first is written last
         distinct = first[drawn] == order
         if rejected is not None:
-            distinct &= ~rejected[drawn]
+            distinct = distinct > rejected[drawn]  # and not rejected
         chosen = drawn[distinct]
         if len(chosen) >= count:
             return chosen[:count]

@@ -42,6 +42,7 @@ def describe(plan: Plan) -> str:
         f"work          {work.steps:,} steps, {work.tokens / 1e9:,.2f} B tokens, model FLOPs {work.model_flops:.3e}, "
         f"hardware FLOPs {work.hardware_flops:.3e}",
         *data_use.lines(args),
+        *_copies(args, work.tokens),
         f"checkpoint    {memory.checkpoint / GIB:,.2f} GiB each, optimizer state included",
         "",
         "memory of a rank, GiB",
@@ -54,6 +55,16 @@ def describe(plan: Plan) -> str:
         for name, stage in rows
     ]
     return "\n".join(lines)
+
+
+def _copies(args: Namespace, tokens: int) -> list[str]:
+    """What noised copies make of the budget."""
+    if args.meap_copy_weight is None:
+        return []
+    return [
+        f"copies        half of that: {tokens / 2e9:,.2f} B tokens of the data, each trained on clean and as a noised "
+        "copy; as many tokens of the data without copies take half the FLOPs"
+    ]
 
 
 def _grouped(stages: list[StageMemory]) -> list[tuple[str, StageMemory]]:

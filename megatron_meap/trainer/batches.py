@@ -23,7 +23,7 @@ from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_meap.cluster import connections, disks
-from megatron_meap.meap.dataset import MaskedInputDataset
+from megatron_meap.meap.dataset import MaskedInputDataset, noise_of
 from megatron_meap.meap.settings import masking_of
 from megatron_meap.sft import data as sft
 from megatron_meap.tokenization.mask_token import special_token_ids
@@ -241,8 +241,8 @@ def get_batch(
         assert data_iterator is not None
         loaded = next(data_iterator)
         batch = {key: loaded[key].cuda(non_blocking=True) if key in loaded else None for key in BATCH_KEYS}
-        if want_noise and "noise" in loaded:
-            noise = loaded["noise"].cuda(non_blocking=True)
+        if want_noise:
+            noise = noise_of(loaded, args.meap_mask_token_id).cuda(non_blocking=True)
     batch = get_batch_on_this_tp_rank(
         batch,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -281,7 +281,7 @@ def _same_on_all_tp_ranks(noise: torch.Tensor | None, labels: torch.Tensor) -> t
     Megatron's own helper sends a fixed set of keys. The tokens would not tell: random replacement leaves no mark, and
     the last of several pipeline stages has no tokens.
     """
-    if noise is None:  # not the rank that loads them, or samples of another dataset, to whose inputs nothing was done
+    if noise is None:
         noise = torch.zeros(labels.shape, dtype=torch.uint8, device=labels.device)
     if mpu.get_tensor_model_parallel_world_size() > 1:
         torch.distributed.broadcast(

@@ -16,7 +16,7 @@ from scipy import stats
 
 from megatron_meap.errors import UsageError
 from megatron_meap.meap import positions as strategies
-from megatron_meap.meap.dataset import COPY, NOISED, MaskedInputDataset
+from megatron_meap.meap.dataset import COPY, NOISED, MaskedInputDataset, noise_of
 from megatron_meap.meap.losses import next_token_loss
 from megatron_meap.meap.masking import Masking, RatioSchedule, Replacement
 from megatron_meap.meap.positions import ALL
@@ -67,7 +67,7 @@ def noised(made: MaskedInputDataset) -> Iterator[tuple[np.ndarray, np.ndarray, n
     for index in range(made.copy_weight is not None, len(made), 1 if made.copy_weight is None else 2):
         clean, sample = made.clean(index)["tokens"].numpy(), made[index]
         tokens = sample["tokens"].numpy()
-        assert ((sample["noise"].numpy() & NOISED > 0) == (clean != tokens)).all()
+        assert ((noise_of(sample, MASK).numpy() & NOISED > 0) == (clean != tokens)).all()
         yield clean, tokens, clean != tokens
 
 
