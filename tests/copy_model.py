@@ -1,4 +1,4 @@
-"""A small Llama that has learnt one thing, in a minute: to go on as the same token was gone on from before.
+"""A small Llama that has learnt one thing, in a minute: what followed a token before follows it again.
 
 It is trained on random token sequences that are repeated, and never sees a key-value object.
 """

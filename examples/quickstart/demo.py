@@ -3,7 +3,7 @@
     make demo        (or: python examples/quickstart/demo.py)
 
 Corpus, tokenizer, preprocessing, training, a validation perplexity, a generated sample and a picture, all below
-`runs/demo`. Every step is a command that is printed first. Ctrl-C stops it; the next `make demo` goes on from there.
+`runs/demo`. Every step is a command that is printed first. Ctrl-C stops it; the next `make demo` resumes.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def train(folder: Path, iterations: int) -> None:
         training = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         interrupted = show_progress(training, log, start, history)
     if interrupted:
-        sys.exit(f"stopped; `make demo` goes on from step {latest.pointer(checkpoints) or 0}")
+        sys.exit(f"stopped; `make demo` resumes at step {latest.pointer(checkpoints) or 0}")
     if training.returncode != 0:
         raise UsageError(f"training ended with status {training.returncode}; the reason is at the end of {log}")
 
@@ -115,7 +115,7 @@ def generate(folder: Path) -> None:
 
 
 def summarise(folder: Path, iterations: int, seconds: float) -> None:
-    """Say what was made, where it is, how good it is and how to go on."""
+    """Say what was made, where it is, how good it is and how to continue."""
     history = read_log(folder / "train.log")
     unigram = unigram_entropy(str(folder / "train_text_document"))
     picture = folder / "losses.png"
@@ -132,7 +132,7 @@ tokenizer          {folder / "tokenizer.model"}
 dataset            {folder / "train_text_document"}.bin and .idx
 log                {folder / "train.log"}
 
-go on training     RUN={folder} TRAIN_ITERS={2 * iterations} bash examples/quickstart/train.sh
+continue training  RUN={folder} TRAIN_ITERS={2 * iterations} bash examples/quickstart/train.sh
 generate           .venv/bin/python tools/generate.py --load {folder / "checkpoints"} --prompt 'import '""")
 
 

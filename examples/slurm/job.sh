@@ -1,6 +1,6 @@
 # Sourced by the batch scripts here, after they have set the site's variables: checks, launch, signals, requeue.
 #
-# The signal before the time limit (SIGUSR1, asked for by --signal=B:USR1@N) goes on to the ranks; they save a checkpoint
+# The signal before the time limit (SIGUSR1, asked for by --signal=B:USR1@N) is passed to the ranks; they save a checkpoint
 # and leave, and the job is requeued. A job that fails after it has trained is requeued too, MAX_FAILURES times in a row.
 # A plain `scancel` comes as SIGTERM: they save as well, in the time that Slurm's KillWait gives, but the job is over.
 set -euo pipefail
@@ -97,8 +97,8 @@ finish() {
 
 # requeue REASON: back into the queue under the same number, whereupon Slurm ends this script.
 requeue() {
-  echo "job $SLURM_JOB_ID: $1; requeued, to go on from its last checkpoint"
-  scontrol requeue "$SLURM_JOB_ID" || stop "job $SLURM_JOB_ID cannot be requeued; submit it again, it goes on"
+  echo "job $SLURM_JOB_ID: $1; requeued, to resume from its last checkpoint"
+  scontrol requeue "$SLURM_JOB_ID" || stop "job $SLURM_JOB_ID cannot be requeued; submit it again, it resumes"
   sleep 60
 }
 

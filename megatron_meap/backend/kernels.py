@@ -24,7 +24,7 @@ _CACHED_NUMBERS = 2**17  # 32-bit floats that a core's own cache holds beside th
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Divide [..., h] by its root mean square over h, then scale by `weight` [h]: 3.7 ms for 11.6 ms."""
+    """Divide [..., h] by its root mean square over h, then scale by `weight` [h]: 3.7 ms instead of 11.6."""
     return _RMSNorm.apply(x, weight, eps)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def fuse() -> None:
-    """AdamW, gradient norm and clipping: one pass over memory each, for a dozen a parameter.
+    """AdamW, gradient norm and clipping: one pass over memory each, instead of a dozen per parameter.
 
     Megatron's stand-in for the gradient norm asks the GPU for one number a parameter as well, and waits for each.
     """

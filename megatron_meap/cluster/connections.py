@@ -63,5 +63,5 @@ def explain(error: BaseException) -> JobError | None:
     reason = _SOURCE_LINE.sub("", str(error).strip().splitlines()[0]).partition(". ")[0]
     return JobError(
         f"rank {os.environ['RANK']} on {socket.gethostname()} lost another rank ({reason}): that rank or its host has "
-        "ended or cannot be reached; the same command goes on from the last checkpoint"
+        "ended or cannot be reached; the same command resumes from the last checkpoint"
     )

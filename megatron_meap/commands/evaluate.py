@@ -7,7 +7,7 @@
 
 A model is a Hugging Face directory or a Megatron --save directory (exported to a cache first): [NAME=]PATH[@ITERATION];
 @all takes every checkpoint there is and draws curves over training tokens. The first model is the baseline.
-What was cut off goes on where it was: give the same command again.
+An interrupted evaluation resumes: give the same command again.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def main() -> None:
     answers = flags.output / "answers"
     machine = Machine(batch_size, flags.device, flags.dtype, bool(flags.chat_template), answers)
     unfinished = flags.output / UNFINISHED
-    unfinished.write_text("an evaluation was begun here; the same command goes on with it\n")
+    unfinished.write_text("an evaluation was begun here; the same command resumes it\n")
     found = evaluate(chosen, tasks, machine, finished)
     shutil.rmtree(answers, ignore_errors=True)
     unfinished.unlink()

@@ -68,7 +68,7 @@ def main() -> None:
     base = layouts.plan(flags)
     print(text.describe(base))
     hours = base.work.hours(base.args.world_size, gpu, own.mfu)
-    cost = f", {hours * base.args.world_size * own.price:,.0f} in money" if own.price else ""
+    cost = f", {hours * base.args.world_size * own.price:,.0f} in all" if own.price else ""
     print(
         f"\ntime          {hours:,.1f} hours on {base.args.world_size} x {gpu.name} at {100 * own.mfu:.0f}% MFU{cost}"
     )

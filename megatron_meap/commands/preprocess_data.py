@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     group.add_argument("--prepend-bos", action="store_true", help="begin every document with BOS")
     group.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
-    group.add_argument("--resume", action="store_true", help="go on after the last finished file of an interrupted run")
+    group.add_argument("--resume", action="store_true", help="continue an interrupted run after its last finished file")
     group = parser.add_argument_group("running")
     group.add_argument("--workers", type=int, help="processes (default: the cores there are, at most 8)")
     group.add_argument("--encoder", choices=["auto", "gigatoken", "reference"], default="auto")

@@ -1,6 +1,6 @@
 """Runs tasks on models through lm-evaluation-harness, one after the other, and keeps what is finished.
 
-What a model answers is kept as well, batch by batch, in lm-eval's own cache: a command that was cut off goes on there.
+What a model answers is kept as well, batch by batch, in lm-eval's own cache: an interrupted command resumes there.
 """
 
 from collections.abc import Callable

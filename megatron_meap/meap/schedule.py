@@ -24,7 +24,7 @@ class RatioSchedule:
     """The ratio grows from 0 to `ratio` over this many samples."""
 
     clean_from: int | None = None
-    """From this sample on nothing is masked (None: masking goes on to the end)."""
+    """From this sample on nothing is masked (None: masking continues to the end)."""
 
     shape: str = "linear"
     """One of `SHAPES`."""

@@ -135,7 +135,7 @@ class _Layout:
         return base.memory.parameters / part * kept + 2 * tokens * width * args.num_layers * flying
 
     def order(self, base: Plan) -> tuple:
-        """Small is good: expected slowdown; then communication; then many small pieces."""
+        """The smaller, the better the layout: expected slowdown; then communication; then many small pieces."""
         work, args = base.work, base.args
         logits = 6 * work.tokens * args.hidden_size * args.padded_vocab_size
         repeated = (work.model_flops - logits) / 3 if self.recomputation == "full" else 0.0

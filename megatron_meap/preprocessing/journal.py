@@ -49,7 +49,7 @@ class Journal:
 
     def _read(self, settings: dict[str, Any]) -> None:
         self._file.seek(0)
-        lines = self._file.read().split(b"\n")[:-1]  # what follows the last newline was cut off while being written
+        lines = self._file.read().split(b"\n")[:-1]  # what follows the last newline was incomplete when the job ended
         if len(lines) < 2:
             return
         earlier, *records = map(json.loads, lines)

@@ -65,7 +65,7 @@ def preprocess(job: Job, tokenizer_args: Any) -> list[dict[str, Any]]:
         The manifest of each dataset, in the order of the keys.
 
     Raises:
-        UsageError: anything in the input, the flags or the machine that has to be mended first.
+        UsageError: anything in the input, the flags or the machine that has to be fixed first.
     """
     begun = time.monotonic()
     found = find(job.inputs)
@@ -183,7 +183,7 @@ def _encode_all(job: Job, files: Sources, pool: Any, outputs: Outputs, journal: 
                 where = f"{files.paths[index]}:{seen + position + 1}"
                 if not job.skip_bad_lines:
                     what = "" if kind == "jsonl" else f" ({_POSITIONS[kind]} {seen + position + 1})"
-                    raise UsageError(f"{where}{what}: {reason}; mend it, or leave such lines out with --skip-bad-lines")
+                    raise UsageError(f"{where}{what}: {reason}; fix it, or leave such lines out with --skip-bad-lines")
                 outputs.add_bad(files.paths[index], seen + position + 1, reason)
             seen += block.positions
             outputs.add(block)
@@ -203,9 +203,9 @@ def _check_separated(job: Job, files: Sources, outputs: Outputs) -> None:
 
 
 def _explained(error: BaseException, job: Job, keep: bool) -> BaseException:
-    """The error for the user: a full disk in words, and how to go on where files are finished."""
+    """The error for the user: a full disk in words, and how to resume where files are finished."""
     if isinstance(error, OSError):
         error = cannot_write(error.filename or job.output_prefix, error)
     if keep and isinstance(error, UsageError):
-        return UsageError(f"{error} (finished input files are kept: go on with --resume)")
+        return UsageError(f"{error} (finished input files are kept: continue with --resume)")
     return error

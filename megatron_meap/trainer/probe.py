@@ -57,7 +57,7 @@ def ordinary_tokens(args: Namespace, special: tuple[int, ...]) -> np.ndarray:
 
 
 class RetrievalProbe:
-    """Takes the probe after every `--meap-probe-interval` steps, on all ranks; training goes on as if it had not.
+    """Takes the probe after every `--meap-probe-interval` steps, on all ranks; training continues as if it had not.
 
     Args:
         args: Megatron's arguments, after parsing.

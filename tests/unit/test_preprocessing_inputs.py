@@ -122,7 +122,7 @@ def test_the_documents_that_went_in_come_out(seed, args, tmp_path):
 def test_a_job_whose_outputs_lie_among_its_inputs_resumes(args, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["one"])
     (tmp_path / "b.jsonl").write_text("oops\n")
-    with pytest.raises(UsageError, match="go on with --resume"):
+    with pytest.raises(UsageError, match="continue with --resume"):
         run_job([tmp_path], tmp_path / "x", args)
     write_jsonl(tmp_path / "b.jsonl", ["two"])
     run_job([tmp_path], tmp_path / "x", args, resume=True)

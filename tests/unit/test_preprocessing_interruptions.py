@@ -164,7 +164,7 @@ def spoiled(tmp_path: Path) -> list[Path]:
 def test_resuming_after_a_bad_line_was_mended(args, tmp_path):
     paths, folder = spoiled(tmp_path), tmp_path / "out"
     with pytest.raises(
-        UsageError, match=r"2\.jsonl:21: not JSON.*\(finished input files are kept: go on with --resume\)"
+        UsageError, match=r"2\.jsonl:21: not JSON.*\(finished input files are kept: continue with --resume\)"
     ):
         run_job(paths, folder / "x", args)
     assert leftovers(folder)

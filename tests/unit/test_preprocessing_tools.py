@@ -71,7 +71,7 @@ def test_bad_lines_are_counted(tool):
     null = "--tokenizer-type NullTokenizer --vocab-size 9"
     status, _, error = tool("preprocess_data", f"--input a.jsonl --output-prefix x {null}")
     assert status == 2
-    assert error.splitlines()[-1].startswith("error: a.jsonl:2: the value of 'text' is not a string but null; mend it")
+    assert error.splitlines()[-1].startswith("error: a.jsonl:2: the value of 'text' is not a string but null; fix it")
     status, said, _ = tool("preprocess_data", f"--input a.jsonl --output-prefix x --skip-bad-lines {null}")
     assert status == 0
     assert "bad lines skipped: 1, see x.bad_lines.jsonl" in said

@@ -29,7 +29,7 @@ def lines(path: str, flag: str) -> Iterator[tuple[str, str]]:
 
 
 def rows(path: str, flag: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Places (`file:line`) and objects of a JSON Lines file; empty lines are passed over.
+    """Places (`file:line`) and objects of a JSON Lines file; empty lines are skipped.
 
     Raises:
         UsageError: it cannot be read, or a line is no JSON object.

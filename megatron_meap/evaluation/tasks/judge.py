@@ -195,7 +195,7 @@ class Judge:
             return None
         kept = f"; verdicts so far are kept in {self.log}" if self.log and self.log.exists() else ""
         raise JudgeUnavailable(
-            f"--judge-url {self.url}: no answer after {attempt + 1} tries ({reason}){kept}; the same command goes on"
+            f"--judge-url {self.url}: no answer after {attempt + 1} tries ({reason}){kept}; the same command resumes"
         )
 
     def _answer(self, prompt: str) -> str:
