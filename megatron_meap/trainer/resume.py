@@ -88,7 +88,6 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
     if not resumes:
         return warnings
     _refuse_another_optimizer(path, saved, args)
-    warnings += _compare_schedule(path, state, args)
     found = list(differences(saved, args))
     refused = [said for outcome, said in found if outcome is Verdict.REFUSED]
     if refused and not args.meap_allow_changed_settings:
@@ -98,6 +97,7 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
         )
     if found:
         warnings.append(f"{path} was trained with other settings: {'; '.join(said for _, said in found)}")
+    warnings += _compare_schedule(path, state, args)
     layers = getattr(saved, "transformer_impl", args.transformer_impl)
     if layers != args.transformer_impl:
         warnings.append(f"{path} was trained with the layers of {layers}; {args.transformer_impl} layers resume it")

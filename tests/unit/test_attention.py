@@ -232,7 +232,7 @@ def test_bad_recipes_are_one_line(tokenizer: Any, text: str, changes: dict, mess
     [
         (None, "cannot be read: No such file"),
         (b'{"text": "a"}\n{"txt": "b"}\n', "document 2: no key 'text', only txt"),
-        (b"\x00\x01", "binary data"),
+        (b"\x00\x01", "document 1: not JSON"),
         (b"", "has 0 tokens"),
     ],
 )

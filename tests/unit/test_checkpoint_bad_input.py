@@ -178,7 +178,7 @@ def test_weights_that_cannot_be_read(huggingface: Path, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     refused("not a safetensors file, or damaged", ImportJob(str(folder), str(tmp_path / "out")))
     file.unlink()
-    refused("has no .safetensors files", ImportJob(str(folder), str(tmp_path / "out")))
+    refused("has no model.safetensors and no index", ImportJob(str(folder), str(tmp_path / "out")))
 
 
 def test_tokenizer_of_another_size(huggingface: Path, corpus: Any, tmp_path: Path) -> None:
