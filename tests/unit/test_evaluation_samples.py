@@ -54,7 +54,10 @@ def test_needles_stand_where_they_should(options: Options) -> None:
         assert look_up(sample["prompt"]) == sample["answer"] == sample["choices"][sample["gold"]].strip()
 
 
-CHAT = "{% for message in messages %}</s>Question: {{ message.content }}{% endfor %}</s>Answer:"
+CHAT = (
+    "{% for message in messages %}</s>{{ 'Question: ' if message.role == 'user' else 'Answer:' }}{{ message.content }}"
+    "{% endfor %}{{ '</s>Answer:' if add_generation_prompt }}"
+)
 
 
 @pytest.fixture
