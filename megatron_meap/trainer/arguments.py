@@ -299,7 +299,7 @@ def _refuse_what_this_device_cannot(args: Namespace) -> None:
     if args.context_parallel_size > 1 and args.transformer_impl == "local":
         raise UsageError(
             f"--context-parallel-size {args.context_parallel_size}: needs Transformer Engine, whose attention reaches "
-            "beyond a rank's part of the sequence; install it (tools/build_te.sh), or use tensor parallelism"
+            "beyond a rank's part of the sequence; install it (docs/cluster.md), or use tensor parallelism"
         )
 
 
