@@ -149,7 +149,8 @@ class SDPAttention(MegatronModule):
             attend: Any = varlen.varlen_attn  # by default it returns one tensor
             context = attend(
                 q, k, v, borders, borders, longest, longest,
-                scale=self.softmax_scale, window_size=(-1, 0), enable_gqa=query.shape[-2] != key.shape[-2],
+                scale=self.softmax_scale, window_size=(-1 if self.window is None else self.window, 0),
+                enable_gqa=query.shape[-2] != key.shape[-2],
             )  # fmt: skip
             return context.reshape(query.shape[0], 1, -1)
         return self._one_by_one(query, key, value, packed.cu_seqlens_q.tolist())

@@ -2,6 +2,7 @@
 
 import itertools
 import socket
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +27,7 @@ from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.mlp import MLP  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_meap.backend import cpu_patches, kernels  # noqa: E402
+from megatron_meap.backend import cpu_patches, kernels, layers  # noqa: E402
 from megatron_meap.backend.layers import (  # noqa: E402
     CPUAttention,
     CPUNorm,
@@ -152,6 +153,34 @@ def test_packed_sequences_attend_as_separate_ones(kind, window):
 
     together = [torch.randn(S, heads, D) for heads in (N, G, G)]
     assert_same(lambda *qkv: layer(*qkv, None, packed_seq_params=packed), separately, together)
+
+
+@pytest.mark.parametrize("window", [None, (5, 0)])
+def test_the_kernel_for_packed_sequences_is_told_all_that_matters(window, monkeypatch):
+    """It runs on GPUs only; a stand-in with its arguments does here what they say, a row and a column at a time."""
+    borders = [0, 7, 8, 30, S]
+
+    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert torch.equal(cu_seq_q, cu_seq_k)
+        assert min(max_q, max_k) >= int(cu_seq_q.diff().max())
+        before, after = (sys.maxsize if side < 0 else side for side in window_size)
+        document = torch.searchsorted(cu_seq_q, torch.arange(len(q)), right=True)
+        distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
+        seen = (document[:, None] == document) & (distance <= before) & (distance >= -after)
+        heads = (tensor.transpose(0, 1) for tensor in (q, k, v))
+        attend = functional.scaled_dot_product_attention
+        return attend(*heads, attn_mask=seen, scale=scale, enable_gqa=enable_gqa).transpose(0, 1)
+
+    layer = attention(SDPAttention, window_size=window)
+    borders_tensor = torch.tensor(borders, dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=borders_tensor, max_seqlen_q=S, max_seqlen_kv=S)
+    together = [torch.randn(S, heads, D).bfloat16() for heads in (N, G, G)]
+    alone = layer(*together, None, packed_seq_params=packed)
+    monkeypatch.setattr(layers.device, "is_cpu", lambda: False)
+    monkeypatch.setattr(layers, "varlen", SimpleNamespace(varlen_attn=varlen_attn))
+    by_kernel = layer(*together, None, packed_seq_params=packed)
+    assert by_kernel.shape == alone.shape
+    assert (by_kernel - alone).abs().max() <= 2e-2 * alone.abs().max()
 
 
 @pytest.mark.parametrize("dtype", TYPES)
