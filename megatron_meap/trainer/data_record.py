@@ -70,6 +70,8 @@ def _all_epochs(args: Namespace, prefixes: list[str], weights: list[float] | Non
     if exhausted or remote or args.phase_transition_iterations:
         return None
     total = args.train_samples or (args.train_iters or 0) * args.global_batch_size
+    if args.meap_copy_weight is not None:  # each is read once, and comes twice
+        total = math.ceil(total / 2)
     if len(prefixes) == 1:
         samples = [total]
     else:

@@ -235,8 +235,8 @@ def _packed_seq_params(batch: dict[str, Any], args: Namespace) -> PackedSeqParam
     padded = None if batch["cu_seqlens_padded"] is None else batch["cu_seqlens_padded"].squeeze(0)
     if not device.is_cpu():  # it names a CUDA device by its number; only the TFLOP/s in the log depend on it
         update_seqlen_stats_from_cu_seqlens(borders)
-    # A bound: the longest document's length, `max_seqlen`, would have to come from the GPU. It must not be the number of
-    # tokens in the pack, where Megatron's rotary positions run on from one document to the next.
+    # A bound: the longest document's length, `max_seqlen`, would have to come from the GPU. It must not be the number
+    # of tokens in the pack, where Megatron's rotary positions run on from one document to the next.
     longest = args.seq_length + 1
     local_cp_size = batch["local_cp_size"]
     return PackedSeqParams(
