@@ -29,8 +29,10 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
 
 
 def to_bytes(manifest: dict[str, Any]) -> bytes:
-    """The manifest as it is written."""
-    return (json.dumps({"format": FORMAT, **manifest}, indent=1, ensure_ascii=False) + "\n").encode()
+    """The manifest as it is written; bytes of a file's name that are not UTF-8 become JSON's own escapes."""
+    return (json.dumps({"format": FORMAT, **manifest}, indent=1, ensure_ascii=False) + "\n").encode(
+        errors="backslashreplace"
+    )
 
 
 def _named(name: str, id: int | None) -> str:

@@ -12,6 +12,7 @@ from megatron_meap.preprocessing.readers import InputFile, InputOptions
 from megatron_meap.tokenization.mask_token import MASK_TOKEN
 
 _BYTES_AND_CONTROLS = 256 + 4  # UNK, BOS, EOS and the mask token
+_LONGEST = 1 << 20  # bytes of a line: SentencePiece leaves longer ones out without a word
 # Always pieces, however rare: by its share of the text SentencePiece would leave out the digits of a novel.
 _REQUIRED = "".join(map(chr, range(ord("!"), ord("~") + 1)))
 
@@ -81,7 +82,7 @@ def train_tokenizer(
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             add_dummy_prefix=True,
-            max_sentence_length=1 << 20,
+            max_sentence_length=_LONGEST,
             num_threads=1,  # written into the model: another number gives another file
             minloglevel=2,
         )
@@ -105,9 +106,23 @@ def _lines(paths: list[str], key: str, max_bytes: int) -> Iterator[str]:
                     raise UsageError(f"{path}:{seen}: {document}")
                 for line in document[0].splitlines() if document else ():
                     if line:
-                        yield line
+                        yield from _cut(line.encode())
                         size += len(line.encode())
                 if size >= max_bytes:
                     file.close()
                     return
         file.close()
+
+
+def _cut(line: bytes) -> Iterator[str]:
+    """A line in parts that SentencePiece takes, cut before a space where there is one, else between two characters."""
+    start = 0
+    while len(line) - start > _LONGEST:
+        end = line.rfind(b" ", start + 1, start + _LONGEST + 1)
+        if end < 0:
+            end = start + _LONGEST
+            while line[end] & 0xC0 == 0x80:  # within a character
+                end -= 1
+        yield line[start:end].decode()
+        start = end
+    yield line[start:].decode()

@@ -1,12 +1,13 @@
 """The manifest's check in training, and the tokenizer's fingerprint."""
 
 import json
+import os
 import shutil
 
 import pytest
 
 from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing.manifest import check_manifest
+from megatron_meap.preprocessing.manifest import check_manifest, read_manifest, to_bytes
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
 from tests.unit.preprocessing import TEXTS, make_tokenizer, run_job, sentencepiece_args, tokenizer_args, write_jsonl
 
@@ -105,3 +106,12 @@ def test_other_special_tokens_are_refused(dataset, model):
     ]:
         with pytest.raises(UsageError, match=message):
             check_manifest(dataset, tokenizer_sha256=sha256, vocab_size=600, special=fits | {name: id})
+
+
+def test_names_that_are_not_utf8_are_kept(tmp_path):
+    """POSIX names are bytes: such a name must not cost the dataset at its very end."""
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    (tmp_path / "x.manifest.json").write_bytes(to_bytes({"inputs": [name, "naïve.jsonl"]}))
+    manifest = read_manifest(str(tmp_path / "x"))
+    assert manifest is not None
+    assert manifest["inputs"] == [name, "naïve.jsonl"]

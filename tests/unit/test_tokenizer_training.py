@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing import tokenizer_training
 from megatron_meap.preprocessing.tokenizer_training import train_tokenizer
 from tests.unit.preprocessing import compressed, make_tokenizer, topics, write_jsonl, write_parquet
 
@@ -117,3 +118,22 @@ def test_what_cannot_work(tmp_path, folder):
     with pytest.raises(UsageError, match="cannot be written"):
         train_tokenizer([corpus], bad / "m", vocab_size=400)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", ["é" * 700_000, "ein Wörtchen " * 200_000, "x" * 3_000_000 + " end"])
+def test_long_lines_are_cut_and_nothing_is_left_out(line):
+    """At spaces where there are any, never within a character; SentencePiece leaves lines above the limit out."""
+    parts = list(tokenizer_training._cut(line.encode()))
+    assert "".join(parts) == line
+    assert max(len(part.encode()) for part in parts) <= tokenizer_training._LONGEST
+    if line.count(" ") > 1:
+        assert all(part.startswith(" ") for part in parts[1:])
+
+
+def test_a_corpus_of_one_long_line_trains(tmp_path):
+    """Characters that stand in no shorter line are pieces."""
+    source = write_jsonl(tmp_path / "long.jsonl", ["short", "ŵord in a line of its own " * 60_000])
+    train_tokenizer([str(source)], tmp_path / "m", vocab_size=390)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m"))
+    assert len(processor.encode("ŵ", out_type=str)) <= 2  # not in bytes
+    assert "<0x" not in "".join(processor.encode("ŵord", out_type=str))
