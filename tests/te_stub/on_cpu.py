@@ -1,6 +1,6 @@
 """Transformer Engine's own Python on a CPU: its compiled extension is `transformer_engine_torch.py` of this folder.
 
-The Python is the wheel `transformer_engine` of PyPI (1.2 MB). It belongs beside the environment's packages and not among
+The Python is the wheel `transformer_engine` of PyPI (1.2 MB). It belongs beside the environment's packages, not among
 them, where it would look like a Transformer Engine that works:
 
     pip install --no-deps --target .venv/te-python transformer_engine==2.20.2
