@@ -2,6 +2,7 @@
 
 import os
 import pydoc_data.topics
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from megatron_meap.backend import device
 
 device.prepare()  # once, before any test imports Megatron
+# A shell starts background jobs with SIGINT ignored, and every process of a test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
