@@ -16,6 +16,7 @@ from megatron.training.training import destroy_global_state  # noqa: E402
 from megatron_meap.backend import megatron_patches  # noqa: E402
 from megatron_meap.inspection import dry_run  # noqa: E402
 from megatron_meap.trainer import arguments  # noqa: E402
+from megatron_meap.trainer.tokenizer import set_tokenizer  # noqa: E402
 
 SHOWN = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels seq_length rotary_base "
@@ -35,7 +36,7 @@ def main() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             args = arguments.parse_flags()
             arguments.check(args)
-            arguments.set_tokenizer(args)
+            set_tokenizer(args)
         shown = {key: getattr(args, key) for key in SHOWN.split()}
         destroy_global_state()
         sys.argv += command["shorter"]

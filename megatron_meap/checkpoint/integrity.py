@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 
 FILE = validation.INTEGRITY_FNAME
 Hashes = dict[str, str]
-"""SHA-256 by file name; what follows UNREADABLE is why there is none."""
+"""SHA-256 by path, in the record by path below the directory; what follows UNREADABLE is why there is none."""
 
 UNREADABLE = "!"
 _MOST_THREADS = 8  # more gain nothing on the disks that checkpoints are on
@@ -32,7 +32,7 @@ def hash_files(paths: Sequence[Path]) -> Hashes:
     """Hash files, several at a time: hashing leaves Python's lock to others."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with ThreadPoolExecutor(min(_MOST_THREADS, max(1, cores))) as pool:
-        return dict(zip((path.name for path in paths), pool.map(_hash, paths), strict=True))
+        return dict(zip(map(str, paths), pool.map(_hash, paths), strict=True))
 
 
 def _hash(path: Path) -> str:
@@ -56,7 +56,8 @@ def damage(folder: Path, hash_files: Callable[[Sequence[Path]], Hashes] = hash_f
         return f"{FILE} is torn"
     if (algorithm := recorded.get("algorithm", validation._HASH_ALGORITHM)) != validation._HASH_ALGORITHM:
         return f"{FILE}: hashes of an unknown kind, {algorithm!r}"
-    found = hash_files([folder / name for name in expected])
+    hashes = hash_files([folder / name for name in expected])
+    found = {name: hashes[str(folder / name)] for name in expected}
     wrong = [_difference(name, expected[name], found[name]) for name in expected if found[name] != expected[name]]
     return "; ".join(wrong) or None
 
@@ -110,14 +111,14 @@ def _take_over(folder: str, handed_over: Path) -> None:
     known = json.loads(handed_over.read_text()) if handed_over.exists() else {}
     handed_over.unlink(missing_ok=True)
     handed_over.parent.rmdir()
-    _record(folder, known | hash_files([path for path in _own_files(folder) if path.name not in known]))
+    _record(folder, known | hash_files([path for path in _own_files(folder) if str(path) not in known]))
 
 
 def _record(folder: str, own: Hashes) -> None:
     """Gather the hashes of all ranks; rank 0 writes them. A file that cannot be read fails the save on every rank."""
     everyones: list[Hashes] = [{}] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyones, own)
-    hashes = {name: each[name] for each in everyones for name in each}
+    hashes = {os.path.relpath(path, folder): each[path] for each in everyones for path in each}
     for name, found in hashes.items():
         if found.startswith(UNREADABLE):
             raise CheckpointingException(f"{folder}/{name}: {found.removeprefix(UNREADABLE)}")
@@ -133,7 +134,7 @@ def _own_files(folder: str) -> list[Path]:
 
 
 def _files(folder: str) -> list[Any]:
-    every = validation.maybe_msc.Path(str(folder)).iterdir()
+    every = validation.maybe_msc.Path(str(folder)).rglob("*")
     return sorted((path for path in every if path.is_file() and path.name != FILE), key=str)
 
 

@@ -20,7 +20,7 @@ from megatron_meap.flags import Settings, flag
 
 POINTER = "latest_checkpointed_iteration.txt"
 HashFiles = Callable[[Sequence[Path]], dict[str, str]]
-"""From files to their SHA-256, by name."""
+"""From files to their SHA-256, by path."""
 
 _DIRECTORY = re.compile(r"iter_(\d{7,})")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meap.huggingface.architecture import Architecture
-from megatron_meap.huggingface.training_data import manifests
 from megatron_meap.meap.settings import MaskSettings
+from megatron_meap.trainer.carried import manifests
 
 TEMPLATE = """\
 ---

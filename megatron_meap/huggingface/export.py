@@ -22,6 +22,7 @@ from megatron_meap.huggingface.output import new_directory
 from megatron_meap.huggingface.training_data import trained_tokenizer
 from megatron_meap.huggingface.weights import Source, inspect
 from megatron_meap.tokenization.huggingface import moved, save_tokenizer
+from megatron_meap.trainer import carried
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -39,7 +40,7 @@ class ExportJob:
     dtype: str | None = None
     """A key of `DTYPES`; as stored where not given."""
     tokenizer: str | None = None
-    """A file or directory to take instead of the path recorded in the checkpoint."""
+    """A file or directory to take instead of the checkpoint's own copy, or of the path recorded in it."""
     add_bos: bool | None = None
     """Whether the tokenizer puts BOS before a text; where not given, if the documents of the training data began so."""
     max_shard_size: str = "2GB"
@@ -56,7 +57,9 @@ def export(job: ExportJob) -> None:
     shard_bytes = parse_size(job.max_shard_size)
     memory = PeakMemory()
     checkpoint = open_checkpoint(job.load, job.iteration)
-    args = moved(checkpoint.args, job.tokenizer)
+    args = moved(carried.arguments_of(checkpoint), job.tokenizer)
+    if args is not checkpoint.args and job.tokenizer is None:
+        print(f"tokenizer and manifests: the checkpoint's own, in {checkpoint.directory}", flush=True)
     tokenizer = trained_tokenizer(args, job.add_bos)
     source = inspect(checkpoint, tokenizer)
     dtype = DTYPES[job.dtype] if job.dtype else checkpoint.dtype("embedding.word_embeddings.weight")
@@ -69,7 +72,7 @@ def export(job: ExportJob) -> None:
         write_weights(directory, source, dtype, shard_bytes)
         write_json(directory / "config.json", source.config(dtype, tokenizer))
         _write_tokenizer(directory, source, tokenizer, args)
-        card.write_card(directory, output.name, source.model, parameters, checkpoint.args, checkpoint.iteration)
+        card.write_card(directory, output.name, source.model, parameters, args, checkpoint.iteration)
         print(f"wrote {parameters:,} weights, {size / 1e6:,.1f} MB in {dtype}; {memory}", flush=True)
         if job.check:
             from megatron_meap.huggingface import selfcheck

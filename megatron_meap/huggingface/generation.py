@@ -22,6 +22,7 @@ from megatron_meap.huggingface.weights import Source, inspect
 from megatron_meap.sft.records import BadConversation, Message
 from megatron_meap.sft.turns import TurnEncoder
 from megatron_meap.tokenization.huggingface import load_directory, moved
+from megatron_meap.trainer import carried
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 
@@ -170,7 +171,7 @@ def _from_huggingface(path: str, tokenizer: str | None) -> tuple[Any, Any, int |
 def _from_megatron(path: str, iteration: int | None, tokenizer: str | None) -> tuple[Any, Any, int]:
     """Model, tokenizer and mask id of a Megatron checkpoint."""
     checkpoint = open_checkpoint(path, iteration)
-    args = moved(checkpoint.args, tokenizer)
+    args = moved(carried.arguments_of(checkpoint), tokenizer)
     loaded = trained_tokenizer(args)
     if loaded is None:
         raise UsageError(f"{path}: was trained without a tokenizer (NullTokenizer), so it has no text to generate")

@@ -129,6 +129,7 @@ def _megatron_args(flags: list[str], dtype: torch.dtype) -> Namespace:
     from megatron_meap.backend import megatron_patches
     from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
     from megatron_meap.trainer import arguments
+    from megatron_meap.trainer.tokenizer import set_tokenizer
 
     megatron_patches.apply()
     length = flags[flags.index("--max-position-embeddings") + 1]
@@ -137,7 +138,7 @@ def _megatron_args(flags: list[str], dtype: torch.dtype) -> Namespace:
     with contextlib.redirect_stdout(io.StringIO()):
         args = arguments.parse_flags([*flags, *run, precision])
         arguments.check(args)
-        arguments.set_tokenizer(args)
+        set_tokenizer(args)
     args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
     return args
 

@@ -1,24 +1,10 @@
 """What a checkpoint's training data says of itself, as far as its manifests can still be found."""
 
-import hashlib
-import json
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
-from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX
 from megatron_meap.tokenization.huggingface import begin_with_bos, begin_without_bos, tokenizer_of
-
-
-def manifests(args: Namespace) -> list[tuple[str, str, dict[str, Any]]]:
-    """Manifests of the data of a run, from its arguments: name of the dataset, sha256, contents."""
-    found = []
-    for entry in [*(getattr(args, "data_path", None) or ()), *(getattr(args, "train_data_path", None) or ())]:
-        path = Path(str(entry) + MANIFEST_SUFFIX)
-        if path.is_file():
-            stored = path.read_bytes()
-            found.append((Path(entry).name, hashlib.sha256(stored).hexdigest(), json.loads(stored)))
-    return found
+from megatron_meap.trainer.carried import manifests
 
 
 def documents_begin_with(args: Namespace) -> list[int]:

@@ -15,6 +15,7 @@ from megatron_meap.errors import UsageError
 from megatron_meap.planning.compute import Work, work
 from megatron_meap.planning.memory import ModelMemory, bytes_per_parameter, measure
 from megatron_meap.trainer import arguments, batch_sizes
+from megatron_meap.trainer.tokenizer import set_tokenizer
 
 RECOMPUTATION: dict[str, dict[str, object]] = {
     "none": {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None},
@@ -64,7 +65,7 @@ def plan(flags: Namespace, **changes: object) -> Plan:
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             arguments.check(args)
-            arguments.set_tokenizer(args)
+            set_tokenizer(args)
             return Plan(args, measure(args), work(args))
         finally:
             destroy_num_microbatches_calculator()

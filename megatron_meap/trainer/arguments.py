@@ -1,16 +1,13 @@
 """The flags that this project adds to Megatron's, the defaults it changes, and their validation."""
 
 import argparse
-import contextlib
 import functools
 import importlib.util
-import io
 import os
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_meap.backend import device
@@ -24,10 +21,10 @@ from megatron_meap.meap import settings as meap
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft import flags as sft
 from megatron_meap.sft.flags import BadLineSettings, SFTSettings
-from megatron_meap.tokenization.mask_token import all_special_ids, resolve_mask_token, vocabulary_size
-from megatron_meap.trainer import batch_sizes, fim
+from megatron_meap.trainer import batch_sizes
 from megatron_meap.trainer.official import OfficialSettings
 from megatron_meap.trainer.probe import ProbeSettings
+from megatron_meap.trainer.tokenizer import set_tokenizer
 
 LOCAL_LAYERS = {
     "transformer_impl": "local",
@@ -311,40 +308,3 @@ def _refuse_rounded_gradients(args: Namespace) -> None:
             "--cross-entropy-loss-fusion: Megatron's native one rounds the gradient of the logits to bf16; train with "
             "--bf16, or drop it"
         )
-
-
-def set_tokenizer(args: Namespace) -> Any:
-    """Build and return the tokenizer, find or append the mask token, and pad the vocabulary that holds them both."""
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
-
-    files = ("SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "GPTSentencePieceTokenizer")
-    if args.tokenizer_model and args.tokenizer_type in files and not Path(args.tokenizer_model).exists():
-        raise UsageError(f"--tokenizer-model {args.tokenizer_model}: no such file")
-    named = args.tokenizer_model
-    if args.tokenizer_type == "HuggingFaceTokenizer" and os.path.isabs(named or "") and not os.path.exists(named):
-        raise UsageError(f"--tokenizer-model {named}: nothing there; if the directory was moved, name its new place")
-    padded_by_user = args.padded_vocab_size
-    pad_vocab_size, args.pad_vocab_size = args.pad_vocab_size, False  # padding comes after the mask token
-    try:
-        # sentencepiece and tokenizers write about a bad file to stdout and stderr before they raise
-        with contextlib.redirect_stdout(io.StringIO()):
-            tokenizer = build_tokenizer(args)
-    except Exception as error:
-        path = args.tokenizer_model or args.vocab_file or "(no --tokenizer-model given)"
-        reason = one_line(error)
-        raise UsageError(f"--tokenizer-model {path}: not a {args.tokenizer_type} tokenizer ({reason})") from error
-    args.pad_vocab_size = pad_vocab_size
-    mask = resolve_mask_token(tokenizer, args.meap_mask_token)
-    needed = max(vocabulary_size(tokenizer), mask.id + 1)
-    fim.check(args, tokenizer, mask.id)
-    if padded_by_user is None:
-        args.padded_vocab_size = vocab_size_with_padding(needed, args) if pad_vocab_size else needed
-    elif padded_by_user < needed:
-        raise UsageError(
-            f"the vocabulary has {padded_by_user} rows, but the tokenizer and the mask token {mask.text!r} need "
-            f"{needed}; raise --padded-vocab-size, or use the tokenizer the checkpoint was trained with"
-        )
-    args.meap_mask_token_id = mask.id
-    args.meap_tokenizer_vocab_size = vocabulary_size(tokenizer)
-    args.meap_special_ids = all_special_ids(tokenizer)
-    return tokenizer

@@ -40,7 +40,7 @@ from megatron_meap.errors import UsageError, note_status
 from megatron_meap.meap.dataset import COPY, NOISED
 from megatron_meap.meap.losses import next_token_loss
 from megatron_meap.tokenization.mask_token import special_token_ids
-from megatron_meap.trainer import data_use, official, preflight
+from megatron_meap.trainer import carried, data_use, official, preflight
 from megatron_meap.trainer.arguments import parse_arguments
 from megatron_meap.trainer.batches import datasets_provider, get_batch
 from megatron_meap.trainer.output import LOG, Output
@@ -65,7 +65,8 @@ def _run(output: Output) -> None:
     stop = StopRequest().install()
     global_vars._GLOBAL_SIGNAL_HANDLER = stop
     args.exit_signal_handler = True  # the trainer asks it after every step
-    megatron_patches.save_checkpoints_by(integrity.recorded_by_all_ranks)
+    files = carried.collect(args) if args.rank == 0 and args.save else {}
+    megatron_patches.save_checkpoints_by(lambda save: integrity.recorded_by_all_ranks(carried.beside(save, files)))
     if args.meap_keep_last is not None:
         megatron_patches.after_each_save(
             partial(latest.prune, Path(args.save), args.meap_keep_last, args.meap_keep_every)

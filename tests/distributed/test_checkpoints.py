@@ -1,5 +1,6 @@
 """What happens to checkpoints: another layout, a damaged file, a full disk, asynchronous saving, old ones."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -154,7 +155,7 @@ def test_old_checkpoints_are_pruned(saved: Saved) -> None:
     assert latest.iterations(saved.folder / "pruned") == [4, 8, 9]
 
 
-def test_asynchronous_saving(saved: Saved) -> None:
+def test_asynchronous_saving(saved: Saved, corpus: Corpus) -> None:
     """The same checkpoints, complete and verified before the pointer moves."""
     run, folder = saved.runs["asynchronous"], saved.folder / "asynchronous"
     assert run.losses() == saved.runs["run"].losses()
@@ -163,8 +164,9 @@ def test_asynchronous_saving(saved: Saved) -> None:
     assert latest.pointer(folder) == "6"
     for iteration in (2, 4, 6):
         path = latest.directory(folder, iteration)
-        assert (path / "integrity.json").exists()
         assert latest.damage(path) is None
+        assert "tokenizer/tokenizer.model" in json.loads((path / "integrity.json").read_text())["files"]
+        assert (path / "tokenizer/tokenizer.model").read_bytes() == Path(corpus.tokenizer).read_bytes()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
@@ -207,7 +209,7 @@ def test_every_rank_hashes_what_it_wrote(corpus: Corpus, tmp_path: Path, monkeyp
     for kind, saver in (("sync", "trainer"), ("async", "saver")):
         assert latest.damage(latest.directory(tmp_path / kind, 2)) is None
         newest = latest.directory(tmp_path / kind, 3)
-        files = [path for path in newest.iterdir() if path.name != "integrity.json"]
+        files = [path for path in newest.rglob("*") if path.is_file() and path.name != "integrity.json"]
         verified = []
         for path in files:
             data = path.suffix == ".distcp"

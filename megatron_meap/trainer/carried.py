@@ -1,0 +1,121 @@
+"""What a checkpoint carries beside its weights: the tokenizer's files, and the manifests of the training data.
+
+    iter_0001000/tokenizer/...      the files, as the run was given them
+    iter_0001000/manifests.json     for each dataset its name, the SHA-256 of its manifest, and what that says
+
+So neither a resumption nor an export depends on files elsewhere that somebody moves or deletes.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_meap.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_meap.errors import UsageError
+from megatron_meap.files import whole_file
+from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX
+from megatron_meap.tokenization import files as tokenizer_files
+from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+
+TOKENIZER, MANIFESTS = "tokenizer", "manifests.json"
+
+
+def collect(args: Namespace) -> dict[str, bytes]:
+    """The content of what a run's checkpoints carry, by its place in them.
+
+    It is read once, at the start: what happens to the files afterwards does not matter.
+    """
+    found = {f"{TOKENIZER}/{place}": path.read_bytes() for place, path in tokenizer_files.files_of(args).items()}
+    if described := manifests(args):
+        found[MANIFESTS] = json.dumps(described, indent=1).encode()
+    return found
+
+
+def beside(save: Callable, files: dict[str, bytes]) -> Callable:
+    """Megatron's `dist_checkpointing.save`, which also writes these files, by rank 0, to the checkpoint's directory."""
+
+    @functools.wraps(save)
+    def save_and_carry(state: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        request = save(state, folder, *args, **kwargs)
+        if torch.distributed.get_rank() == 0:
+            write(Path(folder), files)
+        return request
+
+    return save_and_carry
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    """Put the files in the directory of an iteration, in the place of those of an interrupted save."""
+    shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+    for place, content in files.items():
+        with whole_file(folder / place) as file:
+            file.write(content)
+
+
+def manifests(args: Namespace) -> list[tuple[str, str, dict[str, Any]]]:
+    """Manifests of the training data: name of the dataset, SHA-256, contents; of those that are found.
+
+    Args:
+        args: of a run; or of a checkpoint (`arguments_of`), whose own copies are taken where it has them.
+    """
+    if carried := getattr(args, "meap_manifests", None):
+        return [(name, digest, contents) for name, digest, contents in json.loads(Path(carried).read_text())]
+    found = []
+    for prefix in [*(getattr(args, "data_path", None) or ()), *(getattr(args, "train_data_path", None) or ())]:
+        path = Path(str(prefix) + MANIFEST_SUFFIX)
+        if path.is_file():
+            stored = path.read_bytes()
+            found.append((Path(prefix).name, hashlib.sha256(stored).hexdigest(), json.loads(stored)))
+    return found
+
+
+def arguments_of(checkpoint: Checkpoint) -> Namespace:
+    """The arguments in a checkpoint, with the tokenizer and the manifests that it carries."""
+    args = checkpoint.args
+    if (copies := _copies(checkpoint.directory)) is not None:
+        args = tokenizer_files.at(args, copies)
+    if (listed := checkpoint.directory / MANIFESTS).is_file():
+        args = copy.copy(args)
+        args.meap_manifests = str(listed)
+    return args
+
+
+def take_tokenizer(args: Namespace) -> None:
+    """Where the files of a run's tokenizer are gone, take those that the checkpoint it starts from carries.
+
+    Raises:
+        UsageError: that copy is not the tokenizer that the checkpoint was trained with.
+    """
+    gone = tokenizer_files.missing(args)
+    for source, step in ((args.load, args.ckpt_step), (args.pretrained_checkpoint, None)) if gone else ():
+        try:
+            checkpoint = open_checkpoint(source or "", step)
+        except UsageError:  # none yet, or none that can be read: what is wrong with it is said where it is loaded
+            continue
+        copies = _copies(checkpoint.directory)
+        if copies is None:
+            continue
+        moved = tokenizer_files.at(args, copies)
+        recorded = getattr(checkpoint.args, "meap_tokenizer_sha256", None)
+        if recorded is not None and tokenizer_fingerprint(moved) != recorded:
+            raise UsageError(
+                f"{gone[0]}: not there, and the copy in {copies} is damaged or another kind of tokenizer; name the "
+                "tokenizer of the checkpoint with --tokenizer-type and --tokenizer-model"
+            )
+        vars(args).update(vars(moved))
+        if args.rank == 0:
+            print(f"note: tokenizer {gone[0]} is not there; the checkpoint's own copy is taken, {copies}", flush=True)
+        return
+
+
+def _copies(directory: Path) -> Path | None:
+    """The tokenizer that a checkpoint carries: beside its weights, or (one that was imported) beside its iteration."""
+    return next((each / TOKENIZER for each in (directory, directory.parent) if (each / TOKENIZER).is_dir()), None)
