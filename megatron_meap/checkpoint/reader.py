@@ -104,7 +104,7 @@ def open_checkpoint(path: str | Path, iteration: int | None = None) -> Checkpoin
     Raises:
         UsageError: nothing there is a complete torch_dist checkpoint.
     """
-    directory = _iteration_directory(Path(path), iteration)
+    directory = directory_of(Path(path), iteration)
     if not (directory / ".metadata").is_file():
         legacy = any(directory.glob("mp_rank_*"))
         reason = "is in Megatron's old format; save with --ckpt-format torch_dist" if legacy else "has no .metadata"
@@ -122,8 +122,8 @@ def open_checkpoint(path: str | Path, iteration: int | None = None) -> Checkpoin
     return Checkpoint(directory, int(common.get("iteration", 0)), args, metadata)
 
 
-def _iteration_directory(path: Path, iteration: int | None) -> Path:
-    """The directory of the iteration asked for."""
+def directory_of(path: Path, iteration: int | None = None) -> Path:
+    """The directory of the iteration asked for, as in `open_checkpoint`."""
     if not path.is_dir():
         raise UsageError(f"{path}: no such directory" if not path.exists() else f"{path}: not a directory")
     if iteration is not None:

@@ -115,12 +115,18 @@ def describe(args: Namespace, tokenizer: Any = None) -> dict[str, Any]:
     return found
 
 
+def record_of(args: Namespace) -> dict[str, Any]:
+    """The record of a run or a checkpoint; of a checkpoint that has none what its arguments tell."""
+    return getattr(args, "meap_record", None) or describe(args)
+
+
 def verdict(entry: str, args: Namespace) -> Verdict:
     """What becomes of the run of these arguments if this entry of the record differs."""
     if entry in _NAMED:
         return _NAMED[entry]
     if entry == "--global-batch-size":
-        return Verdict.REFUSED if args.meap_mask_strategy == "official" else Verdict.WARNED
+        official = getattr(args, "meap_mask_strategy", None) == "official"
+        return Verdict.REFUSED if official else Verdict.WARNED
     if entry == "the samples of training":
         return Verdict.REFUSED if args.meap_clean_final_share and args.meap_mask_ratio else Verdict.FREE
     by_flag = {flag: name for name, (flag, _) in _megatrons_flags().items()}
@@ -133,7 +139,7 @@ def differences(saved: Namespace, args: Namespace) -> Iterator[tuple[Verdict, st
     An entry that one of them does not know is not compared: it is older than the flag. For what could not be done to
     inputs before there was a flag for it, that is as if the flag had not been given.
     """
-    there, here = getattr(saved, "meap_record", None) or describe(saved), args.meap_record
+    there, here = record_of(saved), record_of(args)
     if "--meap-mask-ratio" in there:  # a run of ours
         there = {MaskSettings.flag_of(name): getattr(MaskSettings, name) for name in _LATER} | there
     for entry in here:

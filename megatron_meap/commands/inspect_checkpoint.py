@@ -1,0 +1,37 @@
+"""Show what decided the run of a checkpoint, compare it with another, verify its files.
+
+    python tools/inspect_checkpoint.py checkpoints/run
+    python tools/inspect_checkpoint.py checkpoints/run --compare checkpoints/other
+    python tools/inspect_checkpoint.py checkpoints/run --ckpt-step 500 --verify
+
+What is named is a directory as given to --save (its latest checkpoint, or --ckpt-step), or that of one iteration. Exit
+status: 0; 1 where a run of the one would be refused as a resumption of the other; 2 where files are damaged.
+"""
+
+import argparse
+import os
+import sys
+
+
+def main() -> None:
+    """Look at the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="its directory")
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the latest)")
+    parser.add_argument("--compare", metavar="DIR", help="another checkpoint: say what differs and nothing else")
+    parser.add_argument("--verify", action="store_true", help="hash all files and compare them with what was recorded")
+    flags = parser.parse_args()
+    os.environ["MEAP_DEVICE"] = "cpu"
+    from megatron_meap.backend import device
+
+    device.prepare()
+    from megatron_meap.inspection import checkpoints
+
+    if flags.verify:
+        print(checkpoints.verify(flags.checkpoint, flags.ckpt_step), flush=True)
+    if flags.compare is None:
+        print(*checkpoints.describe(flags.checkpoint, flags.ckpt_step), sep="\n")
+        return
+    lines, resumes = checkpoints.compare(flags.checkpoint, flags.ckpt_step, flags.compare)
+    print(*lines, sep="\n")
+    sys.exit(0 if resumes else 1)

@@ -1,0 +1,96 @@
+"""Checkpoints as their records tell them: what decided the run, what differs between two, whether files are whole."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_meap.checkpoint import latest, model_arguments
+from megatron_meap.checkpoint.integrity import FILE
+from megatron_meap.checkpoint.reader import Checkpoint, directory_of, open_checkpoint
+from megatron_meap.errors import UsageError
+from megatron_meap.trainer import carried
+from megatron_meap.trainer.record import Verdict, differences, record_of, verdict
+
+
+def describe(path: str, iteration: int | None) -> Iterator[str]:
+    """A few lines on a checkpoint, and the entries of its record by what becomes of a run that differs in them."""
+    checkpoint = open_checkpoint(path, iteration)
+    args = checkpoint.args
+    parameters = sum(math.prod(shape) for shape in checkpoint.weights().values())
+    yield f"{checkpoint.directory}: iteration {checkpoint.iteration}, {parameters:,} parameters"
+    samples = getattr(args, "consumed_train_samples", None)
+    yield f"  trained on {samples if samples is None else f'{samples:,}'} samples by {_saved_by(checkpoint)}"
+    yield f"  carries {', '.join(_carries(checkpoint))}"
+    record = record_of(args)
+    if not hasattr(args, "meap_record"):
+        yield "  is older than the record of data and versions; what Megatron keeps of its arguments follows"
+    for outcome in (Verdict.REFUSED, Verdict.WARNED):
+        yield f"\n{outcome.value}, if it differs when the run resumes (what is not set is left out):"
+        for entry, value in record.items():
+            if value not in (None, False) and verdict(entry, args) is outcome:
+                yield f"  {entry:<40} {_written(value)}"
+
+
+def compare(path: str, iteration: int | None, other: str) -> tuple[list[str], bool]:
+    """What differs between two checkpoints' runs, a line each; and whether the first one's may resume the other."""
+    here, there = open_checkpoint(path, iteration), open_checkpoint(other)
+    lines = [f"here: {here.directory}", f"there: {there.directory}"]
+    names = [name for name in (*model_arguments.SHAPE, *model_arguments.FUNCTION) if hasattr(here.args, name)]
+    model = model_arguments.differences(there.args, here.args, names)
+    tokenizer = "the tokenizer (SHA-256 of its files)"
+    digests = [getattr(each.args, "meap_tokenizer_sha256", None) for each in (there, here)]
+    if None not in digests and digests[0] != digests[1]:
+        model.append(f"{tokenizer} {digests[0]} there, {digests[1]} here")
+    lines += [f"another model: {said}" for said in model]
+    found = sorted(differences(there.args, here.args), key=lambda each: list(Verdict).index(each[0]))
+    lines += [f"{outcome.value}: {said}" for outcome, said in found]
+    if len(lines) == 2:
+        lines.append("nothing that decides a run differs")
+    return lines, not model and all(outcome is not Verdict.REFUSED for outcome, _ in found)
+
+
+def verify(path: str, iteration: int | None) -> str:
+    """A line on the files, which are as they were saved.
+
+    Raises:
+        UsageError: they are not; it names them.
+    """
+    folder = directory_of(Path(path), iteration)
+    if wrong := latest.damage(folder):
+        raise UsageError(f"{folder}: damaged: {wrong}; copy it again, or use an older one (--ckpt-step)")
+    if not (folder / FILE).exists():
+        return (
+            f"{folder}: no hashes were recorded (--verify-integrity); all that can be said is that its parts are there"
+        )
+    files = json.loads((folder / FILE).read_text())["files"]
+    size = sum((folder / name).stat().st_size for name in files)
+    return f"{folder}: {len(files)} files, {size / 1e6:,.1f} MB, all as they were saved"
+
+
+def _saved_by(checkpoint: Checkpoint) -> str:
+    args, record = checkpoint.args, record_of(checkpoint.args)
+    versions = [f"{name} {record[name]}" for name in ("megatron-meap", "megatron-core", "torch") if name in record]
+    layout = [
+        ("TP", "tensor_model_parallel_size"),
+        ("PP", "pipeline_model_parallel_size"),
+        ("DP", "data_parallel_size"),
+    ]
+    sizes = [f"{short} {getattr(args, name)}" for short, name in layout if hasattr(args, name)]
+    optimizer = "distributed" if getattr(args, "use_distributed_optimizer", False) else "plain"
+    layers = getattr(args, "transformer_impl", "unknown")
+    return ", ".join([*versions, *sizes, f"{layers} layers", f"{optimizer} optimizer"])
+
+
+def _carries(checkpoint: Checkpoint) -> list[str]:
+    """Its tokenizer and manifests, in words."""
+    args = carried.arguments_of(checkpoint)
+    tokenizer = args.tokenizer_model or args.vocab_file
+    names = [f"the tokenizer {tokenizer}"] if args.tokenizer_model != checkpoint.args.tokenizer_model else []
+    if hasattr(args, "meap_manifests"):
+        names.append(f"manifests of {', '.join(name for name, _, _ in carried.manifests(args))}")
+    return names or ["neither its tokenizer nor manifests"]
+
+
+def _written(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
