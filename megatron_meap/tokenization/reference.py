@@ -1,8 +1,8 @@
 """The tokenizer that training uses, as preprocessing needs it.
 
-Megatron's own `build_tokenizer` makes it, so that ids agree with training. The one exception is a plain SentencePiece
-model: Megatron hands the text to the sentencepiece library as it is, and so do we, without the seconds that importing
-Megatron costs (a test holds the two together).
+Megatron's own `build_tokenizer` makes it, so that ids agree with training. Two kinds do without the seconds that
+importing Megatron costs (a test holds both to its tokenizers): a plain SentencePiece model, to whose library Megatron
+hands the text as it is, and Hugging Face tokenizers (`without_torch`).
 
 Text is never parsed for special tokens: a document that contains `</s>` or `[MASK]` as text gets ordinary ids.
 """
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_meap.errors import UsageError, one_line
+from megatron_meap.tokenization import without_torch
 from megatron_meap.tokenization.mask_token import MASK_TOKEN, MaskToken, resolve_mask_token, special_id, vocabulary_size
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -86,7 +87,8 @@ def load_reference(args: Any) -> Reference:
     _check_files(args)
     if args.tokenizer_type in SENTENCEPIECE_TYPES:
         return _sentencepiece(args.tokenizer_model, args.meap_mask_token)
-    megatron = _megatron_tokenizer(args)
+    light = without_torch.load(args) if args.tokenizer_type == "HuggingFaceTokenizer" else None
+    megatron = light or _megatron_tokenizer(args)
     model: Any = getattr(megatron._tokenizer, "tokenizer", None)
     encode = plain_encode(megatron)
     prefix: tuple[int, ...] = ()

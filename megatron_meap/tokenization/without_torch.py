@@ -1,0 +1,102 @@
+"""Hugging Face tokenizers without PyTorch and Megatron, whose imports cost preprocessing seconds and hundreds of MB.
+
+What a folder holds only transformers knows: some of its classes rebuild what stands in tokenizer.json. So a short-lived
+process, from which PyTorch is hidden, loads it as Megatron does, and hands over what came out, which the library
+`tokenizers` alone then runs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_meap.errors import UsageError, one_line
+
+_SPECIAL = {"bos": "bos_token", "eod": "eos_token", "unk": "unk_token", "pad": "pad_token"}
+
+
+class FastModel:
+    """The part of a transformers tokenizer that preprocessing uses."""
+
+    def __init__(self, definition: str) -> None:
+        """From the contents of a tokenizer.json."""
+        from tokenizers import Tokenizer
+
+        self.backend_tokenizer = Tokenizer.from_str(definition)
+        self.backend_tokenizer.no_truncation()
+        self.backend_tokenizer.no_padding()
+        self.get_vocab = self.backend_tokenizer.get_vocab
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        """The added tokens by id."""
+        return self.backend_tokenizer.get_added_tokens_decoder()
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        """Ids of a text, and of what the post-processor puts around it."""
+        return {"input_ids": self.backend_tokenizer.encode(text).ids}
+
+
+def load(args: argparse.Namespace) -> Any | None:
+    """A stand-in for Megatron's `HuggingFaceTokenizer`; None where only Megatron can load it.
+
+    Raises:
+        UsageError: the folder holds no tokenizer.
+    """
+    if args.trust_remote_code or args.vocab_file or args.merge_file:
+        return None
+    found = _made_apart(args.tokenizer_model, args.special_tokens or [])
+    if found is None:
+        return None
+    model = FastModel(found["definition"])
+    return SimpleNamespace(
+        library="huggingface",
+        _tokenizer=SimpleNamespace(tokenizer=model),
+        vocab_size=model.backend_tokenizer.get_vocab_size(),
+        detokenize=lambda ids: model.backend_tokenizer.decode(ids, skip_special_tokens=False),
+        **found["special"],
+    )
+
+
+def _made_apart(path: str, additional: list[str]) -> dict[str, Any] | None:
+    """`made`, by a process of its own."""
+    command = [sys.executable, "-m", "megatron_meap.tokenization.without_torch", path, *additional]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode:
+        reason = ended.stderr.strip().splitlines()[-1:] or [f"ended with status {ended.returncode}"]
+        raise UsageError(f"{path}: not a tokenizer of --tokenizer-type HuggingFaceTokenizer: {reason[0]}")
+    return json.loads(ended.stdout)
+
+
+def made(path: str, additional: list[str]) -> dict[str, Any] | None:
+    """What Megatron's `HuggingFaceTokenizer` is made of; None for one written in Python, which has no such form."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return None
+    # What Megatron adds: one of two names for the same place stands for the other.
+    missing: dict[str, Any] = {"additional_special_tokens": additional}
+    for one, other in (("sep_token", "eos_token"), ("bos_token", "cls_token")):
+        if getattr(tokenizer, one) is None and getattr(tokenizer, other):
+            missing[one] = getattr(tokenizer, other)
+        elif getattr(tokenizer, other) is None and getattr(tokenizer, one):
+            missing[other] = getattr(tokenizer, one)
+    tokenizer.add_special_tokens(missing)
+    named = {name: getattr(tokenizer, attribute) for name, attribute in _SPECIAL.items()}
+    return {
+        "definition": tokenizer.backend_tokenizer.to_str(),
+        "special": {
+            name: None if token is None else tokenizer.convert_tokens_to_ids(token) for name, token in named.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.modules["torch"] = None  # type: ignore[assignment]  # which makes its import fail
+    try:
+        print(json.dumps(made(sys.argv[1], sys.argv[2:])))
+    except Exception as error:  # whatever a library says about a folder that is not its own
+        sys.exit(one_line(error))

@@ -1,0 +1,131 @@
+"""Hugging Face tokenizers as preprocessing loads them: Megatron's ids and special tokens, whatever the folder holds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from megatron_meap.tokenization import without_torch
+from megatron_meap.tokenization.reference import load_reference
+from tests.unit.preprocessing import TEXTS, make_tokenizer, run_job, tokenizer_args, topics, write_jsonl
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<cls>", "<sep>", "[MASK]"]
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+ADDED = {"content": "<|im_end|>", "special": True, "normalized": False, "lstrip": False, "rstrip": True}
+
+FOLDERS: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "as Llama 3's": ("byte level", {"tokenizer_class": "PreTrainedTokenizerFast", **NAMES}, "llama"),
+    "rebuilt by the class of GPT-2": ("byte level", {"tokenizer_class": "GPT2Tokenizer", "pad_token": "<pad>"}, None),
+    "rebuilt by the class of Qwen 2": ("byte level", {"tokenizer_class": "Qwen2TokenizerFast", **NAMES}, "qwen2"),
+    "rebuilt by the class of Llama 2": ("metaspace", {"tokenizer_class": "LlamaTokenizerFast", **NAMES}, "llama"),
+    "BERT's names for begin and end": ("byte level", {"cls_token": "<cls>", "sep_token": "<sep>"}, None),
+    "tokens added by the configuration": ("byte level", {**NAMES, "added_tokens_decoder": {"800": ADDED}}, None),
+    "BOS and EOS asked for": ("byte level", {**NAMES, "add_bos_token": True, "add_eos_token": True}, None),
+    "without a configuration": ("byte level", {}, None),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each kind."""
+    root = tmp_path_factory.mktemp("huggingface")
+    metaspace = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    definitions = {"metaspace": trained(*metaspace)}
+    definitions["byte level"] = trained(pre_tokenizers.Sequence([split, byte_level[0]]), byte_level[1])
+    made = {}
+    for number, (name, (kind, configuration, model_type)) in enumerate(FOLDERS.items()):
+        made[name] = root / str(number)
+        made[name].mkdir()
+        (made[name] / "tokenizer.json").write_text(definitions[kind])
+        if configuration:
+            (made[name] / "tokenizer_config.json").write_text(json.dumps(configuration))
+        if model_type:
+            (made[name] / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return made
+
+
+def trained(pre_tokenizer: Any, decoder: Any) -> str:
+    """A tokenizer.json of 800 tokens that puts <s> before a text."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=800, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(topics(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer.to_str()
+
+
+@pytest.fixture(scope="module")
+def made(folders: dict[str, Path]) -> dict[str, Any]:
+    """What is made of each folder in one process without PyTorch."""
+    code = (
+        "import sys, json; sys.modules['torch'] = None\n"
+        "from megatron_meap.tokenization.without_torch import made\n"
+        "print(json.dumps([made(folder, ['<extra>']) for folder in sys.argv[1:]]))"
+    )
+    command = [sys.executable, "-c", code, *map(str, folders.values())]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return dict(zip(folders, json.loads(output), strict=True))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_megatron_loads(name: str, folders: dict[str, Path], made: dict[str, Any], monkeypatch) -> None:
+    from tests.unit.test_preprocessing_encoders import megatron
+
+    monkeypatch.setattr(without_torch, "_made_apart", lambda path, additional: made[name])
+    args = tokenizer_args("HuggingFaceTokenizer", tokenizer_model=str(folders[name]), special_tokens=["<extra>"])
+    theirs, ours = megatron(args), load_reference(args)
+    assert ours.tokenizer.library == theirs.library == "huggingface"
+    assert ours.vocab_size == theirs.vocab_size
+    for part in ("bos", "eod", "unk", "pad"):
+        assert getattr(ours.tokenizer, part) == getattr(theirs, part), part
+    assert ours.model.get_vocab() == theirs._tokenizer.tokenizer.get_vocab()
+    for text in [*TEXTS[:3], *TEXTS[4:], *topics()[:5], "a <|im_end|> b", "<extra>"]:
+        whole = ours.model(text)["input_ids"]
+        assert whole == theirs.tokenize(text)
+        if "<" not in text:
+            assert [*ours.prefix, *ours.encode(text), *ours.suffix] == whole
+        assert ours.tokenizer.detokenize(whole) == theirs.detokenize(whole)
+
+
+def test_a_tokenizer_written_in_python(tmp_path: Path) -> None:
+    """It has no form that `tokenizers` runs: Megatron loads it."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
+    args = tokenizer_args("HuggingFaceTokenizer", tokenizer_model=str(tmp_path))
+    assert without_torch.load(args) is None
+    assert load_reference(args).encode("ab") == [100, 101]
+
+
+def test_what_a_job_imports(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Neither PyTorch nor Megatron nor transformers, in the job and its workers, of any tokenizer that does without."""
+    write_jsonl(tmp_path / "a.jsonl", topics()[:20])
+    code = (
+        "import sys\n"
+        "from megatron_meap.commands.preprocess_data import main\n"
+        "main()\n"
+        "print({'torch', 'megatron', 'transformers'} & set(sys.modules))"
+    )
+    model = make_tokenizer(tmp_path)
+    for number, (kind, path) in enumerate(
+        (("HuggingFaceTokenizer", folders["as Llama 3's"]), ("SentencePieceTokenizer", model))
+    ):
+        flags = ["--input", "a.jsonl", "--output-prefix", str(number), "--append-eod", "--tokenizer-type", kind]
+        command = [sys.executable, "-c", code, *flags, "--tokenizer-model", str(path)]
+        found = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        assert found.stdout.splitlines()[-1] == "set()", kind
+        assert "encoder: gigatoken" in found.stderr
+    args = tokenizer_args("HuggingFaceTokenizer", tokenizer_model=str(folders["as Llama 3's"]))
+    run_job([tmp_path / "a.jsonl"], tmp_path / "slow", args, encoder="reference")
+    assert (tmp_path / "slow_text_document.bin").read_bytes() == (tmp_path / "0_text_document.bin").read_bytes()
