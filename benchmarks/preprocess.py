@@ -1,9 +1,13 @@
-"""Preprocessing speed and memory against Megatron-LM's own tool: same machine, cores, tokenizer and corpus, one run.
+"""Preprocessing speed and memory against Megatron-LM's own tools: same machine, cores, tokenizer and corpus, one run.
 
     python benchmarks/preprocess.py --megatron ../Megatron-LM --corpus novels.jsonl \\
         --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model
 
-The corpus is enlarged to --megabytes by shuffling the paragraphs of its documents. Both tools run as a user runs them,
+With --train-vocab N in place of the tokenizer's flags, one of Llama 3's type is trained on the corpus (byte-level BPE
+behind Llama 3's regular expression, N tokens or as many as the corpus carries). --megatron-main names a checkout of
+Megatron-LM's main branch, whose tools/preprocess_data_fast.py then runs too (Hugging Face tokenizers only).
+
+The corpus is enlarged to --megabytes by shuffling the paragraphs of its documents. The tools run as a user runs them,
 in turn; their `.bin` and `.idx` must be byte-identical. The last number is the ceiling: gigatoken's own encoding of the
 same file, all cores, nothing written. Exit status 1: different bytes, or a ratio below --at-least.
 """
@@ -13,14 +17,17 @@ import filecmp
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+OURS = "megatron-meap"
 
 _CEILING = """
 import sys, time, gigatoken
@@ -31,62 +38,119 @@ begun = time.perf_counter()
 tokenizer.encode_files(gigatoken.JsonlFileSource([corpus]))
 print(time.perf_counter() - begun)
 """
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass
+class Tool:
+    """A program that makes a dataset, and what its runs took."""
+
+    script: Path
+    flags: list[str]
+    checkout: Path | None = None
+    """Whose Megatron it needs, rather than the one that is installed."""
+
+    seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
+    peak_mb: list[float] = field(default_factory=list)
+
+    def run(self, prefix: Path) -> None:
+        """Run it once, and measure it with all its processes."""
+        command = [sys.executable, str(self.script), *self.flags, "--output-prefix", str(prefix)]
+        environment = {**os.environ, **({"PYTHONPATH": str(self.checkout)} if self.checkout else {})}
+        with tempfile.TemporaryFile() as log:
+            before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            peak = 0.0
+            while process.poll() is None:
+                peak = max(peak, memory_of_tree(process.pid))
+                time.sleep(0.1)
+            self.seconds.append(time.perf_counter() - begun)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            if process.returncode:
+                log.seek(0)
+                sys.exit(f"{' '.join(command)} failed:\n{log.read().decode()[-2000:]}")
+        self.processor_seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        self.peak_mb.append(peak)
 
 
 def main() -> None:
     """Measure, compare, print."""
     args = parse_args()
-    with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
-        corpus = Path(folder, "corpus.jsonl")
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as work:
+        folder = Path(work)
+        if args.train_vocab:
+            args.tokenizer_type, args.tokenizer_model = "HuggingFaceTokenizer", folder / "tokenizer"
+            tokens = train_llama3(args.corpus, args.tokenizer_model, args.train_vocab)
+            print(f"tokenizer: {tokens:,} tokens", flush=True)
+        corpus = folder / "corpus.jsonl"
         documents = enlarge(args.corpus, corpus, int(args.megabytes * 1e6))
         size = corpus.stat().st_size / 1e6
         print(f"corpus: {size:.1f} MB of JSON lines, {documents:,} documents; workers: {args.workers}", flush=True)
-        flags = [
-            "--tokenizer-type",
-            args.tokenizer_type,
-            "--tokenizer-model",
-            str(Path(args.tokenizer_model).resolve()),
-        ]
-        flags += ["--input", str(corpus), "--append-eod", "--workers", str(args.workers)]
-        tools = {
-            "megatron-lm": Path(args.megatron).resolve() / "tools" / "preprocess_data.py",
-            "megatron-meap": REPOSITORY / "tools" / "preprocess_data.py",
-        }
-        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in tools}
+        tools = tools_of(args, corpus)
         for _ in range(args.rounds):
             for name, tool in tools.items():
-                extra = ["--overwrite"] if name == "megatron-meap" else []
-                prefix = ["--output-prefix", str(Path(folder, name))]
-                seconds, peak = measure([sys.executable, str(tool), *flags, *prefix, *extra])
-                runs[name].append((seconds, peak))
+                tool.run(folder / name)
                 print(
-                    f"{name:14} {seconds:7.2f} s whole process, {size / seconds:6.1f} MB/s, peak {peak:5.0f} MB",
+                    f"{name:22} {tool.seconds[-1]:7.2f} s whole process, {size / tool.seconds[-1]:6.1f} MB/s, "
+                    f"{tool.processor_seconds[-1]:7.2f} s of processor, peak {tool.peak_mb[-1]:5.0f} MB",
                     flush=True,
                 )
-        same = all(
-            filecmp.cmp(*(Path(folder, f"{name}_text_document{suffix}") for name in tools), shallow=False)
-            for suffix in (".bin", ".idx")
-        )
         ceiling = min(float(ceiling_seconds(args, corpus)) for _ in range(args.rounds))
-    best = {name: min(seconds for seconds, _ in found) for name, found in runs.items()}
-    ratios = [theirs[0] / ours[0] for theirs, ours in zip(*runs.values(), strict=True)]
-    print(f".bin and .idx byte-identical: {'yes' if same else 'NO'}")
-    print(f"ratio of whole-process times: {statistics.median(ratios):.2f} (median of {len(ratios)} rounds)")
-    print(f"peak memory: {max(p for _, p in runs['megatron-meap']):.0f} MB, Megatron-LM's tool", end=" ")
-    print(f"{max(p for _, p in runs['megatron-lm']):.0f} MB (sum of proportional set sizes)")
+        different = [name for name in tools if not same(folder / OURS, folder / name)]
+    ours = tools[OURS]
+    print(f"medians of {args.rounds} rounds; memory is the sum of proportional set sizes")
+    print(f".bin and .idx byte-identical: {'NO: ' + ', '.join(different) if different else 'yes'}")
+    for name, tool in tools.items():
+        print(f"{name}: peak {max(tool.peak_mb):.0f} MB", end="")
+        if name != OURS:
+            print(f"; to ours: {ratio(tool.seconds, ours.seconds):.2f} times the time,", end=" ")
+            print(f"{ratio(tool.processor_seconds, ours.processor_seconds):.2f} times the processor time", end="")
+        print()
     print(f"gigatoken's own file encoding: {size / ceiling:.1f} MB/s; ours, whole process, is at", end=" ")
-    print(f"{ceiling / best['megatron-meap']:.2f} of it")
-    if not same or statistics.median(ratios) < args.at_least:
+    print(f"{ceiling / min(ours.seconds):.2f} of it")
+    if different or ratio(tools["megatron-lm"].seconds, ours.seconds) < args.at_least:
         sys.exit(1)
+
+
+def tools_of(args: argparse.Namespace, corpus: Path) -> dict[str, Tool]:
+    """What is compared, by name."""
+    flags = ["--tokenizer-type", args.tokenizer_type, "--tokenizer-model", str(Path(args.tokenizer_model).resolve())]
+    flags += ["--input", str(corpus), "--append-eod"]
+    workers = ["--workers", str(args.workers)]
+    found = {"megatron-lm": Tool(Path(args.megatron, "tools/preprocess_data.py").resolve(), [*flags, *workers])}
+    if args.megatron_main:
+        main_branch = Path(args.megatron_main).resolve()
+        fast = [*flags, "--use-gigatoken"]
+        found["megatron-lm main, fast"] = Tool(main_branch / "tools/preprocess_data_fast.py", fast, main_branch)
+    found[OURS] = Tool(REPOSITORY / "tools/preprocess_data.py", [*flags, *workers, "--overwrite"])
+    return found
+
+
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    """The median of the ratios of all rounds."""
+    return statistics.median(one / other for one, other in zip(theirs, ours, strict=True))
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two datasets are the same bytes."""
+    ends = ("_text_document.bin", "_text_document.idx")
+    return all(filecmp.cmp(f"{one}{end}", f"{other}{end}", shallow=False) for end in ends)
 
 
 def parse_args() -> argparse.Namespace:
     """The benchmark's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megatron", required=True, help="checkout of Megatron-LM (core_v0.19 is the reference)")
+    parser.add_argument("--megatron-main", help="checkout of its main branch, for its preprocess_data_fast.py")
     parser.add_argument("--corpus", required=True, help="JSON lines with a text field, to enlarge")
     parser.add_argument("--tokenizer-type", default="Llama2Tokenizer")
-    parser.add_argument("--tokenizer-model", required=True)
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument("--tokenizer-model")
+    tokenizer.add_argument("--train-vocab", type=int, help="train a tokenizer of Llama 3's type of at most that size")
     parser.add_argument("--megabytes", type=float, default=200)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
@@ -95,6 +159,29 @@ def parse_args() -> argparse.Namespace:
         "--work-dir", help="where the corpus and the datasets go (default: the system's temporary folder)"
     )
     return parser.parse_args()
+
+
+def train_llama3(corpus: str, folder: Path, size: int) -> int:
+    """Train a tokenizer of Llama 3's type into a folder; returns the number of tokens that it came to."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(_LLAMA3), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|begin_of_text|>", "<|end_of_text|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    with open(corpus, encoding="utf-8") as file:
+        tokenizer.train_from_iterator((json.loads(line)["text"] for line in file), trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": special[0], "eos_token": special[1], "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return tokenizer.get_vocab_size()
 
 
 def enlarge(source: str, target: Path, size: int) -> int:
@@ -110,22 +197,6 @@ def enlarge(source: str, target: Path, size: int) -> int:
             written += file.write(json.dumps({"text": "\n\n".join(kept)}) + "\n")
             documents += 1
     return documents
-
-
-def measure(command: list[str]) -> tuple[float, float]:
-    """(seconds, peak memory in MB) of a command and all its processes."""
-    with tempfile.TemporaryFile() as log:
-        begun = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        peak = 0.0
-        while process.poll() is None:
-            peak = max(peak, memory_of_tree(process.pid))
-            time.sleep(0.1)
-        seconds = time.perf_counter() - begun
-        if process.returncode:
-            log.seek(0)
-            sys.exit(f"{' '.join(command)} failed:\n{log.read().decode()[-2000:]}")
-    return seconds, peak
 
 
 def memory_of_tree(pid: int) -> float:
@@ -144,7 +215,7 @@ def memory_of_tree(pid: int) -> float:
 
 def ceiling_seconds(args: argparse.Namespace, corpus: Path) -> str:
     """Seconds that gigatoken takes to encode the file, its loading aside."""
-    command = [sys.executable, "-c", _CEILING, args.tokenizer_type, args.tokenizer_model, str(corpus)]
+    command = [sys.executable, "-c", _CEILING, args.tokenizer_type, str(args.tokenizer_model), str(corpus)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
