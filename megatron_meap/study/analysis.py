@@ -1,0 +1,178 @@
+"""What the results of a study say, by the rules of examples/study/README.md."""
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from megatron_meap.study.grid import BASELINE, Grid, Point, Stage
+
+EFFECT = 0.01
+"""Nats per token below which a difference is not called an effect."""
+NO_EFFECT = 0.02
+"""Nats per token within which a whole interval must lie to be called no effect."""
+LEVEL = 0.05
+RESAMPLES = 2000
+
+Results = dict[Point, dict[str, Any]]
+
+
+def best_loss(result: dict[str, Any]) -> float:
+    """The lowest clean validation loss of a run, as early stopping would find it."""
+    return min(result["validation"].values())
+
+
+def final_loss(result: dict[str, Any]) -> float:
+    """The clean validation loss at the end of a run."""
+    return list(result["validation"].values())[-1]
+
+
+METRICS = {"best": best_loss, "final": final_loss}
+
+
+def tuned(grid: Grid, stage: Stage, results: Results) -> dict[str, tuple[float, ...]]:
+    """The setting of each objective with the lowest best loss, on average over the stage's seeds.
+
+    An objective with a run that is not done is left out; one that is `tuned_as` another has that one's setting.
+    """
+    points = stage.points()
+    found = {}
+    for name in {point.objective for point in points}:
+        own = [point for point in points if point.objective == name]
+        if all(point in results for point in own):
+            losses: dict[tuple[float, ...], list[float]] = {}
+            for point in own:
+                losses.setdefault(point.setting, []).append(best_loss(results[point]))
+            found[name] = min(losses, key=lambda setting: (np.mean(losses[setting]), setting))
+    for name, objective in grid.objectives.items():
+        if objective.get("tuned_as") in found:
+            found[name] = found[objective["tuned_as"]]
+    return found
+
+
+def points_of(grid: Grid, stage: Stage, results: Results) -> list[Point]:
+    """The points of a stage, as far as the stage that tunes it is done."""
+    if stage.tuned_by is None:
+        return stage.points()
+    return stage.points(tuned(grid, next(each for each in grid.stages if each.name == stage.tuned_by), results))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An objective against the baseline, over the seeds that both have."""
+
+    point: Point
+    """The objective's runs, with the first seed."""
+    seeds: tuple[int, ...]
+    loss: float
+    """Mean over the seeds."""
+    difference: float
+    """Mean paired difference to the baseline; negative is better."""
+    low: float
+    high: float
+    """Its 95% interval (Student's t); infinite with one seed."""
+    p_value: float
+    """Paired t test, corrected over the objectives compared (Holm 1979)."""
+
+    @property
+    def verdict(self) -> str:
+        """As the study's rules call it."""
+        if len(self.seeds) < 2:
+            return "one seed"
+        if self.p_value < LEVEL and abs(self.difference) >= EFFECT:
+            return "better" if self.difference < 0 else "worse"
+        return "no effect" if max(abs(self.low), abs(self.high)) <= NO_EFFECT else "undecided"
+
+
+def compare(points: Iterable[Point], results: Results, metric: str = "best") -> list[Comparison]:
+    """Each objective of a stage against the baseline at the same size; the baseline's own entry has no difference."""
+    measure = METRICS[metric]
+    rows: dict[tuple, dict[int, Point]] = {}
+    for point in points:
+        if point in results:
+            rows.setdefault((point.model, point.tokens, point.epochs, point.objective), {})[point.seed] = point
+    found = []
+    for key, runs in rows.items():
+        base = rows.get((*key[:3], BASELINE), {})
+        seeds = tuple(seed for seed in runs if seed in base)
+        if seeds:
+            own = np.array([measure(results[runs[seed]]) for seed in seeds])
+            gaps = own - [measure(results[base[seed]]) for seed in seeds]
+            found.append(_comparison(runs[seeds[0]], seeds, own, gaps))
+    return _corrected(found)
+
+
+def _comparison(point: Point, seeds: tuple[int, ...], own: np.ndarray, gaps: np.ndarray) -> Comparison:
+    mean = float(gaps.mean())
+    if point.objective == BASELINE:
+        return Comparison(point, seeds, float(own.mean()), 0.0, 0.0, 0.0, 1.0)
+    if len(seeds) < 2:
+        return Comparison(point, seeds, float(own.mean()), mean, -math.inf, math.inf, 1.0)
+    if np.ptp(gaps) == 0:  # the t test divides by their spread
+        return Comparison(point, seeds, float(own.mean()), mean, mean, mean, float(mean == 0))
+    test = stats.ttest_1samp(gaps, 0.0)
+    low, high = test.confidence_interval(0.95)
+    return Comparison(point, seeds, float(own.mean()), mean, float(low), float(high), float(test.pvalue))
+
+
+def _corrected(found: list[Comparison]) -> list[Comparison]:
+    """Holm's correction over all comparisons but the baseline's with itself."""
+    order = sorted((each for each in found if each.point.objective != BASELINE), key=lambda each: each.p_value)
+    largest, corrected = 0.0, {}
+    for rank, each in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * each.p_value))
+        corrected[each.point] = largest
+    return [replace(each, p_value=corrected.get(each.point, 1.0)) for each in found]
+
+
+@dataclass(frozen=True)
+class Worth:
+    """How many times the unique tokens an objective is worth."""
+
+    times: float
+    low: float
+    high: float
+    """95% interval over resampled seeds."""
+
+
+def worth(points: Iterable[Point], results: Results) -> dict[str, Worth]:
+    """Fit `loss = a_objective - b ln(tokens)`, with a common `b`, to the best losses.
+
+    Empty with fewer than three sizes that all objectives share.
+    """
+    losses: dict[str, dict[int, dict[int, float]]] = {}
+    for point in points:
+        if point in results:
+            losses.setdefault(point.objective, {}).setdefault(point.seed, {})[point.tokens] = best_loss(results[point])
+    sizes = (
+        set.intersection(*({*tokens} for seeds in losses.values() for tokens in seeds.values())) if losses else set()
+    )
+    if len(sizes) < 3 or BASELINE not in losses:
+        return {}
+    seeds = sorted(set.intersection(*({*seeds} for seeds in losses.values())))
+    random = np.random.default_rng(1234)
+    drawn = [seeds, *(random.choice(seeds, len(seeds)).tolist() for _ in range(RESAMPLES))]
+    fits = [_factors(losses, chosen, sorted(sizes)) for chosen in drawn]
+    found = {}
+    for name in losses:
+        spread = np.quantile([fit[name] for fit in fits[1:]], [0.025, 0.975])
+        found[name] = Worth(fits[0][name], *map(float, spread))
+    return found
+
+
+def _factors(
+    losses: dict[str, dict[int, dict[int, float]]], seeds: Iterable[int], sizes: list[int]
+) -> dict[str, float]:
+    """Least squares over all objectives, seeds and sizes at once."""
+    names = list(losses)
+    rows = list(itertools.product(range(len(names)), seeds, sizes))
+    design = np.zeros((len(rows), len(names) + 1))
+    for row, (i, _, tokens) in zip(design, rows, strict=True):
+        row[i], row[-1] = 1.0, -math.log(tokens)
+    target = [losses[names[i]][seed][tokens] for i, seed, tokens in rows]
+    *a, b = np.linalg.lstsq(design, target, rcond=None)[0]
+    return {name: float(np.exp((a[names.index(BASELINE)] - own) / b)) for name, own in zip(names, a, strict=True)}

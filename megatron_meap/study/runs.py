@@ -1,0 +1,173 @@
+"""Running the points of a study: as many at once as asked for, each finished one kept, the rest resumed later."""
+
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import megatron_meap
+from megatron_meap.errors import JobError, UsageError
+from megatron_meap.files import whole_file
+from megatron_meap.inspection.training_log import History, read_log
+from megatron_meap.study.grid import Grid, Point, axes_of, point_of
+from megatron_meap.study.texts import Texts
+
+RESULT = "result.json"
+
+
+def finished(folder: Path) -> dict[Point, dict[str, Any]]:
+    """The results of the runs below a folder."""
+    return by_point(json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{RESULT}")))
+
+
+def read_results(path: Path) -> dict[Point, dict[str, Any]]:
+    """The results in a file of JSON lines; none where there is no such file.
+
+    Raises:
+        UsageError: a line that is no result.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return by_point(json.loads(line) for line in path.read_text().splitlines())
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: holds a line that is no result of a run ({error}); make the file again") from error
+
+
+def write_results(path: Path, results: dict[Point, dict[str, Any]]) -> None:
+    """All results as JSON lines, in the order of their points."""
+    with whole_file(path, "w") as file:
+        for point in sorted(results):
+            file.write(json.dumps(results[point]) + "\n")
+
+
+def by_point(records: Any) -> dict[Point, dict[str, Any]]:
+    """Results by their points."""
+    return {point_of(record): record for record in records}
+
+
+class Runner:
+    """Runs points of a grid, each in a folder of its own.
+
+    Args:
+        grid: the study.
+        texts: what the runs read.
+        folder: of all runs.
+        slots: for each run that goes on at a time, the environment that it has to itself (such as its GPU).
+        say: takes a line for the terminal.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        texts: Texts,
+        folder: Path,
+        slots: Sequence[dict[str, str]],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._grid, self._texts, self._folder, self._say = grid, texts, folder, say
+        self._free: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for slot in slots:
+            self._free.put(slot)
+        self._slots = len(slots)
+        self._running: set[subprocess.Popen] = set()
+        self._stopping = threading.Event()
+
+    def run(self, points: Sequence[Point]) -> None:
+        """Run what has no result yet.
+
+        Raises:
+            JobError: runs that failed, or did not reach their end; the others have their results.
+        """
+        done = finished(self._folder)
+        todo = [point for point in points if point not in done]
+        self._say(f"{len(points)} runs, {len(points) - len(todo)} of them done")
+        self._texts.make(todo)
+        try:
+            with ThreadPoolExecutor(self._slots) as pool:
+                outcomes = list(pool.map(self._one, todo))
+        finally:
+            self.stop()
+        if failed := [point.name for point, fine in zip(todo, outcomes, strict=True) if not fine]:
+            raise JobError(f"{len(failed)} of {len(todo)} runs have no result yet, the first of them {failed[0]}")
+
+    def stop(self) -> None:
+        """End what is running; the next start resumes."""
+        self._stopping.set()
+        for process in list(self._running):
+            process.send_signal(signal.SIGTERM)
+
+    def _one(self, point: Point) -> bool:
+        """Run a point; whether it has a result then."""
+        if self._stopping.is_set():
+            return False
+        folder = self._folder / point.name
+        folder.mkdir(parents=True, exist_ok=True)
+        command = self._grid.command(point, folder, self._texts.train(point), self._texts.valid, self._texts.tokenizer)
+        own, log, slot = self._grid.training.get("environment", {}), folder / "log.txt", self._free.get()
+        resumes = "save_interval" in self._grid.training
+        begun = time.monotonic()
+        try:
+            with open(log, "a" if resumes else "w") as output:
+                process = subprocess.Popen(
+                    [sys.executable, *command[1:]] if command[0] == "python" else command,
+                    env={**os.environ, **own, **slot}, stdout=output, stderr=subprocess.STDOUT,
+                )  # fmt: skip
+                self._running.add(process)
+                _, status, usage = os.wait4(process.pid, 0)  # for the processor time of this run alone
+                process.returncode = os.waitstatus_to_exitcode(status)
+                self._running.discard(process)
+        finally:
+            self._free.put(slot)
+        history = read_log(log) if process.returncode == 0 else History()
+        steps = self._grid.steps(point)
+        if steps not in history.validation:
+            why = f"status {process.returncode}" if process.returncode else "stopped before its end"
+            self._say(f"{point.name}: no result yet ({why}); see {log}")
+            return False
+        cost = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
+        record = (
+            axes_of(point) | _facts(self._grid, point, history) | cost | {"command": shlex.join(command), **_made_by()}
+        )
+        with whole_file(folder / RESULT, "w") as file:
+            file.write(json.dumps(record | {"environment": own}))
+        self._say(f"{point.name}: {history.validation[steps]:.4f} in {cost['seconds']:.0f} s")
+        return True
+
+
+def _facts(grid: Grid, point: Point, history: History) -> dict[str, Any]:
+    """What a run's log says, in nats per token."""
+    last = history.steps[max(history.steps)].values
+    return {
+        "steps": grid.steps(point),
+        "trained_tokens": grid.samples(point) * grid.training["seq_length"],
+        "validation": {str(step): loss for step, loss in sorted(history.validation.items())},
+        "train_loss": last.get("lm loss clean samples", last.get("lm loss")),
+        "retrieval": {str(step): accuracy for step, (accuracy, _) in sorted(history.retrieval.items())},
+    }
+
+
+def _made_by() -> dict[str, str]:
+    """Which code ran, on what kind of machine."""
+    versions = {name: version(name) for name in ("torch", "megatron-core")}
+    return {"megatron-meap": megatron_meap.__version__, **versions, "machine": _processor()}
+
+
+def _processor() -> str:
+    """The model of this machine's processor."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()

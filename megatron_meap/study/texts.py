@@ -1,0 +1,104 @@
+"""The texts of a study: one tokenizer, one validation text, and for every size and seed a choice of documents."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.index import read_index
+from megatron_meap.preprocessing.pipeline import Job, preprocess
+from megatron_meap.preprocessing.tokenizer_training import train_tokenizer
+from megatron_meap.preprocessing.writer import DatasetWriter
+from megatron_meap.study.grid import Grid, Point
+from megatron_meap.tokenization.reference import add_tokenizer_flags
+
+
+class Texts:
+    """What the runs read, made where it is missing.
+
+    Args:
+        grid: the study.
+        source: the folder in which the grid's files of documents are.
+        folder: where to put what is made.
+    """
+
+    def __init__(self, grid: Grid, source: Path, folder: Path) -> None:
+        self._data, self._source, self._folder = grid.data, source, folder
+        self.tokenizer = folder / "tokenizer.model"
+        self.valid = folder / "valid"
+
+    def train(self, point: Point) -> Path:
+        """The prefix of a run's training text: the same for all runs of a size and seed."""
+        return self._folder / f"train-t{point.tokens}-s{point.seed}"
+
+    def make(self, points: Iterable[Point]) -> None:
+        """Make what these runs need.
+
+        Raises:
+            UsageError: the documents are missing, or too few.
+        """
+        missing = {self.train(point): point for point in points if not _is_there(self.train(point))}
+        if not missing and _is_there(self.valid):
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if not self.tokenizer.exists():
+            train_tokenizer(
+                [str(self._file("train"))], self.tokenizer, vocab_size=self._data["vocabulary"], max_bytes=10_000_000
+            )
+        if not _is_there(self.valid):
+            documents = self._documents("valid")
+            spread = np.linspace(0, len(documents) - 1, self._data["valid_documents"]).round().astype(int)
+            _write(self.valid, [documents[i][: self._data["valid_tokens"]] for i in spread])
+        if missing:
+            documents = self._documents("train")
+            for prefix, point in missing.items():
+                _write(prefix, _draw(documents, point))
+
+    def _file(self, name: str) -> Path:
+        path = self._source / self._data[name]
+        if not path.is_file():
+            raise UsageError(f"--texts {self._source}: no {self._data[name]} there, which the grid names as {name}")
+        return path
+
+    def _documents(self, name: str) -> list[np.ndarray]:
+        """The documents of the training or validation files as ids, each with the end-of-document token."""
+        prefix = self._folder / f"{name}-all"
+        dataset = f"{prefix}_text_document"
+        if not _is_there(Path(dataset)):
+            flags = argparse.ArgumentParser()
+            add_tokenizer_flags(flags)
+            tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(self.tokenizer)]
+            job = Job([str(self._file(name))], str(prefix), append_eod=True, workers=1)
+            preprocess(job, flags.parse_args(tokenizer))
+        index = read_index(dataset)
+        tokens = np.memmap(dataset + ".bin", index.dtype, "r")
+        return np.split(tokens, np.cumsum(index.lengths)[:-1])
+
+
+def _is_there(prefix: Path) -> bool:
+    return Path(f"{prefix}.idx").exists()
+
+
+def _draw(documents: list[np.ndarray], point: Point) -> list[np.ndarray]:
+    """Documents in an order drawn from the seed, exactly as many tokens as asked for: the last one is cut."""
+    chosen, left = [], point.tokens
+    for i in np.random.default_rng(point.seed).permutation(len(documents)):
+        chosen.append(documents[i][:left])
+        left -= len(chosen[-1])
+        if not left:
+            return chosen
+    raise UsageError(f"{point.name}: the training text has only {point.tokens - left:,} tokens")
+
+
+def _write(prefix: Path, documents: list[np.ndarray]) -> None:
+    """A dataset of these documents, whole or not at all."""
+    writer = DatasetWriter(str(prefix), documents[0].dtype.type)
+    try:
+        for each in documents:
+            writer.add(each.tobytes(), np.int32(len(each)).tobytes())
+        writer.finish()
+        writer.publish(None)
+    finally:
+        writer.discard()

@@ -1,0 +1,219 @@
+"""A study: its grid is read and run, resumed, and judged by the rules that were written down before."""
+
+import json
+import math
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_meap.errors import JobError, UsageError
+from megatron_meap.study import grid as grids
+from megatron_meap.study.analysis import compare, points_of, tuned, worth
+from megatron_meap.study.grid import Point
+from megatron_meap.study.page import write_page
+from megatron_meap.study.runs import Runner, finished, read_results, write_results
+from megatron_meap.study.texts import Texts
+
+STUDY = Path(__file__).parents[2] / "examples" / "study"
+GRID = """
+data = { train = "train.jsonl", valid = "valid.jsonl", vocabulary = 400, valid_documents = 3, valid_tokens = 20 }
+models = { tiny = "--num-layers 1" }
+[training]
+launch = "python"
+seq_length = 8
+batch = 2
+evaluations = 4
+flags = "--fp32"
+[objectives]
+ntp = "--meap-objective ntp"
+meap = "--meap-objective meap"
+mir = { flags = "--meap-objective mir", passes = 2, tuned_as = "meap" }
+[[stage]]
+name = "tuning"
+seed = [9]
+model = ["tiny"]
+tokens = [64]
+epochs = [1]
+weight_decay = [0.1, 1.0]
+dropout = [0.0]
+objective = ["ntp", "meap"]
+[[stage]]
+name = "comparison"
+tuned_by = "tuning"
+seed = [1, 2, 3]
+model = ["tiny"]
+tokens = [64, 128]
+epochs = [1]
+objective = ["ntp", "meap", "mir"]
+"""
+# Stands for the trainer: its log has a loss that falls, and it fails where it is told to.
+TRAINER = """
+import pathlib, sys
+flags = dict(zip(sys.argv, sys.argv[1:]))
+assert pathlib.Path(flags["--train-data-path"] + ".bin").stat().st_size > 0
+if pathlib.Path("broken").exists() and flags["--weight-decay"] == "1.0": sys.exit(3)
+steps = int(flags["--train-iters"])
+print(f" [x] iteration {steps}/ {steps} | consumed samples: 8 | lm loss: 5.0E+00 |")
+for step in range(int(flags["--eval-interval"]), steps + 1, int(flags["--eval-interval"])):
+    print(f" validation-0 loss at iteration {step} | lm loss value: {6 - step / 100 - float(flags['--weight-decay'])} | ")
+"""
+
+
+@pytest.fixture
+def grid(tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID)
+    return grids.read(path)
+
+
+def test_the_grids_that_are_shipped_are_commands_of_the_trainer():
+    for path in sorted(STUDY.glob("*.toml")):
+        grid = grids.read(path)
+        for stage in grid.stages:
+            points = stage.points(dict.fromkeys(grid.objectives, (0.1, 0.0)))
+            assert len({point.name for point in points}) == len(points) > 0
+            command = shlex.join(grid.command(points[0], Path("run"), Path("text"), Path("valid"), Path("tokenizer")))
+            assert f"--seed {points[0].seed}" in command
+            assert "--train-data-path text --valid-data-path valid" in command
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("[objectives]", "[objective]", "missing or unknown: objective, objectives"),
+        ('tuned_by = "tuning"', 'tuned_by = "x"', "stage comparison: tuned_by x: no stage before it has this name"),
+        ("epochs = [1]", "", "stage tuning: its axes must be"),
+        ("epochs = [1]", "epochs = 1", "stage tuning: every axis is a list of values"),
+        ('["ntp", "meap"]', '["ntp", "mepa"]', "stage tuning: objective mepa: none of ntp, meap, mir"),
+        ("[training]", "[training", "is no TOML"),
+    ],
+)
+def test_a_grid_that_is_wrong_is_refused_by_a_line(tmp_path, old, new, line):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID.replace(old, new, 1))
+    with pytest.raises(UsageError, match=line):
+        grids.read(path)
+
+
+def test_copies_at_equal_data_double_the_batch_alone(grid):
+    ntp, mir = (Point("tiny", 64, 4, name, 0.1, 0.0, 1) for name in ("ntp", "mir"))
+    assert grid.steps(ntp) == grid.steps(mir) == 16
+    assert (grid.samples(ntp), grid.samples(mir)) == (32, 64)
+
+
+def texts(grid, folder):
+    for name, documents in (("train", 40), ("valid", 7)):
+        lines = (json.dumps({"text": f"{name} {i}: the quick brown fox, {i * i} lazy dogs"}) for i in range(documents))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return Texts(grid, folder, folder / "runs" / "data")
+
+
+def test_runs_are_resumed_and_only_those_without_a_result(tmp_path, grid, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pretrain_gpt_meap.py").write_text(TRAINER)
+    Path("broken").touch()
+    said = []
+    runs, points = Path("runs"), grid.stages[0].points()
+    with pytest.raises(JobError, match="2 of 4 runs have no result yet"):
+        Runner(grid, texts(grid, tmp_path), runs, [{}, {}], said.append).run(points)
+    assert {point.weight_decay for point in finished(runs)} == {0.1}
+    Path("broken").unlink()
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
+    Runner(grid, texts(grid, tmp_path), runs, [{}], said.append).run(points)
+    assert finished(runs).keys() == set(points)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert "4 runs, 2 of them done" in said
+    result = finished(runs)[points[0]]
+    assert list(result["validation"].values()) == pytest.approx([5.89, 5.88, 5.87, 5.86])
+    assert (result["steps"], result["trained_tokens"]) == (4, 64)
+    assert Path("runs/data/train-t64-s9.bin").stat().st_size == 2 * 64  # exactly the tokens asked for
+    write_results(Path("results.jsonl"), finished(runs))
+    assert read_results(Path("results.jsonl")) == finished(runs)
+
+
+def test_a_text_that_is_too_short_is_refused(tmp_path, grid):
+    with pytest.raises(UsageError, match="the training text has only"):
+        texts(grid, tmp_path).make([Point("tiny", 10**6, 1, "ntp", 0.1, 0.0, 1)])
+    with pytest.raises(UsageError, match=r"--texts .*: no train.jsonl there"):
+        Texts(grid, tmp_path / "empty", tmp_path / "other").make([Point("tiny", 64, 1, "ntp", 0.1, 0.0, 1)])
+
+
+def made_up(points, effect=0.0, noise=0.0, slope=0.3):
+    """Results in which `meap` is worse or better by `effect` at every size, and losses fall with the log of the tokens."""
+    random = np.random.default_rng(0)
+    results = {}
+    for point in points:
+        loss = 8 - slope * math.log(point.tokens) + 0.1 * point.seed + noise * random.normal()
+        loss += effect * (point.objective == "meap") + 0.2 * (point.weight_decay == 0.1)
+        results[point] = {
+            "validation": {"1": loss + 1, "2": loss, "3": loss + 0.5}, "steps": 3, "cpu_seconds": 60.0,
+            "machine": "a processor", "command": "python x", "environment": {},
+        }  # fmt: skip
+    return results
+
+
+def test_the_best_setting_of_each_objective_is_taken_once_all_of_its_runs_are_done(grid):
+    tuning, comparison = grid.stages
+    results = made_up(tuning.points())
+    assert tuned(grid, tuning, results) == {"ntp": (1.0, 0.0), "meap": (1.0, 0.0), "mir": (1.0, 0.0)}
+    del results[tuning.points()[0]]  # of ntp
+    assert {point.objective for point in points_of(grid, comparison, results)} == {"meap", "mir"}
+
+
+@pytest.mark.parametrize(
+    ("effect", "noise", "verdict"),
+    [(-0.1, 0.001, "better"), (0.1, 0.001, "worse"), (0.0, 0.001, "no effect"), (0.005, 0.0001, "no effect"),
+     (0.0, 0.1, "undecided")],
+)  # fmt: skip
+def test_a_known_effect_is_found_and_none_is_called_none(effect, noise, verdict):
+    points = [Point("tiny", 64, 1, name, 1.0, 0.0, seed) for name in ("ntp", "meap") for seed in (1, 2, 3)]
+    base, meap = compare(points, made_up(points, effect, noise))
+    assert base.difference == 0
+    assert meap.verdict == verdict
+    assert meap.low <= meap.difference <= meap.high
+    assert meap.difference == pytest.approx(effect, abs=3 * noise + 1e-9)
+
+
+def test_many_comparisons_are_corrected():
+    names = ("ntp", "meap", *(f"other{i}" for i in range(4)))
+    points = [Point("tiny", 64, 1, name, 1.0, 0.0, seed) for name in names for seed in (1, 2, 3)]
+    results = made_up(points, -0.1, 0.02)
+    alone = compare([point for point in points if point.objective in ("ntp", "meap")], results)[1]
+    among = next(each for each in compare(points, results) if each.point.objective == "meap")
+    assert among.p_value == pytest.approx(5 * alone.p_value)  # the smallest of five
+
+
+def test_the_worth_in_tokens_is_what_the_losses_were_made_of():
+    points = [
+        Point("tiny", tokens, 1, name, 1.0, 0.0, seed)
+        for name in ("ntp", "meap") for tokens in (50, 100, 200) for seed in (1, 2, 3)
+    ]  # fmt: skip
+    found = worth(points, made_up(points, effect=-0.3 * math.log(2), noise=0.002))
+    assert found["ntp"].times == 1
+    assert found["meap"].low < found["meap"].times < found["meap"].high
+    assert found["meap"].times == pytest.approx(2, rel=0.05)
+    assert worth([point for point in points if point.tokens < 200], made_up(points)) == {}
+
+
+def test_the_page_says_what_is_found_and_what_is_missing(grid, tmp_path):
+    tuning, comparison = grid.stages
+    page = tmp_path / "docs" / "results.md"
+    write_page(grid, {}, Path("results.jsonl"), page)
+    assert "**Not run**: it waits for" in page.read_text()
+    results = made_up(tuning.points())
+    points = points_of(grid, comparison, results)
+    results |= made_up([point for point in points if point.tokens == 64], effect=-0.1, noise=0.001)
+    write_page(grid, results, Path("results.jsonl"), page)
+    text = page.read_text()
+    assert "- comparison: 9 of 18 runs" in text
+    assert "**better**" in text
+    picture = page.with_suffix("") / "2-differences.svg"
+    drawn = picture.read_bytes()
+    write_page(grid, results, Path("results.jsonl"), page)
+    assert picture.read_bytes() == drawn  # the same results give the same files
+    alone = {point: each for point, each in results.items() if point.objective == "ntp" or point in tuning.points()}
+    write_page(grid, {**alone, replace(points[1]): results[points[1]]}, Path("results.jsonl"), page)
+    assert "one seed" in page.read_text()
