@@ -1,6 +1,6 @@
-# make demo · make test · make lint: the first use creates .venv and installs the project there.
+# make demo · make study-small · make test · make lint: the first use creates .venv and installs the project there.
 
-.PHONY: demo test test-all te lint clean
+.PHONY: demo study-small test test-all te lint clean
 .DEFAULT_GOAL := demo
 
 # Python >= 3.12 (megatron-core's own requirement): the first candidate that works. Override: make PYTHON=/path/to/python
@@ -22,6 +22,15 @@ TORCH ?= torch==2.13.0
 
 demo: .venv/installed
 	.venv/bin/python examples/quickstart/demo.py
+
+# Question A of examples/study in two minutes, of this machine's own Python.
+SMALL := runs/study-small
+study-small: .venv/installed
+	test -f $(SMALL)/texts/valid.jsonl || .venv/bin/python tools/build_corpus.py --train $(SMALL)/texts/train.jsonl \
+		--valid $(SMALL)/texts/valid.jsonl --max-mb 4 --overwrite
+	.venv/bin/python examples/study/study.py run --grid examples/study/small.toml --runs $(SMALL) --texts $(SMALL)/texts --jobs 2
+	.venv/bin/python examples/study/study.py page --grid examples/study/small.toml --runs $(SMALL) \
+		--results $(SMALL)/results.jsonl --page $(SMALL)/results.md
 
 test: .venv/installed
 	.venv/bin/python -m pytest

@@ -19,7 +19,7 @@ def main() -> None:
     """Parse the command line and do it."""
     args = _parse()
     grid = grids.read(args.grid)
-    results = HERE / "results" / f"{grid.path.stem}.jsonl"
+    results = args.results or HERE / "results" / f"{grid.path.stem}.jsonl"
     stages = [stage for stage in grid.stages if args.stage in (None, stage.name)]
     if not stages:
         raise UsageError(f"--stage {args.stage}: none of {', '.join(stage.name for stage in grid.stages)}")
@@ -56,6 +56,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
     parser.add_argument("--gpus", type=int, help="GPUs of this machine, a run at a time on each")
     parser.add_argument("--member", default="1/1", metavar="I/N", help="run the I-th of N parts, as of a Slurm array")
+    parser.add_argument(
+        "--results", type=Path, help="JSON lines to collect in (default: examples/study/results/GRID.jsonl)"
+    )
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="default: %(default)s")
     return parser.parse_args()
 
@@ -71,5 +74,6 @@ def _run(args: argparse.Namespace, grid: Grid, stages: list[Stage]) -> None:
     runner = Runner(grid, texts, args.runs, slots, lambda line: print(line, flush=True))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stage in stages:
-        print(f"== {stage.name}", flush=True)
-        runner.run(points_of(grid, stage, finished(args.runs))[int(member) - 1 :: int(members)])
+        points = points_of(grid, stage, finished(args.runs))
+        print(f"== {stage.name}" + ("" if points else f": waits for “{stage.tuned_by}”"), flush=True)
+        runner.run(points[int(member) - 1 :: int(members)])

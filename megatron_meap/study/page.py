@@ -1,7 +1,8 @@
 """The page of a study: tables and figures of what is finished, and what is missing."""
 
+import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ def write_page(grid: Grid, results: Results, source: Path, page: Path) -> None:
     Args:
         grid: the study.
         results: what is finished.
-        source: the file that the results are in, as the page shall name it.
+        source: the file that the results are in.
         page: the Markdown file.
     """
     figures = page.with_suffix("")
     stages = [(stage, points_of(grid, stage, results)) for stage in grid.stages]
-    parts = [_head(grid, results, source)]
+    parts = [_head(grid, results, lambda path: os.path.relpath(path, page.parent), source)]
     for number, (stage, points) in enumerate(stages, 1):
         done = [point for point in points if point in results]
         parts.append(
@@ -57,13 +58,13 @@ def write_page(grid: Grid, results: Results, source: Path, page: Path) -> None:
         file.write("\n\n".join(part for part in parts if part) + "\n")
 
 
-def _head(grid: Grid, results: Results, source: Path) -> str:
+def _head(grid: Grid, results: Results, link: Callable[[Path], str], source: Path) -> str:
     seconds = sum(result["cpu_seconds"] for result in results.values())
     machines = ", ".join(sorted({result["machine"] for result in results.values()})) or "none yet"
     return f"""# Results: does input noise help?
 
-Drawn by `python examples/study/study.py page` from [{source.name}](../{source}), a line a run; not edited
-by hand. What is asked, and what counts as an effect, was [written down before](../examples/study/README.md). Losses are
+Drawn by `python examples/study/study.py page` from [{source.name}]({link(source)}), a line a run; not edited
+by hand. What is asked, and what counts as an effect, was [written down before]({link(grid.path.parent / "README.md")}). Losses are
 of clean text of other novels, in nats per token; *best* is the lowest of a run's evaluations, *final* the last.
 Differences are to next-token prediction with the same seed: negative is better. Intervals are of 95%.
 

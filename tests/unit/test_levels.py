@@ -28,6 +28,7 @@ LEVELS = {
     "evaluation": 8,
     "commands": 9,
     "pretrain": 9,
+    "study": 9,
     "cli": 10,
 }
 """Level of every room: imports go down, or stay within a room."""

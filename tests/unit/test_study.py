@@ -58,7 +58,8 @@ if pathlib.Path("broken").exists() and flags["--weight-decay"] == "1.0": sys.exi
 steps = int(flags["--train-iters"])
 print(f" [x] iteration {steps}/ {steps} | consumed samples: 8 | lm loss: 5.0E+00 |")
 for step in range(int(flags["--eval-interval"]), steps + 1, int(flags["--eval-interval"])):
-    print(f" validation-0 loss at iteration {step} | lm loss value: {6 - step / 100 - float(flags['--weight-decay'])} | ")
+    loss = 6 - step / 100 - float(flags["--weight-decay"])
+    print(f" validation-0 loss at iteration {step} | lm loss value: {loss} | ")
 """
 
 
@@ -142,7 +143,7 @@ def test_a_text_that_is_too_short_is_refused(tmp_path, grid):
 
 
 def made_up(points, effect=0.0, noise=0.0, slope=0.3):
-    """Results in which `meap` is worse or better by `effect` at every size, and losses fall with the log of the tokens."""
+    """Results in which losses fall with the logarithm of the tokens, and `meap` differs by `effect` at every size."""
     random = np.random.default_rng(0)
     results = {}
     for point in points:
