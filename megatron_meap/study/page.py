@@ -63,10 +63,10 @@ def _head(grid: Grid, results: Results, link: Callable[[Path], str], source: Pat
     machines = ", ".join(sorted({result["machine"] for result in results.values()})) or "none yet"
     return f"""# Results: does input noise help?
 
-Drawn by `python examples/study/study.py page` from [{source.name}]({link(source)}), a line a run; not edited
-by hand. What is asked, and what counts as an effect, was [written down before]({link(grid.path.parent / "README.md")}). Losses are
-of clean text of other novels, in nats per token; *best* is the lowest of a run's evaluations, *final* the last.
-Differences are to next-token prediction with the same seed: negative is better. Intervals are of 95%.
+Drawn by `python examples/study/study.py page` from [{source.name}]({link(source)}), a line a run; not edited by hand.
+What is asked, and what counts as an effect, was [written down before]({link(grid.path.parent / "README.md")}).
+Losses are of clean text of other novels, in nats per token; *best* is the lowest of a run's evaluations, *final* the
+last. Differences are to next-token prediction with the same seed: negative is better. Intervals are of 95%.
 
 **Scale**: {_scale(grid, results)}. It says nothing about models and texts a thousand times larger.
 **Cost**: {len(results)} runs, {seconds / 60:.0f} minutes of processor time in all ({machines})."""
