@@ -8,11 +8,13 @@ In a checkout `pretrain_gpt_meap.py` is the same. Without a GPU the CPU trains, 
 import sys
 
 from megatron_meap import errors
-from megatron_meap.backend import device
 
 
 def main() -> None:
     """Choose the device, then hand over to Megatron's trainer; or show what it would do."""
+    # PyTorch is imported here, not above: Megatron's first save starts a process that imports this module again.
+    from megatron_meap.backend import device
+
     if "--help" in sys.argv or "-h" in sys.argv or "--help-all" in sys.argv:
         device.prepare_to_look()
         from megatron_meap.trainer import help

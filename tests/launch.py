@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,21 +126,46 @@ def launch_many(
     """Several training runs one after the other in the same processes: starting Python and Megatron once.
 
     Args:
-        processes: ranks, under torchrun.
+        processes: ranks, started without torchrun.
         runs: flags of every run, by a name for it.
         folder: where the list of runs is written.
         script: which reads the list, of this folder.
     """
     listing = folder / "runs.json"
     listing.write_text(json.dumps(runs))
-    command = torchrun(processes, str(Path(__file__).parent / script), str(listing))
-    done = subprocess.run(
-        command,
-        env=environment(), cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout,
-    )  # fmt: skip
-    assert done.returncode == 0, errors(done.stdout)
-    parts = re.split(r"^=== run (\S+)$", done.stdout, flags=re.MULTILINE)
+    returncode, output = start_ranks(processes, str(Path(__file__).parent / script), str(listing), timeout=timeout)
+    assert returncode == 0, errors(output)
+    parts = re.split(r"^=== run (\S+)$", output, flags=re.MULTILINE)
     return {name: parse(output) for name, output in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def start_ranks(processes: int, *command: str, timeout: float) -> tuple[int, str]:
+    """Run a script in several ranks without torchrun, which takes as long to start as the ranks do.
+
+    Returns:
+        The first status that is not 0, and what all ranks have printed. The first to fail ends the others.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    job = environment() | sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with tempfile.TemporaryFile("w+") as output:
+        started = {"cwd": REPOSITORY, "stdout": output, "stderr": subprocess.STDOUT}
+        environments = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        ranks = [subprocess.Popen([sys.executable, "-u", *command], env=each, **started) for each in environments]
+        deadline = time.monotonic() + timeout
+        try:
+            while (states := [rank.poll() for rank in ranks]) and None in states and not any(states):
+                if time.monotonic() > deadline:
+                    raise subprocess.TimeoutExpired(ranks[0].args, timeout)
+                time.sleep(0.1)
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        output.seek(0)
+        return next(filter(None, states), 0), output.read()
 
 
 def errors(output: str) -> str:

@@ -6,18 +6,20 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_meap.backend import device
-
-device.prepare()
-
-import torch  # noqa: E402
-from megatron.training.training import destroy_global_state  # noqa: E402
-
-from megatron_meap.trainer import run  # noqa: E402
-
 
 def main() -> None:
-    """Run them all; the first failure ends the launch with its traceback."""
+    """Run them all; the first failure ends the launch with its traceback.
+
+    What is heavy is imported here, not above: Megatron's first save starts a process that imports this module again.
+    """
+    from megatron_meap.backend import device
+
+    device.prepare()
+    import torch
+    from megatron.training.training import destroy_global_state
+
+    from megatron_meap.trainer import run
+
     for name, flags in json.loads(Path(sys.argv[1]).read_text()).items():
         if os.environ["RANK"] == "0":
             print(f"\n=== run {name}", flush=True)

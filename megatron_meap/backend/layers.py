@@ -11,6 +11,7 @@ Shapes, in Megatron's terms: s sequence, b micro batch, n heads, g query groups,
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
 from collections.abc import Iterator
@@ -34,10 +35,11 @@ from torch.nn import functional
 
 from megatron_meap.backend import device, kernels
 
-try:
-    from torch.nn.attention import varlen
-except ImportError:  # before PyTorch 2.10
-    varlen = None  # type: ignore[assignment]
+
+@functools.cache
+def _has_varlen() -> bool:
+    """Whether this PyTorch has attention over packed sequences (2.10 has)."""
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
 class Norm(torch.nn.Module):
@@ -144,6 +146,8 @@ class SDPAttention(MegatronModule):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         """Within each packed sequence: on a GPU by FlashAttention's kernel for that, else one after the other."""
         if self._has_kernel_for_packed(query):
+            from torch.nn.attention import varlen  # it brings the whole compiler along
+
             q, k, v = (x.reshape(x.shape[0], *x.shape[-2:]) for x in (query, key, value))
             borders, longest = packed.cu_seqlens_q, packed.max_seqlen_q
             attend: Any = varlen.varlen_attn  # by default it returns one tensor
@@ -158,7 +162,7 @@ class SDPAttention(MegatronModule):
     def _has_kernel_for_packed(self, query: Tensor) -> bool:
         """FlashAttention's limits."""
         suits = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
-        return suits and varlen is not None and not device.is_cpu() and not (self.dropout and self.training)
+        return suits and _has_varlen() and not device.is_cpu() and not (self.dropout and self.training)
 
     def _one_by_one(self, query: Tensor, key: Tensor, value: Tensor, borders: list[int]) -> Tensor:
         q, k, v = (x.reshape(x.shape[0], *x.shape[-2:]).transpose(0, 1).unsqueeze(0) for x in (query, key, value))

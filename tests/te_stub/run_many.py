@@ -3,15 +3,16 @@
 import os
 import sys
 
-from tests.te_stub import on_cpu
-
-on_cpu.install()
-
-from tests import run_many  # noqa: E402  # device.prepare
-
-on_cpu.let_megatron_use_it()
+from tests import run_many
 
 if __name__ == "__main__":
+    from tests.te_stub import on_cpu
+
+    on_cpu.install()
+    from megatron_meap.backend import device
+
+    device.prepare()
+    on_cpu.let_megatron_use_it()
     run_many.main()
     if os.environ["RANK"] == "0":
         print(f"stub calls: {dict(sys.modules['transformer_engine_torch'].CALLS)}", flush=True)

@@ -66,6 +66,14 @@ def test_the_method_needs_no_megatron():
         assert not [name for name in imports(path) if name.split(".")[0] == "megatron"], path
 
 
+@pytest.mark.parametrize("module", ["megatron_meap.pretrain", "megatron_meap.cli", "tests.run_many"])
+def test_what_torchrun_starts_imports_little(module):
+    """Megatron's first save starts a process that imports the main module again: PyTorch would take seconds."""
+    heavy = f"import sys, {module}; print('torch' in sys.modules or 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", heavy], cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_modules_are_small():
     sizes = sorted(len(path.read_text().splitlines()) for path in MODULES)
     assert sizes[-1] <= 350
