@@ -2,9 +2,12 @@
 
 import os
 
-from tests import run_many  # puts the CPU in the accelerator's place
+from megatron_meap.backend import device
+from tests import run_many
 
-from megatron.core.dist_checkpointing import validation  # isort: skip  # after that
+device.prepare()
+
+from megatron.core.dist_checkpointing import validation  # noqa: E402
 
 _hash = validation._compute_file_hash
 

@@ -6,10 +6,10 @@ import re
 import socket
 import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests import warm as start_warm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENTRY = REPOSITORY / "pretrain_gpt_meap.py"
@@ -121,7 +121,12 @@ def launch(processes: int, flags: list[str], timeout: float = 300) -> Run:
 
 
 def launch_many(
-    processes: int, runs: dict[str, list[str]], folder: Path, timeout: float = 600, script: str = "run_many.py"
+    processes: int,
+    runs: dict[str, list[str]],
+    folder: Path,
+    timeout: float = 600,
+    script: str = "run_many.py",
+    warm: bool = True,
 ) -> dict[str, Run]:
     """Several training runs one after the other in the same processes: starting Python and Megatron once.
 
@@ -130,42 +135,46 @@ def launch_many(
         runs: flags of every run, by a name for it.
         folder: where the list of runs is written.
         script: which reads the list, of this folder.
+        warm: see `run_ranks`.
     """
     listing = folder / "runs.json"
     listing.write_text(json.dumps(runs))
-    returncode, output = start_ranks(processes, str(Path(__file__).parent / script), str(listing), timeout=timeout)
-    assert returncode == 0, errors(output)
+    path = Path(__file__).parent / script
+    output = run_ranks(processes, str(path), str(listing), timeout=timeout, warm=warm)
     parts = re.split(r"^=== run (\S+)$", output, flags=re.MULTILINE)
     return {name: parse(output) for name, output in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def start_ranks(processes: int, *command: str, timeout: float) -> tuple[int, str]:
-    """Run a script in several ranks without torchrun, which takes as long to start as the ranks do.
+def run_ranks(processes: int, *command: str, timeout: float = 300, warm: bool = True) -> str:
+    """Run a script in several ranks on this host, without torchrun; returns what they printed.
 
-    Returns:
-        The first status that is not 0, and what all ranks have printed. The first to fail ends the others.
+    Args:
+        processes: ranks.
+        command: script and arguments.
+        timeout: seconds.
+        warm: whether the ranks have imported Megatron already, see tests/warm.py; else torchrun starts them.
     """
+    if warm:
+        sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        job = environment() | sizes | meeting
+        ranks = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        done = start_warm.run_ranks(ranks, command, timeout)
+    else:
+        done = subprocess.run(
+            torchrun(processes, *command),
+            env=environment(), cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=timeout,
+        )  # fmt: skip
+    assert done.returncode == 0, errors(done.stdout)
+    return done.stdout
+
+
+def free_port() -> int:
+    """A port of this host that nobody uses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    job = environment() | sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    with tempfile.TemporaryFile("w+") as output:
-        started = {"cwd": REPOSITORY, "stdout": output, "stderr": subprocess.STDOUT}
-        environments = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-        ranks = [subprocess.Popen([sys.executable, "-u", *command], env=each, **started) for each in environments]
-        deadline = time.monotonic() + timeout
-        try:
-            while (states := [rank.poll() for rank in ranks]) and None in states and not any(states):
-                if time.monotonic() > deadline:
-                    raise subprocess.TimeoutExpired(ranks[0].args, timeout)
-                time.sleep(0.1)
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-        output.seek(0)
-        return next(filter(None, states), 0), output.read()
+        return free.getsockname()[1]
 
 
 def errors(output: str) -> str:

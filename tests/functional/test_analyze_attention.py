@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from megatron_meap.errors import UsageError
 from megatron_meap.evaluation.attention.job import AttentionJob, analyze
 from megatron_meap.huggingface.importer import ImportJob, import_model
-from tests.launch import REPOSITORY, environment
+from tests import warm
+from tests.launch import environment
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, huggingface_folder: Path, c
 def test_both_kinds_of_models_on_the_same_inputs(folder: Path) -> None:
     """The same weights give the same figures; everything is written."""
     output = folder / "output"
-    command = [sys.executable, "tools/analyze_attention.py", "--samples", "3", "--text", str(folder / "text.txt")]
+    command = ["tools/analyze_attention.py", "--samples", "3", "--text", str(folder / "text.txt")]
     models = [f"NTP={folder / 'model'}", f"MEAP={folder / 'megatron'}"]
-    done = subprocess.run(
-        [*command, *models, "--output", str(output)],
-        capture_output=True, text=True, env=environment(), cwd=REPOSITORY, timeout=300,
-    )  # fmt: skip
+    done = warm.run([*command, *models, "--output", output], environment())
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "NTP: attention on masked positions" in done.stdout

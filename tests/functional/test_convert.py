@@ -3,7 +3,6 @@
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from megatron_meap.huggingface import megatron_model
 from megatron_meap.huggingface.export import ExportJob, export
 from megatron_meap.huggingface.generation import Generator, Sampling
 from megatron_meap.huggingface.importer import ImportJob, import_model
+from tests import warm
 from tests.conftest import REPOSITORY, Corpus
 from tests.launch import MODEL, TRAINING, Run, environment, launch_many
 
@@ -25,8 +25,7 @@ STANDING_STILL = [*ONE_STEP, "--lr", "0", "--min-lr", "0", "--weight-decay", "0"
 
 def convert(*flags: str) -> subprocess.CompletedProcess[str]:
     """One call of the tool."""
-    command = [sys.executable, str(REPOSITORY / "tools" / "convert_checkpoint.py"), *flags]
-    return subprocess.run(command, env=environment(), cwd=REPOSITORY, text=True, capture_output=True, timeout=300)
+    return warm.run([REPOSITORY / "tools" / "convert_checkpoint.py", *flags], environment())
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +116,9 @@ def test_trained_in_tp2_then_exported_has_megatrons_logits(runs: dict[str, Run],
 
 def test_trained_model_generates_the_same_text_before_and_after(runs: dict[str, Run], work: Path) -> None:
     """`tools/generate.py` on the Megatron checkpoint, and its export in Python: the same text."""
-    command = [sys.executable, str(REPOSITORY / "tools" / "generate.py"), "--load", str(work / "trained-tp2")]
+    command = [REPOSITORY / "tools" / "generate.py", "--load", work / "trained-tp2"]
     command += ["--prompt", "The class", "--prompt", "[MASK] is", "--max-new-tokens", "12", "--seed", "3"]
-    done = subprocess.run(command, env=environment(), cwd=REPOSITORY, text=True, capture_output=True, timeout=300)
+    done = warm.run(command, environment())
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     export(ExportJob(str(work / "trained-tp2"), str(work / "to-generate"), check=False))

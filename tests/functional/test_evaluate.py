@@ -25,20 +25,15 @@ from megatron_meap.evaluation.run import evaluate as run_tasks
 from megatron_meap.evaluation.suites import Plan
 from megatron_meap.evaluation.tasks import judge
 from megatron_meap.evaluation.tasks.scoring import contains
+from tests import warm
 from tests.conftest import REPOSITORY
 from tests.fake_models import RuleModel, look_up
 
 
 def evaluate(*flags: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/evaluate.py", *flags]
     offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env={**os.environ, **offline, **environment},
-        capture_output=True,
-        text=True,
-        timeout=500,
+    return warm.run(
+        [REPOSITORY / "tools" / "evaluate.py", *flags], {**os.environ, **offline, **environment}, timeout=500
     )
 
 

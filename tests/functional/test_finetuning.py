@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from megatron_meap.sft.rows import shifted
 from megatron_meap.sft.templates import TEMPLATES
 from megatron_meap.tokenization.huggingface import tokenizer_of
 from megatron_meap.trainer import run
+from tests import warm
 from tests.conftest import REPOSITORY, Corpus
 from tests.launch import MODEL, TRAINING, environment, launch
 from tests.sft import conversations, prepare, write_jsonl
@@ -285,10 +285,8 @@ def test_the_tokenizers_own_template_is_the_default(
 
 
 def test_samples_can_be_looked_at(flags: list[str]) -> None:
-    tool = [sys.executable, str(REPOSITORY / "tools" / "inspect_batches.py"), "--show", "0", "--statistics", "1"]
-    done = subprocess.run(
-        [*tool, "--digest", "0:8", *flags], env=environment(), capture_output=True, text=True, timeout=200
-    )
+    tool = [REPOSITORY / "tools" / "inspect_batches.py", "--show", "0", "--statistics", "1"]
+    done = warm.run([*tool, "--digest", "0:8", *flags], environment())
     assert done.returncode == 0, done.stderr[-3000:]
     assert "-- next document --" in done.stdout
     assert "fine-tuning data (train)" in done.stdout

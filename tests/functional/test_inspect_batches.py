@@ -2,13 +2,13 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.conftest import Corpus
-from tests.launch import MODEL, REPOSITORY, TRAINING, environment, torchrun
+from tests.launch import MODEL, REPOSITORY, TRAINING, environment, run_ranks
 
 TOOL = str(REPOSITORY / "tools" / "inspect_batches.py")
 
@@ -19,13 +19,11 @@ def flags(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list[str]
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    return warm.run(command, environment())
 
 
 def digest(processes: int, *flags: str) -> str:
-    done = run(torchrun(processes, TOOL, *flags))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return re.search(r"digest of samples .*", done.stdout)[0]
+    return re.search(r"digest of samples .*", run_ranks(processes, TOOL, *flags))[0]
 
 
 @pytest.mark.slow
@@ -44,7 +42,7 @@ def test_the_digest_is_the_same_for_every_layout(flags: list[str]) -> None:
 
 def test_samples_are_shown(flags: list[str], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    done = run([sys.executable, TOOL, "--show", "0", "3", "--statistics", "50", "--html", str(page), *flags])
+    done = run([TOOL, "--show", "0", "3", "--statistics", "50", "--html", str(page), *flags])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "sample 0: 64 tokens, 9 masked (14.1%)" in done.stdout
     assert done.stdout.count("\033[7m") >= 18
@@ -64,6 +62,6 @@ def test_samples_are_shown(flags: list[str], tmp_path: Path) -> None:
     ],
 )
 def test_bad_input(flags: list[str], extra: list[str], message: str) -> None:
-    done = run([sys.executable, TOOL, *extra, *flags])
+    done = run([TOOL, *extra, *flags])
     assert done.returncode == 2
     assert message in done.stderr.strip().splitlines()[-1]

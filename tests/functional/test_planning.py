@@ -1,14 +1,13 @@
 """Plans against the memory of real runs, measured by other means, and against FLOPs counted by PyTorch."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.conftest import Corpus
-from tests.launch import REPOSITORY, environment, errors, torchrun
+from tests.launch import REPOSITORY, environment, run_ranks
 
 MODEL = (
     "--num-layers 4 --hidden-size 128 --num-attention-heads 8 --group-query-attention --num-query-groups 2 "
@@ -39,10 +38,7 @@ def flags_of(name: str, corpus: Corpus, folder: Path) -> list[str]:
 def plan_all(runs: dict[str, tuple[int, list[str]]], folder: Path, **more: str) -> dict:
     listing = folder / "plans.json"
     listing.write_text(json.dumps(runs))
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests" / "plan_many.py"), str(listing)],
-        env=environment() | more, cwd=REPOSITORY, text=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    done = warm.run([REPOSITORY / "tests" / "plan_many.py", listing], environment() | more)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.split("plans: ")[-1])
 
@@ -62,11 +58,7 @@ def measured(corpus: Corpus, folder: Path) -> dict[str, list[dict[str, int]]]:
         runs = {name: flags_of(name, corpus, folder) for name, (size, _) in RUNS.items() if size == world}
         runs[next(iter(runs))] += ["--save", str(here / "saved"), "--save-interval", "2"]
         (here / "runs.json").write_text(json.dumps(runs))
-        done = subprocess.run(
-            torchrun(world, str(REPOSITORY / "tests" / "measure_many.py"), str(here / "runs.json")),
-            env=environment(), cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, errors(done.stdout)
+        run_ranks(world, str(REPOSITORY / "tests" / "measure_many.py"), str(here / "runs.json"))
         ranks = [json.loads((here / f"measured-{rank}.json").read_text()) for rank in range(world)]
         found |= {name: [rank[name] for rank in ranks] for name in runs}
     return found

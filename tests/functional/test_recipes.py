@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.conftest import Corpus
 from tests.launch import ENTRY, MODEL, REPOSITORY, TRAINING, environment
 from tests.sft import conversations, write_jsonl
@@ -100,10 +101,8 @@ def results(desk: Desk) -> dict[str, dict]:
         commands[name] = {"world": asked["environment"]["WORLD_SIZE"], "flags": flags, "shorter": SHORTER}
     listing = desk.folder / "commands.json"
     listing.write_text(json.dumps(commands))
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests" / "dry_run_many.py"), str(listing)],
-        env=environment() | {"MEAP_DEVICE": "auto"}, cwd=desk.folder, text=True, capture_output=True, timeout=400,
-    )  # fmt: skip
+    command = [REPOSITORY / "tests" / "dry_run_many.py", listing]
+    done = warm.run(command, environment() | {"MEAP_DEVICE": "auto"}, desk.folder, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.split("results: ")[-1])
 
@@ -176,10 +175,7 @@ def test_a_dry_run_leaves_nothing_and_refuses_what_the_run_would(corpus: Corpus,
     flags = [*MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(tmp_path / "cache")]
 
     def dry_run(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(ENTRY), "--dry-run", *flags, *more], env=environment(), cwd=tmp_path, text=True,
-            capture_output=True, timeout=200,
-        )  # fmt: skip
+        return warm.run([ENTRY, "--dry-run", *flags, *more], environment(), tmp_path)
 
     logging = [f"--tensorboard-dir={tmp_path / 'board'}", "--wandb-project", "any", "--save-interval", "5"]
     done = dry_run(*logging, "--save", str(tmp_path / "run"))

@@ -1,22 +1,21 @@
 """Ratio 0 is next-token prediction: batch for batch and digit for digit Megatron's own GPT pipeline."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
+from tests import warm
 from tests.conftest import Corpus
 from tests.launch import MODEL, REPOSITORY, TRAINING, environment, parse
 
 
 def run(target: Path, corpus: Corpus, *flags: str) -> tuple[list[torch.Tensor], dict[int, dict[str, float]]]:
     command = [
-        sys.executable, str(REPOSITORY / "tests" / "stock.py"), str(target), *MODEL, *TRAINING, *corpus.data_flags,
+        str(REPOSITORY / "tests" / "stock.py"), str(target), *MODEL, *TRAINING, *corpus.data_flags,
         "--data-cache-path", str(target.parent / "cache"), "--train-iters", "6", "--eval-iters", "2", "--eval-interval",
         "3", *flags,
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment(), text=True, capture_output=True, timeout=200)
+    done = warm.run(command, environment())
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(target), parse(done.stdout).steps
 

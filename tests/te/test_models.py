@@ -64,7 +64,7 @@ def checkpoints(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dic
         ]
         for kind in KINDS
     }  # fmt: skip
-    launch_many(1, runs, folder)
+    launch_many(1, runs, folder, warm=False)
     return {kind: latest.directory(folder / kind, 2) for kind in KINDS}
 
 
