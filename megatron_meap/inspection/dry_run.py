@@ -63,7 +63,7 @@ def run() -> None:
 
 def _parse() -> Namespace:
     """The checked arguments; nothing is logged to, for the run does not take place."""
-    args = parse_arguments(tensorboard_dir=None, wandb_project="")
+    args = parse_arguments(tensorboard_dir=None)
     args.iteration = 0
     return args
 

@@ -21,7 +21,7 @@ from megatron_meap.meap import settings as meap
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft import flags as sft
 from megatron_meap.sft.flags import BadLineSettings, SFTSettings
-from megatron_meap.trainer import batch_sizes
+from megatron_meap.trainer import batch_sizes, wandb_run
 from megatron_meap.trainer.official import OfficialSettings
 from megatron_meap.trainer.probe import ProbeSettings
 from megatron_meap.trainer.tokenizer import set_tokenizer
@@ -148,7 +148,9 @@ def parse_arguments(**changes: object) -> Namespace:
     args = parse_flags()
     vars(args).update(changes)
     check(args)
+    project, args.wandb_project = args.wandb_project, None  # begun once nothing is left to be refused: wandb_run.begin
     _explain(lambda: global_vars.set_global_variables(args, build_tokenizer=False))
+    args.wandb_project = project
     global_vars._GLOBAL_TOKENIZER = set_tokenizer(args)
     return args
 
@@ -256,6 +258,7 @@ def _validate_meap(args: Namespace) -> None:
     meap.complete(args)
     sft.validate(args)
     CheckpointSettings.of(args).check(args)
+    wandb_run.check(args)
     ProbeSettings.of(args).check(args)
     OfficialSettings.of(args).check(args)
     if args.sft:

@@ -40,7 +40,7 @@ from megatron_meap.errors import UsageError, note_status
 from megatron_meap.meap.dataset import COPY, NOISED
 from megatron_meap.meap.losses import next_token_loss
 from megatron_meap.tokenization.mask_token import special_token_ids
-from megatron_meap.trainer import carried, data_use, official, preflight
+from megatron_meap.trainer import carried, data_use, official, preflight, wandb_run
 from megatron_meap.trainer.arguments import parse_arguments
 from megatron_meap.trainer.batches import datasets_provider, get_batch
 from megatron_meap.trainer.output import LOG, Output
@@ -61,6 +61,7 @@ def run() -> None:
 def _run(output: Output) -> None:
     args, store = prepare()
     output.open_log(args.save, _heading(args) if args.rank == 0 else None)
+    wandb_run.begin(args)
     atexit.register(_end_workers)
     stop = StopRequest().install()
     global_vars._GLOBAL_SIGNAL_HANDLER = stop

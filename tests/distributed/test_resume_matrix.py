@@ -1,4 +1,4 @@
-"""Every way to save an optimizer, stopped at a random step and resumed: the same bits, or 1e-4 in another layout.
+"""Every way to save an optimizer, killed at a random step and resumed: the same bits, or nearly so in another layout.
 
     python -m pytest -m "" -s tests/distributed/test_resume_matrix.py
 
@@ -8,12 +8,13 @@ runs all of it and prints the table of docs/training.md; without `-m ""` it runs
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_meap.checkpoint.reader import open_checkpoint
 from tests.conftest import Corpus
-from tests.launch import MODEL, TRAINING, Run, launch_many
+from tests.launch import MODEL, TRAINING, Run, launch_killed
 
 STEPS = 8
 FLAT, RESHARDABLE = "", "--dist-ckpt-optim-fully-reshardable"
@@ -25,10 +26,16 @@ OPTIMIZERS = {
 CELLS = [(name, layout) for name in OPTIMIZERS for layout in ([FLAT] if name == "plain" else [FLAT, RESHARDABLE])]
 LABELS = {FLAT: "default", RESHARDABLE: "fully reshardable"}
 QUICK = (3, "fp32")
+SAME = "same"
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+"""Of weights and losses, where the layout that resumes adds up gradients in another order."""
+
+Found = dict[tuple[int, str], tuple[float, float]]
+"""By cell and layout: the largest difference of a weight, and of a loss, from the run that nobody stopped."""
 
 
 class Matrix:
-    """Runs all cells of one number of processes and one precision, and compares what they end with."""
+    """Runs cells of one number of processes and one precision, and compares what they end with."""
 
     def __init__(self, corpus: Corpus, folder: Path, ranks: int, precision: str) -> None:
         self.corpus, self.folder, self.ranks, self.precision = corpus, folder, ranks, precision
@@ -41,30 +48,37 @@ class Matrix:
         common += ["--global-batch-size", "12", "--train-iters", str(STEPS)] + ["--bf16"] * (self.precision == "bf16")
         return [*common, *OPTIMIZERS[name].split(), *form.split()]
 
-    def run(self, cells: list[int], resharded: bool) -> dict[int, tuple[float, float]]:
-        """For every cell: the largest difference of a weight and of a loss from the run that was not stopped."""
-        here, other = {}, {}
-        for cell in cells:
-            flags, stop = self.flags(cell), self.random.randint(2, STEPS - 2)
-            whole, part = str(self.folder / f"{cell}-whole"), str(self.folder / f"{cell}-part-{resharded}")
-            here[f"{cell}-whole"] = [*flags, "--save", whole, "--save-interval", str(stop)]
-            here[f"{cell}-part"] = [*flags, "--save", part, "--save-interval", "100", "--exit-interval", str(stop)]
-            resumed = [*flags, "--save", part, "--load", part, "--save-interval", "100"]
-            (other if resharded else here)[f"{cell}-resumed"] = resumed
-        done = launch_many(self.ranks, here, self.folder, timeout=1500)
-        if resharded:
-            done |= launch_many(2 if self.ranks == 1 else 1, other, self.folder, timeout=1500)
-        return {cell: self.differences(cell, done, resharded) for cell in cells}
+    def run(self, cells: list[int], layouts: dict[str, int]) -> Found:
+        """Run cells in the layout of this matrix, and resume each in others.
 
-    def differences(self, cell: int, done: dict[str, Run], resharded: bool) -> tuple[float, float]:
-        resumed = done[f"{cell}-resumed"]
-        assert "can lead to data corruption" not in done[f"{cell}-part"].output
-        assert resumed.steps, resumed.output[-2000:]
+        Args:
+            cells: which.
+            layouts: processes that resume, by what the layout is called.
+        """
+        runs: dict[str, dict[str, Any]] = {}
+        for cell in cells:
+            saved = self.random.randint(2, STEPS - 3)
+            killed = self.random.randint(saved + 1, min(STEPS - 1, 2 * saved))
+            flags, part = self.flags(cell), str(self.folder / f"{cell}-part")
+            own = [*flags, "--save-interval", str(saved)]
+            whole = [*own, "--save", str(self.folder / f"{cell}-whole")]
+            runs[f"{cell}-whole"] = {"ranks": self.ranks, "flags": whole, "kill_at": None}
+            runs[f"{cell}-part"] = {"ranks": self.ranks, "flags": [*own, "--save", part], "kill_at": killed}
+            for layout, ranks in layouts.items():
+                save = ["--load", part, "--save", str(self.folder / f"{cell}-{layout}")]
+                runs[f"{cell}-{layout}"] = {"ranks": ranks, "flags": [*own, *save], "kill_at": None}
+        done = launch_killed(runs, self.folder, timeout=3000)
+        return {(cell, layout): self.difference(cell, layout, done) for cell in cells for layout in layouts}
+
+    def difference(self, cell: int, layout: str, done: dict[str, Run]) -> tuple[float, float]:
+        whole, part, resumed = (done[f"{cell}-{name}"] for name in ("whole", "part", layout))
+        assert "can lead to data corruption" not in part.output
+        assert max(part.steps) < STEPS, "was not killed"
+        assert min(resumed.steps) <= max(part.steps)
         assert max(resumed.steps) == STEPS
-        whole = done[f"{cell}-whole"].steps
         del resumed.steps[min(resumed.steps) + 1]  # Megatron's second line after a start is the mean of two steps
-        loss = max(abs(values["lm loss"] - whole[step]["lm loss"]) for step, values in resumed.steps.items())
-        ends = [open_checkpoint(self.folder / f"{cell}-{name}") for name in ("whole", f"part-{resharded}")]
+        loss = max(abs(values["lm loss"] - whole.steps[step]["lm loss"]) for step, values in resumed.steps.items())
+        ends = [open_checkpoint(self.folder / f"{cell}-{name}") for name in ("whole", layout)]
         assert [end.iteration for end in ends] == [STEPS, STEPS]
         names = ends[0].weights()
         weight = max(float((ends[0].read(name).float() - ends[1].read(name).float()).abs().max()) for name in names)
@@ -77,43 +91,30 @@ def table() -> Iterator[dict[tuple, str]]:
     rows: dict[tuple, str] = {}
     yield rows
     head = sorted({key[1:] for key in rows})
-    print("\n\n| optimizer, format | " + " | ".join(f"{r} rank(s), {p}, {t}" for r, p, t in head) + " |")
+    print("\n\n| optimizer, format | " + " | ".join(f"{p}, DP {r} -> {to}" for p, r, to in head) + " |")
     print("|---" * (len(head) + 1) + "|")
     for cell, (name, form) in enumerate(CELLS):
         print(f"| {name}, {LABELS[form]} | " + " | ".join(rows.get((cell, *key), "") for key in head) + " |")
 
 
 @pytest.mark.parametrize(
-    ("ranks", "precision", "resharded"),
+    ("ranks", "precision"),
     [
-        pytest.param(
-            ranks,
-            precision,
-            resharded,
-            marks=[] if (ranks, precision, resharded) == (*QUICK, False) else pytest.mark.slow,
-        )
+        pytest.param(ranks, precision, marks=[] if (ranks, precision) == QUICK else pytest.mark.slow)
         for ranks in (1, 2, 3)
         for precision in ("fp32", "bf16")
-        for resharded in (False, True)
     ],
 )
 def test_resumed_runs_end_with_the_same_weights(
-    corpus: Corpus,
-    tmp_path: Path,
-    table: dict,
-    request: pytest.FixtureRequest,
-    ranks: int,
-    precision: str,
-    resharded: bool,
+    corpus: Corpus, tmp_path: Path, table: dict, request: pytest.FixtureRequest, ranks: int, precision: str
 ) -> None:
     """The quick one: three ranks and padded buckets, whose optimizer state megatron-core 0.19 destroys."""
     everything = request.config.option.markexpr != "not slow"
     cells = list(range(len(CELLS))) if everything else [len(CELLS) - 1]
-    found = Matrix(corpus, tmp_path, ranks, precision).run(cells, resharded)
-    for cell, (weight, loss) in found.items():
-        same = weight == 0 and loss == 0
-        table[cell, ranks, precision, "other DP" if resharded else "same"] = "same bits" if same else f"{weight:.0e}"
-    for cell, (weight, loss) in found.items():
-        limit = 0.0 if not resharded else 1e-4 if precision == "fp32" else 1e-2
-        assert loss <= limit, CELLS[cell]
-        assert weight <= limit, CELLS[cell]
+    layouts = {SAME: ranks} | ({"other": 2 if ranks == 1 else 1} if everything else {})
+    found = Matrix(corpus, tmp_path, ranks, precision).run(cells, layouts)
+    for (cell, layout), (weight, loss) in found.items():
+        written = "same bits" if weight == 0 and loss == 0 else f"{weight:.0e}, loss {loss:.0e}"
+        table[cell, precision, ranks, layouts[layout]] = written
+    for (cell, layout), differences in found.items():
+        assert max(differences) <= (0.0 if layout == SAME else TOLERANCE[precision]), (*CELLS[cell], layout)

@@ -1,0 +1,63 @@
+"""A run on Weights & Biases that goes on where its training does: one, however often the job is requeued."""
+
+import importlib.util
+import os
+import secrets
+from argparse import Namespace
+from pathlib import Path
+
+from megatron.training import global_vars
+
+from megatron_meap.errors import UsageError, one_line
+from megatron_meap.files import whole_file
+
+FILE = "wandb_run_id"
+"""In the directory given to `--save`: the id of the run that its training is logged to."""
+
+
+def check(args: Namespace) -> None:
+    """Refuse what Megatron would fail over on its last rank alone.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    if not args.wandb_project:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        raise UsageError("--wandb-project: needs the package wandb (pip install wandb), or drop the flag")
+    if not (args.wandb_save_dir or args.save):
+        raise UsageError("--wandb-project: needs a directory for its files, --wandb-save-dir or --save")
+
+
+def begin(args: Namespace) -> None:
+    """Begin the run, on the last rank as Megatron does, or continue the one whose id lies in `--save`.
+
+    `WANDB_RUN_ID` and `WANDB_RESUME`, where they are set, say it otherwise.
+    """
+    if not args.wandb_project or args.rank != args.world_size - 1:
+        return
+    if args.save:
+        os.environ.setdefault("WANDB_RUN_ID", _id(Path(args.save) / FILE, _starts_anew(args)))
+        os.environ.setdefault("WANDB_RESUME", "allow")
+    # Megatron sets it in W&B's configuration later, which refuses another value than that of the run that it continues
+    args.slurm_job_name = os.environ.get("SLURM_JOB_NAME", "N/A")
+    import wandb
+
+    try:
+        global_vars._set_wandb_writer(args)
+    except wandb.Error as error:
+        raise UsageError(f"--wandb-project: {one_line(error)}; WANDB_MODE=offline keeps the run here") from error
+
+
+def _starts_anew(args: Namespace) -> bool:
+    """Whether this run replaces the one that was saved there."""
+    return args.meap_overwrite_checkpoints and (args.load is None or args.finetune)
+
+
+def _id(file: Path, anew: bool) -> str:
+    """The id in the file, or a new one, which is written to it."""
+    if file.is_file() and not anew:
+        return file.read_text().strip()
+    with whole_file(file, "w") as stream:
+        stream.write(made := secrets.token_hex(8))
+    return made
