@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,6 +34,15 @@ def refuse_to_overwrite(flag: str, path: str | Path, overwrite: bool) -> None:
     """Refuse an output that is there already, unless `--overwrite` says that it is meant."""
     if Path(path).exists() and not overwrite:
         raise UsageError(f"{flag} {path}: is there already; name another one, or add --overwrite to replace it")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and all that led to it, each once."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

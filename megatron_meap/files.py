@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_meap.errors import UsageError, one_line
+from megatron_meap.errors import UsageError, causes, one_line
 
 ROOM_FOR_THE_REST = 64 * 2**20
 """Bytes that must be free beside those that are known to be needed: tokenizer, configuration, index."""
@@ -34,11 +34,10 @@ class CannotWriteError(UsageError):
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an exception, or one that led to it, comes from a disk without space."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        getattr(each, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(each))
+        for each in causes(error)
+    )
 
 
 def cannot_write(path: str | Path, error: BaseException) -> CannotWriteError:

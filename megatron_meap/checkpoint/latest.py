@@ -10,11 +10,11 @@ import re
 import shutil
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, causes
 from megatron_meap.files import whole_file
 from megatron_meap.flags import Settings, flag
 
@@ -181,7 +181,7 @@ def full_disk(folder: Path, error: BaseException) -> str | None:
     It must have been raised while saving. Megatron writes in worker processes and may lose the reason of their failure:
     where the causes do not say "no space left", a checkpoint was begun, and there is less space than one takes.
     """
-    chain = list(_causes(error))
+    chain = list(causes(error))
     certain = any(isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT) for each in chain)
     if not _raised_while_saving(chain):
         return None
@@ -197,15 +197,6 @@ def full_disk(folder: Path, error: BaseException) -> str | None:
     kept = f"the last complete checkpoint is that of iteration {complete}" if complete else "no checkpoint is complete"
     what = f"{directory(folder, begun[-1])} could not be completed" if begun else "a checkpoint could not be written"
     return f"the disk is full: {what}, {kept}"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and all that led to it, each once."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _raised_while_saving(chain: list[BaseException]) -> bool:

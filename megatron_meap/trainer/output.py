@@ -36,6 +36,7 @@ class Output:
 
         self._streams: dict[str, _Stream | None] = {"stdout": None, "stderr": None}
         self._log: int | None = None
+        self._failed = False  # what should stand in it could not be written
         self._early: list[bytes] | None = []  # what was said before there was a log file
 
     def install(self) -> "Output":
@@ -57,8 +58,10 @@ class Output:
         early, self._early = self._early or [], None
         if folder is None:
             return
-        with contextlib.suppress(OSError):  # a run that can save will not end for its log
+        try:
             self._log = os.open(Path(folder) / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            self._log_fails(error)
         if heading is not None:
             self.record(f"\n{heading}\n")
         for text in early:
@@ -70,8 +73,16 @@ class Output:
         if self._early is not None:
             self._early.append(raw)
         elif self._log is not None:
-            with contextlib.suppress(OSError):  # such as a full disk
+            try:
                 os.write(self._log, raw)
+            except OSError as error:  # such as a full disk
+                self._log_fails(error)
+
+    def _log_fails(self, error: OSError) -> None:
+        """Say so once: a run that can save will not end for its log."""
+        if not self._failed:
+            self._failed = True
+            self.say(f"warning: {LOG} in --save lacks lines from here on ({error.strerror}); the training continues")
 
     def say(self, text: str) -> None:
         """Say what must not be lost: on standard error, where nobody reads the standard output any more."""

@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -36,7 +37,8 @@ from megatron_meap.backend.layers import local_block_spec
 from megatron_meap.checkpoint import integrity, latest
 from megatron_meap.cluster import connections
 from megatron_meap.cluster.signals import EXIT_STOPPED, StopRequest
-from megatron_meap.errors import UsageError, note_status
+from megatron_meap.errors import UsageError, causes, note_status, one_line
+from megatron_meap.files import is_disk_full
 from megatron_meap.meap.dataset import COPY, NOISED
 from megatron_meap.meap.losses import next_token_loss
 from megatron_meap.tokenization.mask_token import special_token_ids
@@ -47,6 +49,8 @@ from megatron_meap.trainer.output import LOG, Output
 from megatron_meap.trainer.probe import RetrievalProbe
 
 stimer = StragglerDetector()
+_HARDLY_ANYTHING = 2**20
+"""Bytes: with fewer free a disk counts as full."""
 
 
 def run() -> None:
@@ -54,6 +58,10 @@ def run() -> None:
     output = Output().install()
     try:
         _run(output)
+    except Exception as error:
+        if isinstance(error, UsageError) or not is_disk_full(error):
+            raise
+        raise _full_disk(error) from error
     finally:
         output.quiet = False  # for what there is to say of a failure
 
@@ -148,6 +156,19 @@ def _pretrain(args: Namespace, store: torch.distributed.Store | None, output: Ou
             raise
         traceback.print_exc()  # what is said below is concluded, and the error itself must not be lost
         raise UsageError(f"--save {args.save}: {problem}; free some space and run the same command again") from error
+
+
+def _full_disk(error: BaseException) -> UsageError:
+    """What to say of a disk that got full, but not while a checkpoint was saved; the error itself is printed."""
+    traceback.print_exception(error)
+    args = global_vars._GLOBAL_ARGS
+    flags = ("tensorboard-dir", "data-cache-path", "save")
+    written = ((flag, getattr(args, flag.replace("-", "_"), None)) for flag in flags)
+    there = [(flag, path) for flag, path in written if path and Path(path).exists()]
+    full = [f"--{flag} {path}" for flag, path in there if shutil.disk_usage(path).free < _HARDLY_ANYTHING]
+    names = [str(each.filename) for each in causes(error) if getattr(each, "filename", None)]
+    where = " or ".join(names[:1] or full) or f"a file of this run ({one_line(error)})"
+    return UsageError(f"{where}: the disk is full; free some space and run the same command again")
 
 
 def _end_workers() -> None:

@@ -1,11 +1,10 @@
-"""One run on Weights & Biases for a training, however often it is resumed; none for what is refused or only looked at."""
+"""One run on Weights & Biases for a training, however often it is resumed; none for what is refused."""
 
 import os
 import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 from megatron.training import global_vars
@@ -65,15 +64,17 @@ def test_a_resumed_training_continues_its_run(begun: list, tmp_path: Path, monke
     assert len(begun) == 5
 
 
-def test_only_a_training_begins_a_run(begun: list, corpus: Corpus, tmp_path: Path) -> None:
+def test_only_a_training_begins_a_run(
+    begun: list, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing that is refused, or that only looks at the data, does."""
     prepare(*flags_of(corpus, tmp_path, "--wandb-project", "any"))
     assert begun == []
     with pytest.raises(UsageError, match="--wandb-project: needs a directory"):
         wandb_run.check(Namespace(wandb_project="any", wandb_save_dir=None, save=None))
-    with mock.patch("importlib.util.find_spec", lambda name: None):
-        with pytest.raises(UsageError, match="--wandb-project: needs the package wandb"):
-            wandb_run.check(Namespace(wandb_project="any", wandb_save_dir=None, save=str(tmp_path)))
+    monkeypatch.setattr("importlib.util.find_spec", dict.fromkeys(["wandb"]).__getitem__)
+    with pytest.raises(UsageError, match="--wandb-project: needs the package wandb"):
+        wandb_run.check(Namespace(wandb_project="any", wandb_save_dir=None, save=str(tmp_path)))
 
 
 def test_what_wandb_refuses_is_one_line(begun: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +87,15 @@ def test_wandb_itself_offline(corpus: Corpus, tmp_path: Path, monkeypatch: pytes
     """The directories that it keeps for two starts of a training have the same id in their names."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "run"
-    flags = [*MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(tmp_path / "cache"), "--wandb-project", "p"]
+    flags = [
+        *MODEL,
+        *TRAINING,
+        *corpus.data_flags,
+        "--data-cache-path",
+        str(tmp_path / "cache"),
+        "--wandb-project",
+        "p",
+    ]
     flags += ["--wandb-exp-name", "e", "--save", str(folder), "--load", str(folder), "--save-interval", "2"]
     for exit_at in ("2", "4"):
         done = launch(2, [*flags, "--exit-interval", exit_at])
