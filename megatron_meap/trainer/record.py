@@ -42,12 +42,16 @@ SAMPLES = (
     "reset_attention_mask",
     "dataloader_inter_document_masking",
     "mock_data",
+    "phase_transition_iterations",
     "fim_*",
 )
 """Megatron's settings that decide what a sample is and which of its labels count: refused."""
 
 TRAINED = ("optimizer", "mtp_num_layers", "mtp_loss_scaling_factor", "moe_z_loss_coeff", "mup_*", "qk_clip*", "spec")
 """Settings of what is learned and how, beside all of `MODEL_GROUPS`: refused."""
+
+BESIDE_THE_SCHEDULE = ("lr_warmup_init", "lr_wsd_*", "decoupled_*", "freeze_all_layers")
+"""Settings of learning rates that are not in the schedule's state, which is compared apart: warned of."""
 
 MODEL_GROUPS = ("network size", "moe", "mla", "experimental_attention_variant", "heterogeneous architecture")
 WARNED_GROUPS = (
@@ -84,7 +88,7 @@ FREE = (
     "max_position_embeddings", "make_vocab_size_divisible_by",
     # compared by other means: the layers, the schedule, the length of training
     "transformer_impl", "is_hybrid_model", "hybrid_*_pattern", "group_query_attention", "train_iters", "train_samples",
-    "weight_decay", "batch_size", "init_model_with_meta_device", "bf16", "fp16", "phase_transition_iterations",
+    "weight_decay", "batch_size", "init_model_with_meta_device", "bf16", "fp16",
 )  # fmt: skip
 """Patterns of settings that may change without a word."""
 
@@ -102,6 +106,8 @@ def describe(args: Namespace, tokenizer: Any = None) -> dict[str, Any]:
     for name, (flag, _) in _megatrons_flags().items():
         if hasattr(args, name) and _verdict_of(name) is not Verdict.FREE:
             found[flag] = _plain(getattr(args, name))
+    if hasattr(args, "padded_vocab_size"):
+        found[PADDING] = args.padded_vocab_size
     found["precision"] = next((name for name in ("bf16", "fp16") if getattr(args, name, False)), "fp32")
     if tokenizer is not None:  # a run, not an old checkpoint
         found |= {f"the tokenizer's {name} (its id)": special_id(tokenizer, name) for name in ("eod", "bos", "pad")}
@@ -161,7 +167,11 @@ _LATER = (
 )
 """Settings of the noise that the first checkpoints do not know."""
 
+PADDING = "rows of the padded vocabulary"
+"""Rows without a token are part of the softmax; how many they are may follow from the layout."""
+
 _NAMED = {
+    PADDING: Verdict.WARNED,
     "precision": Verdict.WARNED,
     "megatron-core": Verdict.WARNED,
     "megatron-meap": Verdict.WARNED,
@@ -190,6 +200,8 @@ def _verdict_of(name: str) -> Verdict:
     group = _megatrons_flags()[name][1]
     if _matches(name, (*SAMPLES, *TRAINED)):
         return Verdict.REFUSED
+    if _matches(name, BESIDE_THE_SCHEDULE):
+        return Verdict.WARNED
     if name in (*model_arguments.SHAPE, *model_arguments.FUNCTION) or _matches(name, FREE):
         return Verdict.FREE
     if group in MODEL_GROUPS:

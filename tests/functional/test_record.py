@@ -1,8 +1,10 @@
 """What decides a run is recorded in its checkpoint, and a run that resumes it otherwise is refused or says so."""
 
+import fnmatch
 import re
 import shutil
 from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,11 @@ import torch
 from megatron_meap.cluster import meeting
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface import megatron_model
-from tests.conftest import Corpus
+from megatron_meap.meap.settings import MaskSettings
+from megatron_meap.sft.flags import SFTSettings
+from megatron_meap.trainer import record
+from megatron_meap.trainer.official import OfficialSettings
+from tests.conftest import REPOSITORY, Corpus
 from tests.launch import MODEL, TRAINING
 from tests.sft import prepare
 
@@ -66,6 +72,7 @@ def resume(corpus: Corpus, folder: Path, capsys: pytest.CaptureFixture):
         ("--meap-clean-final-share 0.1", "--meap-clean-final-share 0.0 there, 0.1 here"),
         ("--meap-mask-warmup-samples 8", "--meap-mask-warmup-samples 0 there, 8 here"),
         ("--optimizer sgd", "--optimizer adam there, sgd here"),
+        ("--phase-transition-iterations 3", "--phase-transition-iterations None there, 3 here"),
         ("--train-iters 5000", "epochs of the training data, by the length of training 1, 1 there"),
     ],
 )
@@ -104,6 +111,8 @@ def test_another_blend_is_refused(resume, corpus: Corpus, tmp_path: Path) -> Non
     [
         ("--clip-grad 2.0", "--clip-grad 1.0 there, 2.0 here"),
         ("--hidden-dropout 0.1", "--hidden-dropout 0.0 there, 0.1 here"),
+        ("--lr-warmup-init 1e-5", "--lr-warmup-init 0.0 there, 1e-05 here"),
+        ("--make-vocab-size-divisible-by 768", "rows of the padded vocabulary 512 there, 768 here"),
         ("--global-batch-size 16", "--global-batch-size 8 there, 16 here"),
         ("--meap-mask-validation", "--meap-mask-validation False there, True here"),
     ],
@@ -112,6 +121,26 @@ def test_what_is_often_changed_on_purpose_is_said(resume, extra: str, said: str)
     warnings = resume(*extra.split())
     assert len(warnings) == 1
     assert said in warnings[0]
+
+
+def test_the_table_of_the_docs_is_true_and_complete(resume) -> None:
+    """Every flag in a row that says one thing has that verdict; every setting of ours that decides stands in one."""
+    table = (REPOSITORY / "docs/training.md").read_text().partition("## What may change")[2].partition("\n\nFiles")[0]
+    rows = [re.split(r" *\| *", line)[1:3] for line in table.splitlines() if line.startswith("|")]
+    verdicts = {"refused": record.Verdict.REFUSED, "warned of": record.Verdict.WARNED, "free": record.Verdict.FREE}
+    args = Namespace(meap_mask_strategy="random", meap_clean_final_share=0.0)
+    megatrons = [flag for flag, _ in record._megatrons_flags().values()]
+    said: dict[str, record.Verdict] = {}
+    for what, outcome in rows:
+        for pattern in re.findall(r"`(--[\w*-]+)`", what) if outcome in verdicts else ():
+            for flag in fnmatch.filter(megatrons, pattern) or [pattern]:
+                said[flag] = verdicts[outcome]
+    assert len(said) > 50
+    for flag, outcome in said.items():
+        assert record.verdict(flag, args) is outcome, flag
+    ours = (MaskSettings, SFTSettings, OfficialSettings)
+    deciding = [kind.flag_of(f.name) for kind in ours for f in fields(kind) if f.metadata.get("decides")]
+    assert {flag for flag in deciding if flag.startswith("--") and " " not in flag} <= said.keys()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +163,7 @@ def test_a_checkpoint_without_a_record_loads_with_one_warning(
     corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     args = prepare(*flags_of(corpus, tmp_path))
-    record = args.meap_record
+    described = args.meap_record
     del args.meap_record
     save(args, tmp_path)
     capsys.readouterr()
@@ -142,7 +171,7 @@ def test_a_checkpoint_without_a_record_loads_with_one_warning(
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
     assert len(said) == 1
     assert "older than the record" in said[0]
-    assert again.meap_record == record
+    assert again.meap_record == described
     with pytest.raises(UsageError, match="--eod-mask-loss False there, True here"):
         prepare(*flags_of(corpus, tmp_path), "--load", str(tmp_path / "run"), "--eod-mask-loss")
 
