@@ -166,7 +166,7 @@ def _full_disk(error: BaseException) -> UsageError:
     written = ((flag, getattr(args, flag.replace("-", "_"), None)) for flag in flags)
     there = [(flag, path) for flag, path in written if path and Path(path).exists()]
     full = [f"--{flag} {path}" for flag, path in there if shutil.disk_usage(path).free < _HARDLY_ANYTHING]
-    names = [str(each.filename) for each in causes(error) if getattr(each, "filename", None)]
+    names = [str(name) for each in causes(error) if (name := getattr(each, "filename", None))]
     where = " or ".join(names[:1] or full) or f"a file of this run ({one_line(error)})"
     return UsageError(f"{where}: the disk is full; free some space and run the same command again")
 
