@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -155,11 +156,7 @@ def run_ranks(processes: int, *command: str, timeout: float = 300, warm: bool = 
         warm: whether the ranks have imported Megatron already, see tests/warm.py; else torchrun starts them.
     """
     if warm:
-        sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        job = environment() | sizes | meeting
-        ranks = [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-        done = start_warm.run_ranks(ranks, command, timeout)
+        done = start_warm.run_ranks(_environments(processes), command, timeout)
     else:
         done = subprocess.run(
             torchrun(processes, *command),
@@ -168,6 +165,21 @@ def run_ranks(processes: int, *command: str, timeout: float = 300, warm: bool = 
         )  # fmt: skip
     assert done.returncode == 0, errors(done.stdout)
     return done.stdout
+
+
+def launch_killed(processes: int, flags: list[str], step: int, timeout: float = 300) -> Run:
+    """A training run of which SIGKILL ends every rank after a step, before its checkpoint."""
+    command = [str(Path(__file__).parent / "killed.py"), str(step), *flags]
+    done = start_warm.run_ranks(_environments(processes), command, timeout)
+    assert done.returncode == -signal.SIGKILL, errors(done.stdout)
+    return parse(done.stdout, done.returncode)
+
+
+def _environments(processes: int) -> list[dict[str, str]]:
+    """Of the ranks of a job, as torchrun would set them."""
+    sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    job = environment() | sizes | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 def free_port() -> int:

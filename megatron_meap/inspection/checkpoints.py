@@ -11,6 +11,7 @@ from megatron_meap.checkpoint.reader import Checkpoint, directory_of, open_check
 from megatron_meap.errors import UsageError
 from megatron_meap.trainer import carried
 from megatron_meap.trainer.record import Verdict, differences, record_of, verdict
+from megatron_meap.trainer.resume import unusable_optimizer_state
 
 
 def describe(path: str, iteration: int | None) -> Iterator[str]:
@@ -43,11 +44,13 @@ def compare(path: str, iteration: int | None, other: str) -> tuple[list[str], bo
     if None not in digests and digests[0] != digests[1]:
         model.append(f"{tokenizer} {digests[0]} there, {digests[1]} here")
     lines += [f"another model: {said}" for said in model]
+    if problem := unusable_optimizer_state(there.directory, there.args, here.args):
+        lines.append(f"another optimizer: the state there {problem}")
     found = sorted(differences(there.args, here.args), key=lambda each: list(Verdict).index(each[0]))
     lines += [f"{outcome.value}: {said}" for outcome, said in found]
     if len(lines) == 2:
         lines.append("nothing that decides a run differs")
-    return lines, not model and all(outcome is not Verdict.REFUSED for outcome, _ in found)
+    return lines, not (model or problem) and all(outcome is not Verdict.REFUSED for outcome, _ in found)
 
 
 def verify(path: str, iteration: int | None) -> str:

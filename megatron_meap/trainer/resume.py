@@ -133,26 +133,46 @@ def _compare_model(flag: str, path: Path, saved: Namespace, args: Namespace, res
     return [f"{flag}: the model is changed: {'; '.join(changed)}"] if changed else []
 
 
-def _refuse_another_optimizer(path: Path, saved: Namespace, args: Namespace) -> None:
-    """Refuse an optimizer state that would be loaded into other parameters than its own, or not at all."""
+def unusable_optimizer_state(path: Path, saved: Namespace, args: Namespace) -> str | None:
+    """Why a run cannot load a checkpoint's optimizer state: it would be lost, or land in other parameters than its own.
+
+    Args:
+        path: the checkpoint's directory.
+        saved: its arguments.
+        args: the run's.
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    if args.no_load_optim or getattr(saved, "no_save_optim", False):
-        return
+    kinds = [getattr(each, "use_distributed_optimizer", False) for each in (saved, args)]
+    if kinds[0] != kinds[1]:
+        there, here = ("a distributed" if distributed else "a plain" for distributed in kinds)
+        repeat = "add" if kinds[0] else "drop"
+        return f"is that of {there} optimizer, this run has {here} one; {repeat} --use-distributed-optimizer"
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "transformer_impl")
     changed = [
         f"--{name.replace('_', '-')} {getattr(saved, name)} there, {getattr(args, name)} here"
         for name in names
         if getattr(saved, name, getattr(args, name)) != getattr(args, name)
     ]
+    if not (kinds[0] and changed):
+        return None
     kind = (dist_checkpointing.load_content_metadata(str(path)) or {}).get("distrib_optim_sharding_type")
-    flat = kind is not None and kind not in DistributedOptimizer.checkpoint_fully_reshardable_formats
-    if args.use_distributed_optimizer and getattr(saved, "use_distributed_optimizer", False) and flat and changed:
+    if kind is None or kind in DistributedOptimizer.checkpoint_fully_reshardable_formats:
+        return None
+    return (
+        f"is flat, in the order of its run's parameters, and does not fit: {'; '.join(changed)}; repeat that, or save "
+        "there once more with --dist-ckpt-optim-fully-reshardable"
+    )
+
+
+def _refuse_another_optimizer(path: Path, saved: Namespace, args: Namespace) -> None:
+    """Refuse an optimizer state that this run cannot load."""
+    if args.no_load_optim or getattr(saved, "no_save_optim", False):
+        return
+    if problem := unusable_optimizer_state(path, saved, args):
         raise UsageError(
-            f"--load: the optimizer state in {path} is flat, in the order of its run's parameters, and does not fit: "
-            f"{'; '.join(changed)}; repeat that, or save there once more with --dist-ckpt-optim-fully-reshardable, or "
-            "start with a new optimizer (--no-load-optim)"
+            f"--load: the optimizer state in {path} {problem}, or start with a new optimizer (--no-load-optim)"
         )
 
 

@@ -149,7 +149,7 @@ def test_the_table_of_the_docs_is_true_and_complete(resume) -> None:
         "",
         "--tensor-model-parallel-size 2 --sequence-parallel",
         "--pipeline-model-parallel-size 2",
-        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --no-load-optim",
         "--micro-batch-size 1 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         "--log-interval 5 --eval-interval 7 --save-interval 3 --num-workers 1 --exit-interval 4 --async-save",
     ],
@@ -184,3 +184,38 @@ def test_the_length_of_training_decides_where_the_masks_follow_it(
     save(prepare(*flags), tmp_path)
     with pytest.raises(UsageError, match="the samples of training 160 there, 240 here"):
         prepare(*flags, "--load", str(tmp_path / "run"), "--train-iters", "30")
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        ({}, "--use-distributed-optimizer", "a plain optimizer, this run has a distributed one; drop"),
+        ({"use_distributed_optimizer": True}, "", "a distributed optimizer, this run has a plain one; add"),
+        (
+            {"use_distributed_optimizer": True, "transformer_impl": "transformer_engine"},
+            "--use-distributed-optimizer",
+            "flat, in the order of its run's parameters, and does not fit: --transformer-impl transformer_engine there",
+        ),
+        (
+            {"use_distributed_optimizer": True, "tensor_model_parallel_size": 2},
+            "--use-distributed-optimizer",
+            "flat, in the order of its run's parameters, and does not fit: --tensor-model-parallel-size 2 there",
+        ),
+    ],
+)
+def test_an_optimizer_state_that_would_not_find_its_parameters_is_refused(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: dict, here: str, said: str
+) -> None:
+    """Before anything is loaded; a state that knows the parameters' names goes into other layers and layouts."""
+    args = prepare(*flags_of(corpus, tmp_path))
+    vars(args).update(there)
+    save(args, tmp_path)
+    state = {"distrib_optim_sharding_type": "dp_reshardable"}
+    monkeypatch.setattr("megatron.core.dist_checkpointing.load_content_metadata", lambda _: state)
+    resume = [*flags_of(corpus, tmp_path), "--load", str(tmp_path / "run"), *here.split()]
+    with pytest.raises(UsageError, match=re.escape(said)):
+        prepare(*resume)
+    prepare(*resume, "--no-load-optim")
+    if "flat" in said:
+        state["distrib_optim_sharding_type"] = "fully_reshardable"
+        prepare(*resume)
