@@ -1,4 +1,4 @@
-"""Real launches of `pretrain_gpt_meap.py` under torchrun, and the losses they log."""
+"""Real launches of `pretrain_gpt_meap.py`, and the losses they log."""
 
 import json
 import os
@@ -113,11 +113,8 @@ def torchrun(processes: int, *command: str) -> list[str]:
 
 
 def launch(processes: int, flags: list[str], timeout: float = 300) -> Run:
-    """One training run under torchrun."""
-    done = subprocess.run(
-        torchrun(processes, str(ENTRY), *flags),
-        env=environment(), cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout,
-    )  # fmt: skip
+    """One training run, which may fail; see tests/warm.py."""
+    done = start_warm.run_ranks(_environments(processes), [str(ENTRY), *flags], timeout)
     return parse(done.stdout, done.returncode)
 
 
