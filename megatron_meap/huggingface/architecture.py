@@ -1,24 +1,24 @@
 """The one architecture that is converted, described once: from Megatron's arguments or a Hugging Face config, and back.
 
 Llama-style: RMSNorm, SwiGLU, RoPE (plain, scaled as in Llama 3.1, or linearly interpolated), grouped-query attention,
-tied or untied embeddings, biases or none. Everything else is refused by name, because a model that differs in one of
-these converts without an error and computes something else.
+tied or untied embeddings, and the extras of `families.py`. Everything else is refused by name, because a model that
+differs in one of these converts without an error and computes something else.
 """
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_meap.errors import UsageError
+from megatron_meap.huggingface.families import FAMILIES, Extras, Family, family_of
 
-SUPPORTED = "supported are dense Llama-style models: RMSNorm, SwiGLU, RoPE, grouped-query attention"
-MODEL_TYPES = ("llama", "qwen2", "mistral")
+SUPPORTED = "supported are Llama-style models: RMSNorm, SwiGLU, RoPE, grouped-query attention"
 # Megatron's --use-rope-scaling has these built in; only the factor can be chosen.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Architecture(Extras):
     """All that decides which tensors there are, and what is computed with them."""
 
     layers: int
@@ -39,10 +39,6 @@ class Architecture:
     """Factor of Llama 3.1's scaling."""
     rope_interpolation: int | None = None
     """Factor by which positions are divided."""
-    qkv_bias: bool = False
-    output_bias: bool = False
-    """Bias of the attention's output projection."""
-    mlp_bias: bool = False
 
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
@@ -76,7 +72,18 @@ def from_megatron(args: Namespace) -> Architecture:
         qkv_bias=linear_bias or args.add_qkv_bias,
         output_bias=linear_bias,
         mlp_bias=linear_bias,
+        qk_norm=bool(getattr(args, "qk_layernorm", False)),
+        no_rope=_layers_without_rope(args),
+        window=args.window_size[0] if getattr(args, "window_size", None) else None,
     )
+
+
+def _layers_without_rope(args: Namespace) -> tuple[int, ...]:
+    """`--no-rope-freq`, an interval or a list, as `Extras.no_rope`."""
+    given = getattr(args, "no_rope_freq", None)
+    if isinstance(given, int):
+        given = [int((layer + 1) % given == 0) for layer in range(args.num_layers)]
+    return tuple(given) if given and any(given) else ()
 
 
 def _refuse_megatron(args: Namespace) -> None:
@@ -98,13 +105,15 @@ def _refuse_megatron(args: Namespace) -> None:
         (get("position_embedding_type") != "rope", f"--position-embedding-type {get('position_embedding_type')}"),
         (get("rotary_percent") not in (None, 1.0), f"--rotary-percent {get('rotary_percent')}"),
         (get("rotary_interleaved"), "--rotary-interleaved"),
-        (get("no_rope_freq"), "--no-rope-freq"),
         (get("layernorm_zero_centered_gamma"), "--apply-layernorm-1p"),
         (get("apply_residual_connection_post_layernorm"), "--apply-residual-connection-post-layernorm"),
-        (get("qk_layernorm") or get("qk_l2_norm"), "normalised queries and keys (--qk-layernorm, --qk-l2-norm)"),
+        (get("qk_l2_norm"), "--qk-l2-norm"),
         (get("qk_clip"), "--qk-clip"),
         (get("attention_output_gate"), "--attention-output-gate"),
-        (get("window_size"), "sliding-window attention (--window-size)"),
+        (
+            get("window_size") and (get("window_size")[0] < 0 or get("window_attn_skip_freq")),
+            "a window in some layers only, or without a border (--window-size, --window-attn-skip-freq)",
+        ),
         (get("softmax_type") not in (None, "vanilla"), f"--softmax-type {get('softmax_type')}"),
         (get("glu_linear_offset"), "--glu-linear-offset"),
         (get("activation_func_clamp_value"), "--activation-func-clamp-value"),
@@ -123,16 +132,19 @@ def from_huggingface(config: Any) -> Architecture:
     """Describe a model by its Hugging Face config, as `AutoConfig.from_pretrained` returns it.
 
     Raises:
-        UsageError: it is not one of `MODEL_TYPES`, or uses what Megatron's model cannot compute.
+        UsageError: it is not one of `FAMILIES`, or uses what Megatron's model cannot compute.
     """
-    if config.model_type not in MODEL_TYPES:
+    family = FAMILIES.get(config.model_type)
+    if family is None:
         raise UsageError(
-            f"config.json: model_type {config.model_type!r} is not supported; supported are {', '.join(MODEL_TYPES)}"
+            f"config.json: model_type {config.model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
         )
     rope = dict(config.rope_parameters)
     _refuse_huggingface(config, rope)
     kind = rope.get("rope_type", "default")
-    qwen = config.model_type == "qwen2"
+    extras = family.read(config.to_dict())
+    if extras.window is not None and extras.window + 1 >= config.max_position_embeddings:
+        extras = replace(extras, window=None)  # it changes nothing
     return Architecture(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -147,24 +159,18 @@ def from_huggingface(config: Any) -> Architecture:
         rope_base=int(rope["rope_theta"]),
         rope_scaling=float(rope["factor"]) if kind == "llama3" else None,
         rope_interpolation=int(rope["factor"]) if kind == "linear" else None,
-        qkv_bias=qwen or getattr(config, "attention_bias", False),
-        output_bias=getattr(config, "attention_bias", False),
-        mlp_bias=getattr(config, "mlp_bias", False),
+        **vars(extras),
     )
 
 
 def _refuse_huggingface(config: Any, rope: dict[str, Any]) -> None:
     """Name what Megatron's model would not compute as the config says."""
     kind = rope.get("rope_type", "default")
-    window = getattr(config, "sliding_window", None)
+    layers = set(getattr(config, "layer_types", None) or ())
     obstacles = [
         (config.hidden_act != "silu", f"hidden_act {config.hidden_act!r}"),
         (getattr(config, "quantization_config", None), "quantized weights"),
-        (
-            window is not None and window < config.max_position_embeddings,
-            f"sliding_window {window}, shorter than max_position_embeddings {config.max_position_embeddings} (set it "
-            "to null if no sequence will be longer than the window: up to there it changes nothing)",
-        ),
+        (layers - {"full_attention"}, f"layer_types {', '.join(sorted(layers))}"),
         (kind not in ("default", "linear", "llama3"), f"rope_type {kind!r}"),
         (rope.get("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor"),
         (rope["rope_theta"] != int(rope["rope_theta"]), f"rope_theta {rope['rope_theta']}, not a whole number"),
@@ -177,6 +183,21 @@ def _refuse_huggingface(config: Any, rope: dict[str, Any]) -> None:
     for present, what in obstacles:
         if present:
             raise UsageError(f"config.json: {what} is not supported; {SUPPORTED}")
+
+
+def exported_family(model: Architecture) -> Family:
+    """The class of transformers that a model is exported as.
+
+    Raises:
+        UsageError: none has all its extras at once.
+    """
+    if family := family_of(model):
+        return family
+    has = {field.name: getattr(model, field.name) for field in fields(Extras)}
+    raise UsageError(
+        f"no model class of transformers has this at once: {', '.join(name for name, value in has.items() if value)}; "
+        "such a model cannot be exported"
+    )
 
 
 def megatron_flags(model: Architecture) -> list[str]:
@@ -200,6 +221,10 @@ def megatron_flags(model: Architecture) -> list[str]:
         pairs["--rope-scaling-factor"] = model.rope_scaling
     if model.rope_interpolation is not None:
         pairs["--rotary-seq-len-interpolation-factor"] = model.rope_interpolation
+    if model.no_rope:
+        pairs["--no-rope-freq"] = str(list(model.no_rope)).replace(" ", "")
+    if model.window is not None:
+        pairs["--window-size"] = f"{model.window},0"
     switches = {
         "--group-query-attention": True,
         "--swiglu": True,
@@ -207,13 +232,14 @@ def megatron_flags(model: Architecture) -> list[str]:
         "--untie-embeddings-and-output-weights": not model.tied,
         "--disable-bias-linear": not (model.output_bias or model.mlp_bias),
         "--add-qkv-bias": model.qkv_bias and not (model.output_bias or model.mlp_bias),
+        "--qk-layernorm": model.qk_norm,
     }
     flags = [text for flag, value in pairs.items() for text in (flag, str(value))]
     return flags + [flag for flag, wanted in switches.items() if wanted]
 
 
 def huggingface_config(model: Architecture, dtype: str, token_ids: dict[str, int | None]) -> dict[str, Any]:
-    """Contents of config.json: `LlamaForCausalLM`, or `Qwen2ForCausalLM` where Q, K and V alone have biases.
+    """Contents of config.json, for the model class of `family_of`.
 
     RoPE is written in the old form (`rope_theta`, `rope_scaling`), which vLLM and transformers 4 read, and in the new
     one (`rope_parameters`).
@@ -223,16 +249,15 @@ def huggingface_config(model: Architecture, dtype: str, token_ids: dict[str, int
         dtype: of the weights, as in `float32`, `bfloat16`.
         token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
     """
-    qwen = model.qkv_bias and not model.output_bias
+    family = exported_family(model)
     scaling = None
     if model.rope_scaling is not None:
         scaling = {"rope_type": "llama3", "factor": model.rope_scaling, **LLAMA3_ROPE}
     elif model.rope_interpolation is not None:
         scaling = {"rope_type": "linear", "factor": float(model.rope_interpolation)}
-    biases = {} if qwen else {"attention_bias": model.output_bias, "mlp_bias": model.mlp_bias}
     return {
-        "architectures": ["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"],
-        "model_type": "qwen2" if qwen else "llama",
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
         "hidden_size": model.hidden,
         "intermediate_size": model.ffn,
         "num_hidden_layers": model.layers,
@@ -251,6 +276,6 @@ def huggingface_config(model: Architecture, dtype: str, token_ids: dict[str, int
         "initializer_range": 0.02,
         "use_cache": True,
         "torch_dtype": dtype,
-        **biases,
+        **family.write(model),
         **token_ids,
     }

@@ -63,6 +63,11 @@ def layer_weights(model: Architecture) -> list[Weight]:
         _gate_up(model, "weight", hidden),
         _plain("mlp.linear_fc2.weight", "mlp.down_proj.weight", hidden, ffn),
     ]
+    if model.qk_norm:
+        weights += [
+            _plain(f"self_attention.{name}_layernorm.weight", f"self_attn.{name}_norm.weight", model.head_dim)
+            for name in "qk"
+        ]
     if model.qkv_bias:
         weights.append(_qkv(model, "bias"))
     if model.output_bias:

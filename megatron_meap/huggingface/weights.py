@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megatron_meap.checkpoint.reader import LAYERS, Checkpoint
 from megatron_meap.errors import UsageError
-from megatron_meap.huggingface.architecture import Architecture, from_megatron, huggingface_config
+from megatron_meap.huggingface.architecture import Architecture, exported_family, from_megatron, huggingface_config
+from megatron_meap.huggingface.families import family_of
 from megatron_meap.huggingface.mapping import Weight, layer_weights, outer_weights
 
 
@@ -93,7 +94,9 @@ def inspect(checkpoint: Checkpoint, tokenizer: Any | None) -> Source:
             f"{checkpoint.directory}: the tokenizer has {rows} tokens with the mask token, but the embedding only "
             f"{model.vocabulary} rows: it is not the tokenizer of this checkpoint"
         )
-    return Source(checkpoint, _biases_to_write(checkpoint, model, tokenizer), rows)
+    written = _biases_to_write(checkpoint, model, tokenizer)
+    exported_family(written)  # or it is refused
+    return Source(checkpoint, written, rows)
 
 
 def vocabulary_rows(checkpoint: Checkpoint, tokenizer: Any | None) -> int:
@@ -136,12 +139,13 @@ def _biases_to_write(checkpoint: Checkpoint, model: Architecture, tokenizer: Any
     Megatron has biases on all linear layers or on Q, K and V alone. Hugging Face's Llama switches those of the
     attention (the output projection's too) and those of the MLP; Qwen2 has those of Q, K and V. So biases that are zero
     throughout, as an import writes them, are dropped; and a model with those of Q, K and V is a Qwen2 only if its
-    tokenizer is: for a Qwen2 transformers 5 takes Qwen2's tokenizer class, whatever the files say. Any other becomes
-    a Llama whose output projections have zero biases.
+    tokenizer is: for a Qwen2 transformers 5 takes Qwen2's tokenizer class, whatever the files say. Any other gets
+    zero biases on its output projections.
     """
     if model.qkv_bias and not model.output_bias:
         qwen2 = tokenizer is None or type(tokenizer).__name__.startswith("Qwen2Tokenizer")
-        return model if qwen2 else dataclasses.replace(model, output_bias=True)
+        keep = family_of(model) is not None and qwen2
+        return model if keep else dataclasses.replace(model, output_bias=True)
     if not model.output_bias:
         return model
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.errors import UsageError
@@ -25,54 +25,8 @@ from megatron_meap.tokenization.huggingface import (
     from_sentencepiece,
     save_tokenizer,
 )
+from tests.models import LLAMA3, MODELS, SMALL, save_random_model
 from tests.sft import prepare
-
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.2,  # logits of size 1 and more, so that differences show
-}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
-MODELS = {
-    "llama-gqa": LlamaConfig(**SMALL, rope_parameters={"rope_type": "default", "rope_theta": 640000.0}),
-    "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "llama-biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
-    "llama-attention-bias": LlamaConfig(**SMALL, attention_bias=True),
-    "llama-mlp-bias-mha": LlamaConfig(**SMALL | {"num_key_value_heads": 4}, mlp_bias=True),
-    "llama-3.1": LlamaConfig(**SMALL | {"max_position_embeddings": 32768}, head_dim=32, rope_parameters=LLAMA3),
-    "llama-3.2-tied": LlamaConfig(
-        **SMALL | {"max_position_embeddings": 32768},
-        head_dim=32,
-        rope_parameters=LLAMA3 | {"factor": 32.0},
-        tie_word_embeddings=True,
-    ),
-    "llama-linear-rope": LlamaConfig(
-        **SMALL, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
-    ),
-    "qwen2-tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
-    "qwen2": Qwen2Config(**SMALL),
-    "mistral": MistralConfig(**SMALL, sliding_window=None),
-}
-
-
-def save_random_model(config: Any, tokenizer: Path, folder: Path, seed: int = 0) -> None:
-    """A model with random weights, biases and norms included, 40 rows more than its tokenizer has tokens."""
-    known = AutoTokenizer.from_pretrained(str(tokenizer))
-    config.vocab_size = len(known) + 40
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(".bias") or "norm" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(folder)
-    known.save_pretrained(folder)
 
 
 @dataclass(frozen=True)

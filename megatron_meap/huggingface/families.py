@@ -1,0 +1,94 @@
+"""The model classes of transformers that are a Llama with extras, a row each.
+
+`Extras` is what such a model can have beyond a plain Llama. A row of `FAMILIES` names the class, the extras that it
+always has, and the settings of its config by which it has others; reading a config, writing one, and finding the class
+for a model all follow from the row.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What a model has beyond a plain Llama."""
+
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """Bias of the attention's output projection."""
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each head of the queries and keys, before they are rotated."""
+    no_rope: tuple[int, ...] = ()
+    """A 1 for each layer whose positions are not rotated, a 0 for each other; empty where all are."""
+    window: int | None = None
+    """Positions before its own that a token sees; None for all."""
+
+
+class Setting(NamedTuple):
+    """A setting of a Hugging Face config, and the extras that it stands for."""
+
+    write: Callable[[Extras], Any]
+    read: Callable[[Any], dict[str, Any]]
+
+
+def _skipped(used: Any) -> tuple[int, ...]:
+    """The layers without RoPE, from a config's list of a 1 for each layer with it."""
+    return () if not used or all(used) else tuple(1 - int(layer) for layer in used)
+
+
+SETTINGS = {
+    "attention_bias": Setting(lambda has: has.output_bias, lambda value: {"qkv_bias": value, "output_bias": value}),
+    "mlp_bias": Setting(lambda has: has.mlp_bias, lambda value: {"mlp_bias": value}),
+    "no_rope_layers": Setting(
+        lambda has: [1 - layer for layer in has.no_rope], lambda value: {"no_rope": _skipped(value)}
+    ),
+    # Hugging Face counts the token itself, Megatron does not.
+    "sliding_window": Setting(
+        lambda has: None if has.window is None else has.window + 1,
+        lambda value: {"window": None if value is None else value - 1},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model class of transformers."""
+
+    model_type: str
+    class_name: str
+    always: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Extras that all its models have."""
+    settings: tuple[str, ...] = ()
+    """Keys of `SETTINGS` by which it has others."""
+
+    def read(self, config: dict[str, Any]) -> Extras:
+        """The extras of the model with this config."""
+        found = dict(self.always)
+        for name in self.settings:
+            found |= SETTINGS[name].read(config[name])
+        return Extras(**found)
+
+    def write(self, extras: Extras) -> dict[str, Any]:
+        """The settings of the config for these extras, as far as this class can have them."""
+        return {name: SETTINGS[name].write(extras) for name in self.settings}
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (  # of those that a model fits, the first is written
+        Family("llama", "LlamaForCausalLM", settings=("attention_bias", "mlp_bias")),
+        Family("qwen2", "Qwen2ForCausalLM", {"qkv_bias": True}),
+        Family("qwen3", "Qwen3ForCausalLM", {"qk_norm": True}, ("attention_bias",)),
+        Family("mistral", "MistralForCausalLM", settings=("sliding_window",)),
+        Family("smollm3", "SmolLM3ForCausalLM", settings=("attention_bias", "mlp_bias", "no_rope_layers")),
+    )
+}
+
+
+def family_of(model: Extras) -> Family | None:
+    """The class to write a model as: the first that has its extras and no others; None where there is none."""
+    extras = Extras(**{field.name: getattr(model, field.name) for field in dataclasses.fields(Extras)})
+    return next((family for family in FAMILIES.values() if family.read(family.write(extras)) == extras), None)
