@@ -11,9 +11,11 @@ in `--help`, recorded in a checkpoint and compared on resume.
 import argparse
 import dataclasses
 import difflib
+import shlex
 import types
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self, get_args, get_type_hints
 
 from megatron_meap.errors import UsageError
@@ -119,6 +121,23 @@ def refuse_in_one_line(parser: argparse.ArgumentParser) -> None:
         raise UsageError("; ".join(f"{name}: no such flag{_similar(name, parser)}" for name in flags))
 
     parser.error = refuse  # type: ignore[method-assign]
+
+
+def with_files(command_line: Sequence[str]) -> list[str]:
+    """A command line with the flags in the file in place of each `@FILE`; quotes in the file hold its spaces together.
+
+    Raises:
+        UsageError: the shell was made to read such a file, which does not take the quotes in it for quotes.
+    """
+    words: list[str] = []
+    for word in command_line:
+        if word.startswith("@") and Path(word[1:]).is_file():
+            words += shlex.split(Path(word[1:]).read_text())
+        elif word.startswith("'"):
+            raise UsageError(f"{word}: a quote out of a file; write @FILE in place of $(cat FILE)")
+        else:
+            words.append(word)
+    return words
 
 
 def _similar(name: str, parser: argparse.ArgumentParser) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_meap.backend import device
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import with_files
 
 
 def parse() -> argparse.Namespace:
@@ -26,7 +27,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the decoded samples as a page, too")
     parser.add_argument("--statistics", type=int, default=0, metavar="SAMPLES", help="mask statistics over so many")
     parser.add_argument("--digest", metavar="FIRST:END", help="digest of the stream of these samples")
-    own, rest = parser.parse_known_args()
+    own, rest = parser.parse_known_args(with_files(sys.argv[1:]))
     sys.argv = [sys.argv[0], *rest]
     return own
 

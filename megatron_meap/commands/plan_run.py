@@ -17,6 +17,7 @@ import warnings
 
 from megatron_meap.backend import device
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import with_files
 
 
 def parse() -> argparse.Namespace:
@@ -37,7 +38,7 @@ def parse() -> argparse.Namespace:
         help="of a GPU's memory left to CUDA, NCCL and fragmentation (default: %(default)s)",
     )
     parser.add_argument("--compare", type=int, default=0, metavar="N", help="propose the best N layouts that fit")
-    own, rest = parser.parse_known_args()
+    own, rest = parser.parse_known_args(with_files(sys.argv[1:]))
     sys.argv = [sys.argv[0], *rest]
     return own
 

@@ -195,9 +195,18 @@ def exported_family(model: Architecture) -> Family:
         return family
     has = {field.name: getattr(model, field.name) for field in fields(Extras)}
     raise UsageError(
-        f"no model class of transformers has this at once: {', '.join(name for name, value in has.items() if value)}; "
-        "such a model cannot be exported"
+        f"no model class of transformers has at once {', '.join(name for name, value in has.items() if value)} "
+        "(biases that are zero throughout do not count)"
     )
+
+
+def not_exported(args: Namespace) -> list[str]:
+    """A warning, as one line, where the model of a run will not convert; nothing where it will."""
+    try:
+        exported_family(from_megatron(args))
+    except UsageError as error:
+        return [f"warning: this model cannot be exported to Hugging Face: {error}"]
+    return []
 
 
 def megatron_flags(model: Architecture) -> list[str]:

@@ -16,6 +16,7 @@ from megatron.training.training import get_train_valid_test_num_samples, update_
 
 from megatron_meap.backend import device, megatron_patches
 from megatron_meap.errors import UsageError
+from megatron_meap.huggingface.architecture import not_exported
 from megatron_meap.inspection.samples import view
 from megatron_meap.meap.dataset import NOISED, noise_of
 from megatron_meap.meap.settings import MaskSettings
@@ -50,7 +51,13 @@ def run() -> None:
             print(line)
     for warning in checked["warnings"]:
         print(f"warning: {warning}")
-    for line in (*_model(args, total, by_stage), *_schedule(args), *_masks(args), *_checkpoints(args, checked)):
+    for line in (
+        *not_exported(args),
+        *_model(args, total, by_stage),
+        *_schedule(args),
+        *_masks(args),
+        *_checkpoints(args, checked),
+    ):
         print(line)
     if dataset is None:
         raise UsageError("--data-path: names no training data")

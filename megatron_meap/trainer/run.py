@@ -53,20 +53,27 @@ _HARDLY_ANYTHING = 2**20
 """Bytes: with fewer free a disk counts as full."""
 
 
-def run() -> None:
-    """Pretrain as the command line says; end with status 75 where a signal stopped the job."""
+def run(remarks: Callable[[Namespace], list[str]] = lambda args: []) -> None:
+    """Pretrain as the command line says; end with status 75 where a signal stopped the job.
+
+    `remarks` are what others have to say of the run before it starts, a line each.
+    """
     output = Output().install()
     try:
+<<<<<<< HEAD
         _run(output)
     except Exception as error:
         if isinstance(error, UsageError) or not is_disk_full(error):
             raise
         raise _full_disk(error) from error
+=======
+        _run(output, remarks)
+>>>>>>> 7944f34 (A model that cannot be exported is named before it trains; @FILE reads flags with their quotes; docs)
     finally:
         output.quiet = False  # for what there is to say of a failure
 
 
-def _run(output: Output) -> None:
+def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
     args, store = prepare()
     output.open_log(args.save, _heading(args) if args.rank == 0 else None)
     wandb_run.begin(args)
@@ -84,6 +91,8 @@ def _run(output: Output) -> None:
         megatron_patches.after_each_step(RetrievalProbe(args, special_token_ids(get_tokenizer())).after_step)
     if args.rank == 0:
         _announce(args)
+        for line in remarks(args):
+            print(line, flush=True)
     try:
         _pretrain(args, store, output)
     except SystemExit:  # Megatron's own way out of the training loop

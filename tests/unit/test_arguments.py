@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from megatron.core import ModelParallelConfig
@@ -10,6 +11,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from megatron_meap.backend import device, megatron_patches
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import with_files
 from megatron_meap.huggingface import megatron_model
 from megatron_meap.trainer import arguments
 
@@ -55,3 +57,13 @@ def test_megatrons_own_linear_layers_are_made_without_apex() -> None:
         layer = ColumnParallelLinear(8, 16, config=config, init_method=lambda weight: weight, bias=False)
     assert not layer.gradient_accumulation_fusion
     assert config.gradient_accumulation_fusion  # Transformer Engine's layers keep it
+
+
+def test_flags_are_read_from_a_file(tmp_path: Path) -> None:
+    """With its quotes, which a shell would not take for quotes; an argument that only begins with @ stays."""
+    file = tmp_path / "its flags.txt"
+    file.write_text("--tokenizer-model '/a b/c' --no-rope-freq '[0,1]'\n")
+    words = with_files(["train", f"@{file}", "--lr", "1", "@mask"])
+    assert words == ["train", "--tokenizer-model", "/a b/c", "--no-rope-freq", "[0,1]", "--lr", "1", "@mask"]
+    with pytest.raises(UsageError, match="write @FILE in place of"):
+        with_files(file.read_text().split())

@@ -107,14 +107,16 @@ def test_damaged_checkpoint(tmp_path: Path, megatron: Path) -> None:
         ({"num_query_groups": 2}, "linear_qkv.weight"),
         ({"add_qkv_bias": True}, "linear_qkv.bias is missing"),
         ({"untie_embeddings_and_output_weights": False}, "holds output_layer.weight"),
-        ({"num_experts": 8}, "mixture of experts .* not supported; supported are dense Llama-style"),
+        ({"num_experts": 8}, "mixture of experts .* not supported; supported are Llama-style"),
         ({"hybrid_layer_pattern": "M*-"}, "hybrid models"),
         ({"multi_latent_attention": True}, "multi-latent"),
         ({"normalization": "LayerNorm"}, "LayerNorm"),
         ({"position_embedding_type": "learned_absolute"}, "learned_absolute"),
         ({"rotary_interleaved": True}, "rotary-interleaved"),
         ({"swiglu": False}, "swiglu"),
-        ({"qk_layernorm": True}, "qk-layernorm"),
+        ({"qk_layernorm": True}, "q_layernorm.weight is missing"),
+        ({"window_size": (8, 0), "window_attn_skip_freq": 2}, "a window in some layers only"),
+        ({"hidden_size": 33}, "no multiple of --num-attention-heads"),
         ({"padded_vocab_size": 600}, "by the checkpoint's own arguments"),
     ],
 )
@@ -126,6 +128,16 @@ def test_arguments_that_do_not_fit(megatron: Path, changes: dict[str, Any], mess
     object.__setattr__(checkpoint, "args", args)
     with pytest.raises(UsageError, match=message):
         inspect(checkpoint, None)
+
+
+def test_a_model_that_will_not_convert_is_named_before_it_trains(megatron: Path) -> None:
+    """By its arguments alone: another architecture, or extras that no class has together."""
+    args = open_checkpoint(megatron).args
+    assert architecture.not_exported(args) == []
+    args.num_experts = 8
+    assert "cannot be exported to Hugging Face: conversion of mixture of experts" in architecture.not_exported(args)[0]
+    args.num_experts, args.window_size, args.qk_layernorm = None, (8, 0), True
+    assert "no model class of transformers has at once qk_norm, window (" in architecture.not_exported(args)[0]
 
 
 def test_every_llama_argument_survives(megatron: Path) -> None:
@@ -148,7 +160,10 @@ def test_every_llama_argument_survives(megatron: Path) -> None:
         ({"num_hidden_layers": 1}, "model.layers.1.* is not a weight of the model"),
         ({"tie_word_embeddings": True}, "lm_head.weight is another matrix"),
         ({"attention_bias": True}, "q_proj.bias is missing"),
-        ({"model_type": "mistral", "sliding_window": 32}, "sliding_window 32"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "layer_types .*sliding"),
+        ({"model_type": "olmo2"}, "'olmo2' is not supported; supported are llama"),
+        ({"model_type": "gemma2"}, "'gemma2' is not supported"),
+        ({"model_type": "phi3"}, "'phi3' is not supported"),
     ],
 )
 def test_model_that_cannot_be_imported(
