@@ -8,23 +8,15 @@ In a checkout `pretrain_gpt_meap.py` is the same. Without a GPU the CPU trains, 
 import sys
 
 from megatron_meap import errors
-<<<<<<< HEAD
-=======
-from megatron_meap.backend import device
 from megatron_meap.flags import with_files
-from megatron_meap.huggingface.architecture import not_exported
->>>>>>> 7944f34 (A model that cannot be exported is named before it trains; @FILE reads flags with their quotes; docs)
 
 
 def main() -> None:
     """Choose the device, then hand over to Megatron's trainer; or show what it would do."""
-<<<<<<< HEAD
     # PyTorch is imported here, not above: Megatron's first save starts a process that imports this module again.
     from megatron_meap.backend import device
 
-=======
     sys.argv = with_files(sys.argv)
->>>>>>> 7944f34 (A model that cannot be exported is named before it trains; @FILE reads flags with their quotes; docs)
     if "--help" in sys.argv or "-h" in sys.argv or "--help-all" in sys.argv:
         device.prepare_to_look()
         from megatron_meap.trainer import help
@@ -36,6 +28,7 @@ def main() -> None:
 
         return dry_run.run()
     device.prepare()  # before anything imports Megatron
+    from megatron_meap.huggingface.architecture import not_exported
     from megatron_meap.trainer import run
 
     run.run(not_exported)

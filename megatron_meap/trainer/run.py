@@ -60,15 +60,11 @@ def run(remarks: Callable[[Namespace], list[str]] = lambda args: []) -> None:
     """
     output = Output().install()
     try:
-<<<<<<< HEAD
-        _run(output)
+        _run(output, remarks)
     except Exception as error:
         if isinstance(error, UsageError) or not is_disk_full(error):
             raise
         raise _full_disk(error) from error
-=======
-        _run(output, remarks)
->>>>>>> 7944f34 (A model that cannot be exported is named before it trains; @FILE reads flags with their quotes; docs)
     finally:
         output.quiet = False  # for what there is to say of a failure
 
