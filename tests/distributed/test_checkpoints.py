@@ -1,9 +1,11 @@
 """What happens to checkpoints: another layout, a damaged file, a full disk, asynchronous saving, old ones."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError
 from tests.conftest import Corpus
-from tests.launch import ENTRY, MODEL, TRAINING, Run, environment, launch, launch_many, torchrun
+from tests.launch import MODEL, TRAINING, Run, launch, launch_many
 from tests.sft import prepare
 
 CHAIN = {
@@ -169,26 +171,43 @@ def test_asynchronous_saving(saved: Saved, corpus: Corpus) -> None:
         assert (path / "tokenizer/tokenizer.model").read_bytes() == Path(corpus.tokenizer).read_bytes()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_disk_leaves_the_previous_checkpoint(corpus: Corpus, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of its own that is soon full."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small file system needs root, and a machine that lets it")
     try:
-        flags = [*common(corpus, tmp_path), "--save", str(disk / "run"), "--save-interval", "1"]
-        command = torchrun(1, str(ENTRY), *flags)
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(corpus: Corpus, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "6m") as disk:
+        done = launch(1, [*common(corpus, tmp_path), "--save", str(disk / "run"), "--save-interval", "1"])
         assert done.returncode != 0
-        said = next(line for line in done.stderr.splitlines() if line.startswith("error: --save"))
+        said = next(line for line in done.output.splitlines() if line.startswith("error: --save"))
         kept = latest.pointer(disk / "run")
         assert kept is not None
         assert "the disk is full" in said
         assert f"the last complete checkpoint is that of iteration {kept}" in said
         assert latest.damage(latest.directory(disk / "run", int(kept))) is None
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["data-cache-path", "tensorboard-dir"])
+def test_a_disk_that_gets_full_outside_of_saving_is_named(corpus: Corpus, tmp_path: Path, what: str) -> None:
+    """In one line, behind the error itself."""
+    with small_disk(tmp_path / "disk", "16k") as disk:
+        done = launch(1, [*common(corpus, tmp_path), f"--{what}", str(disk / "there"), "--log-interval", "1"])
+        said = [line for line in done.output.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 2
+        assert len(said) == 1
+        assert f"{disk}/there" in said[0]
+        assert "the disk is full; free some space" in said[0]
+        assert "Traceback" in done.output
 
 
 def test_every_rank_hashes_what_it_wrote(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
