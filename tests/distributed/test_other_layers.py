@@ -1,6 +1,6 @@
 """A run that Transformer Engine's layers began is resumed by the local ones, and the other way round.
 
-Over a stub of Transformer Engine's compiled part (`tests/te_stub`): slow, and skipped where its Python is not installed.
+Over a stub of Transformer Engine's compiled part (`tests/te_stub`); skipped where its Python is not installed.
 """
 
 from pathlib import Path
