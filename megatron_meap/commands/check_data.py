@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=3, help="documents to decode (default: 3)")
     add_tokenizer_flags(parser, required=False)
     args = parser.parse_args()
+    if args.samples < 0:
+        raise UsageError(f"--samples {args.samples}: at least 0")
     reference = load_reference(args) if args.tokenizer_type else None
     for prefix in args.data:
         statistics, manifest = inspect(prefix)

@@ -35,6 +35,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Build the datasets as a training run would, and look at them."""
     own = parse()
+    if own.statistics < 0:
+        raise UsageError(f"--statistics {own.statistics}: at least 1, or 0 for none")
     device.prepare()
     from megatron_meap.inspection.streams import Streams
 

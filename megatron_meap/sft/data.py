@@ -1,7 +1,6 @@
 """From the command line to the datasets of fine-tuning: files, splits, and what rank 0 says about them."""
 
 import contextlib
-import math
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError
 from megatron_meap.meap.settings import masking_of
+from megatron_meap.preprocessing.blend import shares
 from megatron_meap.preprocessing.inputs import find_inputs
 from megatron_meap.sft.dataset import BOTH, COPY, RowSettings, SFTDataset
 from megatron_meap.sft.packing import shuffled
@@ -184,10 +184,4 @@ def _split(store: TurnStore, args: Namespace) -> dict[str, npt.NDArray[np.int64]
 
 def _shares(args: Namespace) -> list[float]:
     """Shares of training, validation and test by `--split`; they sum to 1."""
-    try:
-        weights = [float(each) for each in (args.split or "969,30,1").split(",")]
-        if not 1 <= len(weights) <= 3 or not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
-            raise ValueError
-    except ValueError:
-        raise UsageError(f"--split {args.split}: expected up to three shares such as 98,2,0") from None
-    return [weight / sum(weights) for weight in weights] + [0.0] * (3 - len(weights))
+    return shares(args.split or "969,30,1")

@@ -21,7 +21,7 @@ from megatron_meap.meap import settings as meap
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft import flags as sft
 from megatron_meap.sft.flags import BadLineSettings, SFTSettings
-from megatron_meap.trainer import batch_sizes, wandb_run
+from megatron_meap.trainer import batch_sizes, blend, wandb_run
 from megatron_meap.trainer.official import OfficialSettings
 from megatron_meap.trainer.probe import ProbeSettings
 from megatron_meap.trainer.tokenizer import set_tokenizer
@@ -264,6 +264,7 @@ def _validate_meap(args: Namespace) -> None:
     if args.sft:
         raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; use --meap-sft")
     _check_full_validation(args)
+    blend.check(args)
     if args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:
         raise UsageError(
             f"--micro-batch-size {args.micro_batch_size}: Megatron passes packed documents between pipeline stages "

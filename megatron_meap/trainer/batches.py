@@ -20,7 +20,7 @@ from megatron.core.utils import (
 )
 from megatron.training import get_args, get_tokenizer
 from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_meap.cluster import connections, disks
 from megatron_meap.meap.dataset import MaskedInputDataset, noise_of
@@ -28,6 +28,7 @@ from megatron_meap.meap.settings import masking_of
 from megatron_meap.sft import data as sft
 from megatron_meap.tokenization.mask_token import special_token_ids
 from megatron_meap.trainer import preflight
+from megatron_meap.trainer.blend import blends
 from megatron_meap.trainer.documents import GPTDataset, MockGPTDataset, StatelessFIMDataset, WholeRounds
 
 BATCH_KEYS = [
@@ -130,7 +131,7 @@ def _samples_before_this_phase(args: Namespace) -> int:
 
 def dataset_config(args: Namespace) -> GPTDatasetConfig:
     """Megatron's dataset configuration from its flags, as its own `pretrain_gpt.py` fills it."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    blend, blend_per_split = blends(args)
     sequences_per_dataset = None
     if args.per_dataset_sequences_path is not None:
         with open(args.per_dataset_sequences_path) as file:

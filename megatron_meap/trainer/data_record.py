@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_meap.preprocessing.index import read_index
+from megatron_meap.trainer.blend import blends, ranges
 
 _BLOCK, _BLOCKS = 1 << 16, 16
 _REMOTE = ("s3://", "msc://")
@@ -23,7 +23,7 @@ def data_record(args: Namespace) -> dict[str, Any]:
     """
     if args.mock_data or args.meap_sft:
         return {}
-    blend, per_split = get_blend_and_blend_per_split(args)
+    blend, per_split = blends(args)
     training = blend or (per_split or [None])[0]
     validation = (per_split or [None, None])[1]
     found: dict[str, Any] = {}
@@ -77,21 +77,9 @@ def _all_epochs(args: Namespace, prefixes: list[str], weights: list[float] | Non
     else:
         surplus = 1 + args.mid_level_dataset_surplus
         samples = [math.ceil(math.ceil(total * share / sum(weights or [1])) * surplus) for share in weights or [1]]
-    end = _training_share(args)
+    end = (0.0, 1.0) if args.split is None else ranges(args)[0] or (0.0, 0.0)
     tokens = [_tokens(prefix, end) for prefix in prefixes]
     return [_epochs(each, wanted, args.seq_length) for each, wanted in zip(tokens, samples, strict=True)]
-
-
-def _training_share(args: Namespace) -> tuple[float, float]:
-    """Beginning and end of the training documents."""
-    from megatron.core.datasets.blended_megatron_dataset_config import (
-        convert_split_vector_to_split_matrix,
-        parse_and_normalize_split,
-    )
-
-    if args.split is None:
-        return 0.0, 1.0
-    return convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))[0] or (0.0, 0.0)
 
 
 def _tokens(prefix: str, share: tuple[float, float]) -> int:

@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 
-from megatron.training.utils import get_blend_and_blend_per_split
-
 from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.blend import shares
 from megatron_meap.preprocessing.index import read_index
 from megatron_meap.trainer import batch_sizes
+from megatron_meap.trainer.blend import blends
 
 MANY_EPOCHS = 4
 """Up to about so many, repeated text is nearly as good as new text (arXiv 2305.16264)."""
@@ -51,12 +51,11 @@ def lines(args: Namespace) -> list[str]:
 
 def _use(args: Namespace) -> tuple[float, list[float]]:
     """Tokens there are to train on, and how often those of each dataset are read."""
-    blend, per_split = get_blend_and_blend_per_split(args)
+    blend, per_split = blends(args)
     prefixes, weights = blend or (per_split or [None])[0] or ([], None)
     share = 1.0
     if blend is not None and args.split is not None:
-        parts = [float(part) for part in args.split.split(",")]
-        share = parts[0] / sum(parts)
+        share = shares(args.split)[0]
     tokens = [share * read_index(prefix).tokens for prefix in prefixes]
     weights = weights or tokens
     read = tokens_read(args) / (2 if args.meap_copy_weight is not None else 1)  # a copy is of the sample before it

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from megatron.training import get_tokenizer
-from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_meap.backend import megatron_patches
 from megatron_meap.checkpoint.latest import HashFiles
@@ -21,6 +20,7 @@ from megatron_meap.preprocessing.manifest import check_manifest
 from megatron_meap.sft import data as sft
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
 from megatron_meap.tokenization.mask_token import special_id
+from megatron_meap.trainer.blend import blends, ranges
 from megatron_meap.trainer.record import describe
 from megatron_meap.trainer.resume import choose_start
 
@@ -116,29 +116,15 @@ def _has_validation(args: Namespace) -> bool:
     """Whether there is data to validate on."""
     if args.meap_sft:
         return sft.has_validation(args)
-    _, per_split = get_blend_and_blend_per_split(args)
+    _, per_split = blends(args)
     if per_split is not None:
         return per_split[1] is not None
-    return args.split is None or _shares(args)[1] is not None
-
-
-def _shares(args: Namespace) -> list[tuple[float, float] | None]:
-    """Beginning and end of training, validation and test data by `--split`; None for one without a share."""
-    from megatron.core.datasets.blended_megatron_dataset_config import (
-        convert_split_vector_to_split_matrix,
-        parse_and_normalize_split,
-    )
-
-    return convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
+    return args.split is None or ranges(args)[1] is not None
 
 
 def data_prefixes(args: Namespace) -> list[str]:
     """The prefixes of all datasets that the flags name, each once."""
-    try:
-        blend, per_split = get_blend_and_blend_per_split(args)
-    except (OSError, ValueError, KeyError) as error:
-        path = args.data_args_path or args.per_split_data_args_path or args.data_path
-        raise UsageError(f"{path}: cannot be read as a list of datasets ({error}); see Megatron's help") from error
+    blend, per_split = blends(args)
     prefixes = [prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]]
     if not prefixes:
         raise UsageError("--data-path: no data is named; give the prefix of a dataset (or --mock-data)")
@@ -177,7 +163,7 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
 def _check_split(prefix: str, args: Namespace) -> None:
     """Refuse a split without a document: Megatron would look for samples of it without end, wanted or not."""
     documents = len(read_index(prefix).lengths)
-    for name, share in zip(("training", "validation", "test"), _shares(args), strict=True):
+    for name, share in zip(("training", "validation", "test"), ranges(args), strict=True):
         if share is not None and round(share[0] * documents) == round(share[1] * documents):
             raise UsageError(
                 f"--split {args.split}: gives {name} none of the {documents} documents of {prefix}; "

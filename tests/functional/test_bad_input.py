@@ -74,6 +74,8 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--lr-warmup-iters 20", "--lr-warmup-iters 20: must be less than the 20 iters of the schedule"),
         ("--full-validation", "--full-validation: megatron-core 0.19 fails without --multiple-validation-sets"),
         ("--eval-iters 1 --split 999,1,0", "--split 999,1,0: gives validation none of the"),
+        ("--split a,b,c", "--split a,b,c: expected up to three shares"),
+        ("--data-path 0 nowhere 1 elsewhere", "the weight 0 of nowhere in the blend"),
         ("--meap-mask-ratio -0.1", "--meap-mask-ratio -0.1: must be"),
         ("--meap-span-length 0", "--meap-span-length 0"),
         ("--meap-clean-final-share 2", "--meap-clean-final-share 2.0"),

@@ -1,0 +1,51 @@
+"""The datasets that the flags name, their weights, and how they are split: as Megatron reads them, but checked."""
+
+from argparse import Namespace
+
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.blend import check_weights, shares
+
+Blend = tuple[list[str], list[float] | None]
+"""Prefixes of datasets, and their weights where they have any."""
+
+
+def check(args: Namespace) -> None:
+    """Refuse a split or a weight that is none.
+
+    Raises:
+        UsageError: as `blends` and `shares` say.
+    """
+    if args.split is not None:
+        shares(args.split)
+    if not args.meap_sft:  # its files are no datasets
+        blends(args)
+
+
+def blends(args: Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
+    """What is split into training, validation and test data; else what is named for each of the three.
+
+    Raises:
+        UsageError: a list of datasets that cannot be read, or a weight that is not positive.
+    """
+    try:
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except (OSError, ValueError, KeyError) as error:
+        path = args.data_args_path or args.per_split_data_args_path or args.data_path
+        raise UsageError(f"{path}: cannot be read as a list of datasets ({error}); see Megatron's help") from error
+    except AssertionError:
+        raise UsageError("--data-path: only some of the datasets have a weight; give each one, or none") from None
+    for prefixes, weights in filter(None, [blend, *(per_split or [])]):
+        check_weights(prefixes, weights or [1.0] * len(prefixes))
+    return blend, per_split
+
+
+def ranges(args: Namespace) -> list[tuple[float, float] | None]:
+    """Beginning and end of training, validation and test data by `--split`; None for one without a share."""
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    return convert_split_vector_to_split_matrix(parse_and_normalize_split(args.split))
