@@ -6,7 +6,9 @@ Nothing is downloaded, and the same installation always gives the same two files
 """
 
 import argparse
+import math
 
+from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.corpus import build_corpus
 
 
@@ -19,6 +21,10 @@ def main() -> None:
     parser.add_argument("--valid-share", type=float, default=0.02, help="share of modules to validate on")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     args = parser.parse_args()
+    if not 0 < args.max_mb < math.inf:
+        raise UsageError(f"--max-mb {args.max_mb:g}: how much text to gather, more than 0")
+    if not 0 < args.valid_share < 1:
+        raise UsageError(f"--valid-share {args.valid_share:g}: a share, between 0 and 1")
     made = build_corpus(
         args.train,
         args.valid,

@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--output-prefix", required=True, help="the merged dataset, without .bin or .idx")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     args = parser.parse_args()
-    prefixes = find_datasets(args.input)
+    prefixes = find_datasets(args.input, args.output_prefix)
     manifest = merge_datasets(prefixes, args.output_prefix, overwrite=args.overwrite)
     if manifest:
         print(f"{args.output_prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens")

@@ -6,7 +6,9 @@ Use it with `--tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer
 """
 
 import argparse
+import math
 
+from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.tokenizer_training import train_tokenizer
 from megatron_meap.tokenization.mask_token import MASK_TOKEN
 
@@ -18,12 +20,16 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="path of the .model file")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of ids, special tokens included")
     parser.add_argument("--json-key", default="text", help="JSON key or Parquet column of the text (default: text)")
-    parser.add_argument("--max-mb", type=float, default=50, help="text to train on, in 10^6 bytes (default: 50)")
+    parser.add_argument(
+        "--max-mb", type=float, default=50, help="text to train on, in 10^6 bytes, of all files alike (default: 50)"
+    )
     parser.add_argument("--mask-token", default=MASK_TOKEN, help=f"how it is written (default: {MASK_TOKEN})")
     parser.add_argument("--pad-token", help="how a padding token is written (default: none is made)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     args = parser.parse_args()
-    train_tokenizer(
+    if not 0 < args.max_mb < math.inf:
+        raise UsageError(f"--max-mb {args.max_mb:g}: how much text to train on, more than 0")
+    used = train_tokenizer(
         args.input,
         args.output,
         vocab_size=args.vocab_size,
@@ -33,4 +39,4 @@ def main() -> None:
         pad_token=args.pad_token,
         overwrite=args.overwrite,
     )
-    print(f"{args.output}: {args.vocab_size:,} ids")
+    print(f"{args.output}: {args.vocab_size:,} ids, trained on {used}")

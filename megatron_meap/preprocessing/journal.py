@@ -1,5 +1,6 @@
 """The journal of a running job: what an interrupted one has finished, and the lock that keeps two jobs apart."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -45,11 +46,16 @@ class Journal:
             self._read(json.loads(json.dumps(settings)))
         if self.state is None:
             self._file.truncate(0)
-            self._append(settings)
+            try:
+                self._append(settings)
+            except OSError as error:
+                self.close(remove=True)
+                raise cannot_write(self.path, error) from error
 
     def _read(self, settings: dict[str, Any]) -> None:
         self._file.seek(0)
-        lines = self._file.read().split(b"\n")[:-1]  # what follows the last newline was incomplete when the job ended
+        *lines, incomplete = self._file.read().split(b"\n")
+        self._file.truncate(self._file.tell() - len(incomplete))  # the job ended while it wrote that
         if len(lines) < 2:
             return
         earlier, *records = map(json.loads, lines)
@@ -75,4 +81,5 @@ class Journal:
         """Unlock; `remove` when there is nothing to continue."""
         if remove:
             os.unlink(self.path)
-        self._file.close()
+        with contextlib.suppress(OSError):  # what did not fit on a full disk does not fit now either
+            self._file.close()

@@ -1,5 +1,7 @@
 """Several datasets made one, their documents one after the other."""
 
+import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,25 +21,42 @@ _SUMMED = ("documents", "tokens", "empty_documents", "skipped_lines", "text_byte
 _COMMON = ("tokenizer", "mask_token", "before_document", "after_document", "dtype")
 
 
-def find_datasets(inputs: list[str]) -> list[str]:
+def find_datasets(inputs: list[str], output_prefix: str) -> list[str]:
     """Prefixes of datasets: as they are given, and of all datasets in a folder that is given, by name.
 
+    The output of an earlier merge, which a folder of inputs may hold, is left out.
+
     Raises:
-        UsageError: a folder without datasets, or one named twice.
+        UsageError: a folder without datasets, one dataset by two names, or the output among those that are named.
     """
-    found: list[str] = []
+    output, found = _identity(output_prefix), dict[Any, str]()
     for name in inputs:
         if Path(name).is_dir():
             inside = sorted(str(path.with_suffix("")) for path in Path(name).glob("*.idx"))
+            inside = [prefix for prefix in inside if _identity(prefix) != output]
             if not inside:
                 raise UsageError(f"--input {name}: no dataset (.idx) in this folder")
-            found += inside
         else:
-            found.append(name)
-    for name in found:
-        if found.count(name) > 1:
-            raise UsageError(f"--input {name}: named twice, so its documents would be in the dataset twice")
-    return found
+            inside = [name]
+        for prefix in inside:
+            identity = _identity(prefix)
+            if identity == output:
+                raise UsageError(f"--output-prefix {output_prefix}: is one of the inputs; name another")
+            if identity in found:
+                other = "" if found[identity] == prefix else f" (as {found[identity]})"
+                raise UsageError(
+                    f"--input {prefix}: named twice{other}, so its documents would be in the dataset twice"
+                )
+            found[identity] = prefix
+    return list(found.values())
+
+
+def _identity(prefix: str) -> Any:
+    """What tells a dataset from all others, whatever its name: device and inode; its path where there is none."""
+    with contextlib.suppress(OSError):
+        stat = os.stat(prefix + ".idx")
+        return stat.st_dev, stat.st_ino
+    return os.path.realpath(prefix)
 
 
 def merge_datasets(prefixes: list[str], output_prefix: str, *, overwrite: bool = False) -> dict[str, Any] | None:
@@ -47,27 +66,27 @@ def merge_datasets(prefixes: list[str], output_prefix: str, *, overwrite: bool =
         The manifest of the merged dataset; None where one of the inputs has none, and so neither has the result.
 
     Raises:
-        UsageError: datasets that are damaged, or made with different tokenizers or flags.
+        UsageError: datasets that are damaged, hold nothing, or were made with different tokenizers or flags.
     """
     begun = time.monotonic()
     if not overwrite:
         refuse_existing([output_prefix])
-    if output_prefix in prefixes:
-        raise UsageError(f"--output-prefix {output_prefix}: is one of the inputs; name another")
-    indexes = [read_index(prefix) for prefix in prefixes]
-    for prefix, index in zip(prefixes, indexes, strict=True):
-        if index.dtype != indexes[0].dtype:
-            raise UsageError(
-                f"{prefix}: holds {index.dtype}, but {prefixes[0]} {indexes[0].dtype}: different tokenizers"
-            )
+    dtype, documents = read_index(prefixes[0]).dtype, 0
+    for prefix in prefixes:  # an index stays open as long as it is held, and there may be more than a process may open
+        index = read_index(prefix)
+        if index.dtype != dtype:
+            raise UsageError(f"{prefix}: holds {index.dtype}, but {prefixes[0]} {dtype}: different tokenizers")
+        documents += index.documents
+    if not documents:
+        raise UsageError(f"--input {' '.join(prefixes[:3])}: no documents in any of the {len(prefixes)} datasets")
     manifests = _compatible_manifests(prefixes)
     try:
         Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
-        writer = DatasetWriter(output_prefix, indexes[0].dtype.type)
+        writer = DatasetWriter(output_prefix, dtype.type)
         try:
-            for prefix, index in zip(prefixes, indexes, strict=True):
-                _append(writer, prefix, index)
-            files = writer.finish(_boundaries(indexes), sum(index.documents for index in indexes))
+            for prefix in prefixes:
+                _append(writer, prefix, read_index(prefix))
+            files = writer.finish(_boundaries(prefixes), documents)
             manifest = (
                 _merged(manifests, prefixes, output_prefix, files, time.monotonic() - begun) if manifests else None
             )
@@ -89,22 +108,30 @@ def _compatible_manifests(prefixes: list[str]) -> list[dict[str, Any]] | None:
         for name in _COMMON:
             if name != "tokenizer" and manifest[name] != other[name]:
                 raise UsageError(f"{prefix}: {name} {manifest[name]}, but {other[name]} in {first}; cannot be merged")
+    held = {manifest["files"][".bin"]["sha256"]: prefix for prefix, manifest in manifests.items()}
+    for prefix, manifest in manifests.items():
+        for part in manifest["inputs"]:  # of a merged dataset, datasets
+            if (again := held.get(part.get("files", {}).get(".bin", {}).get("sha256"))) is not None:
+                raise UsageError(f"{prefix}: holds the documents of {again} already; leave one of the two out")
     return list(manifests.values()) if len(manifests) == len(prefixes) else None
 
 
 def _append(writer: DatasetWriter, prefix: str, index: Index) -> None:
+    before = writer.tokens
     with open(prefix + ".bin", "rb") as file:
         while chunk := file.read(CHUNK * index.dtype.itemsize):
             writer.add(chunk, b"")
+    if writer.tokens - before != index.tokens:
+        raise UsageError(f"{prefix}.bin: changed while it was read; merge again when it is complete")
     for first in range(0, len(index.lengths), CHUNK):
         writer.add(b"", index.lengths[first : first + CHUNK].tobytes())
 
 
-def _boundaries(indexes: list[Index]) -> Iterator[np.ndarray]:
+def _boundaries(prefixes: list[str]) -> Iterator[np.ndarray]:
     """Document boundaries of all datasets together."""
     yield np.zeros(1, np.int64)
     sequences = 0
-    for index in indexes:
+    for index in map(read_index, prefixes):
         for first in range(1, len(index.boundaries), CHUNK):
             yield sequences + index.boundaries[first : first + CHUNK]
         sequences += len(index.lengths)

@@ -1,5 +1,6 @@
 """All that a job writes: a dataset for each key, and the report of skipped lines."""
 
+import contextlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_meap.errors import UsageError
+from megatron_meap.files import sync
 from megatron_meap.preprocessing.blocks import EncodedBlock
 from megatron_meap.preprocessing.manifest import to_bytes
 from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX, DatasetWriter, Written
@@ -130,6 +132,7 @@ class Outputs:
                 "max_token_id": total.largest,
             }
             manifests.append({**counts, **facts, "files": writer.finish()})
+        sync(self._report)
         for writer, manifest in zip(self._writers.values(), manifests, strict=True):
             writer.publish(to_bytes(manifest))
         self._report.close()
@@ -143,6 +146,7 @@ class Outputs:
         """Close everything; `remove` the temporary files too."""
         for writer in self._writers.values():
             writer.discard() if remove else writer.close()
-        self._report.close()
+        with contextlib.suppress(OSError):  # what did not fit on a full disk does not fit now either
+            self._report.close()
         if remove:
             Path(self._report.name).unlink(missing_ok=True)

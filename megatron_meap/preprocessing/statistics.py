@@ -12,6 +12,9 @@ from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.index import CHUNK, Index, read_index
 from megatron_meap.preprocessing.manifest import read_manifest
 
+_LARGEST_ID = 1 << 24
+"""Counting ids takes eight bytes for each one up to the largest, and a damaged file may hold any."""
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -46,7 +49,9 @@ def inspect(prefix: str) -> tuple[Statistics, dict[str, Any] | None]:
         UsageError: files that are missing, damaged or not what the manifest says; the message says which.
     """
     index, manifest = read_index(prefix), read_manifest(prefix)
-    counts, digest = _read_tokens(prefix, index)
+    if not index.tokens:
+        raise UsageError(f"{prefix}: holds no tokens ({index.documents} documents); make the dataset again")
+    counts, digest = _read_tokens(prefix, index, manifest["max_token_id"] if manifest else None)
     statistics = Statistics(index.documents, index.tokens, counts, *_lengths(index))
     if manifest:
         digests = {".bin": digest, ".idx": hashlib.sha256(Path(prefix + ".idx").read_bytes()).hexdigest()}
@@ -65,8 +70,8 @@ def inspect(prefix: str) -> tuple[Statistics, dict[str, Any] | None]:
     return statistics, manifest
 
 
-def _read_tokens(prefix: str, index: Index) -> tuple[np.ndarray, str]:
-    """How often each id occurs, and the sha256 of the file."""
+def _read_tokens(prefix: str, index: Index, largest: int | None) -> tuple[np.ndarray, str]:
+    """How often each id occurs, and the sha256 of the file; no id is counted that cannot be one."""
     counts, digest = np.zeros(0, np.int64), hashlib.sha256()
     with open(prefix + ".bin", "rb") as file:
         while chunk := file.read(CHUNK * 8):
@@ -74,6 +79,9 @@ def _read_tokens(prefix: str, index: Index) -> tuple[np.ndarray, str]:
             ids = np.frombuffer(chunk, index.dtype)
             if ids.min() < 0:
                 raise UsageError(f"{prefix}.bin: holds the negative id {ids.min()}")
+            if ids.max() > (_LARGEST_ID if largest is None else largest):
+                known = "no vocabulary is so large" if largest is None else f"the manifest says max_token_id {largest}"
+                raise UsageError(f"{prefix}.bin: holds the id {ids.max()}, but {known}; make the dataset again")
             found = np.bincount(ids)
             if len(found) > len(counts):
                 counts = np.pad(counts, (0, len(found) - len(counts)))
@@ -117,6 +125,6 @@ def read_documents(prefix: str, count: int) -> Iterator[tuple[int, np.ndarray]]:
 
 def unigram_entropy(prefix: str) -> float:
     """Entropy of a dataset's token distribution in nats: the loss of the best model that ignores the context."""
-    counts = np.bincount(np.memmap(f"{prefix}.bin", dtype=read_index(prefix).dtype, mode="r"))
+    counts, _ = _read_tokens(prefix, read_index(prefix), None)
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum())

@@ -1,13 +1,16 @@
 """Train a SentencePiece tokenizer in the manner of Llama's, with [MASK] where no text can reach it."""
 
+import contextlib
 import io
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_meap.errors import UsageError, refuse_to_overwrite
 from megatron_meap.files import whole_file
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
-from megatron_meap.preprocessing.inputs import find_inputs
+from megatron_meap.preprocessing.inputs import STDIN, find_inputs
 from megatron_meap.preprocessing.readers import InputFile, InputOptions
 from megatron_meap.tokenization.mask_token import MASK_TOKEN
 
@@ -27,7 +30,7 @@ def train_tokenizer(
     mask_token: str = MASK_TOKEN,
     pad_token: str | None = None,
     overwrite: bool = False,
-) -> None:
+) -> str:
     """Train a byte-fallback BPE model and write it to `output` (a `.model` file).
 
     Ids: 0 UNK, 1 BOS, 2 EOS, then padding if asked for, then the mask token, then the bytes and the pieces. No text is
@@ -40,14 +43,17 @@ def train_tokenizer(
         output: path of the model.
         vocab_size: number of ids, all of the above included.
         key: JSON key or Parquet column of the text.
-        max_bytes: text to train on: documents beyond it are not read.
+        max_bytes: text to train on, of all files alike: what a short one leaves, longer ones get.
         mask_token: how the mask token is written.
         pad_token: how a padding token is written; None makes none.
         overwrite: replace a file that is there.
 
+    Returns:
+        What it was trained on, in words.
+
     Raises:
         UsageError: a corpus without text, or too little of it for that many pieces; an output that is there, or a
-            directory.
+            directory; a mask or padding token that is another one as well.
     """
     import sentencepiece
 
@@ -56,13 +62,13 @@ def train_tokenizer(
             f"--output {output}: is a directory; name the .model file, such as {Path(output) / 'tokenizer.model'}"
         )
     refuse_to_overwrite("--output", output, overwrite)  # data and checkpoints may have been made with it
+    _check_names(mask_token, pad_token)
     least = _BYTES_AND_CONTROLS + (pad_token is not None) + len(_REQUIRED) + 1  # and the space
     if vocab_size < least:
         raise UsageError(
             f"--vocab-size {vocab_size}: at least {least}, for the bytes, printable ASCII and the special tokens alone"
         )
-    # A list, not an iterator: sentencepiece would hide our errors in its own.
-    lines = list(_lines(find_inputs(inputs), key, max_bytes))
+    lines, used = _sample(find_inputs(inputs), key, max_bytes)
     if not lines:
         raise UsageError(f"--input {' '.join(inputs)}: no text in it; give a corpus")
     model = io.BytesIO()
@@ -91,14 +97,48 @@ def train_tokenizer(
         raise UsageError(f"--vocab-size {vocab_size}: {reason}; give more text, or a smaller vocabulary") from error
     with whole_file(output) as file:
         file.write(model.getvalue())
+    return used
 
 
-def _lines(paths: list[str], key: str, max_bytes: int) -> Iterator[str]:
+def _check_names(mask_token: str, pad_token: str | None) -> None:
+    """Refuse names that are another token's, and what a piece may be: a character, or a byte."""
+    taken = dict.fromkeys(("<unk>", "<s>", "</s>"), "one of UNK, BOS and EOS")
+    for flag, name in (("--mask-token", mask_token), ("--pad-token", pad_token)):
+        if name is None:
+            continue
+        if len(name.strip()) < 2 or re.fullmatch("<0x[0-9A-F]{2}>", name):
+            raise UsageError(f"{flag} {name!r}: may not be a single character or a byte; name it such as [MASK]")
+        if name in taken:
+            raise UsageError(f"{flag} {name}: is {taken[name]} of this tokenizer already; name another")
+        taken[name] = f"the token of {flag}"
+
+
+def _sample(paths: list[str], key: str, max_bytes: int) -> tuple[list[str], str]:
+    """Lines out of every file, the same amount of each as far as it has so much, and what they are, in words."""
+    found: dict[str, list[str]] = {path: [] for path in paths}
+    left, partly = max_bytes, 0
+    for done, path in enumerate(sorted(paths, key=_size)):  # the shortest first: the others share what it leaves
+        share = left / (len(paths) - done)
+        for line in _lines(path, key):
+            found[path].append(line)
+            size = len(line.encode())
+            share, left = share - size, left - size
+            if share <= 0:
+                partly += 1
+                break
+    used = f"{(max_bytes - left) / 1e6:.1f} MB of text from {len(paths):,} files"
+    used += f", of {partly:,} of them the beginning (--max-mb)" * bool(partly)
+    return [line for path in paths for line in found[path]], used
+
+
+def _size(path: str) -> int:
+    return 0 if path == STDIN else os.stat(path).st_size
+
+
+def _lines(path: str, key: str) -> Iterator[str]:
     """Lines of the documents, without the newlines: these stay single bytes, as in Llama's tokenizer."""
-    options, size = InputOptions((key,)), 0
-    for path in paths:
-        file = InputFile(path, options)
-        seen = 0
+    options, seen = InputOptions((key,)), 0
+    with contextlib.closing(InputFile(path, options)) as file:
         for block in file.blocks():
             for document in documents(file.kind, block, options):
                 seen += 1
@@ -107,11 +147,6 @@ def _lines(paths: list[str], key: str, max_bytes: int) -> Iterator[str]:
                 for line in document[0].splitlines() if document else ():
                     if line:
                         yield from _cut(line.encode())
-                        size += len(line.encode())
-                if size >= max_bytes:
-                    file.close()
-                    return
-        file.close()
 
 
 def _cut(line: bytes) -> Iterator[str]:

@@ -117,4 +117,7 @@ def _serve_until_closed(connection: Any, parents_end: Any, work: Callable[[Any],
             if not isinstance(error, UsageError):
                 error.add_note("in a preprocessing worker:\n" + traceback.format_exc())
             answer = error
-        connection.send(answer)
+        try:
+            connection.send(answer)
+        except ConnectionError:
+            return

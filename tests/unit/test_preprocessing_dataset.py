@@ -1,7 +1,10 @@
 """The files themselves: the same bytes as Megatron's builder writes; merged, inspected, and refused when damaged."""
 
 import json
+import os
+import resource
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -94,7 +97,9 @@ def test_merging_gives_the_same_bytes_as_megatron(parts, tmp_path_factory):
 
 
 def test_merged_manifest(datasets, tmp_path):
-    manifest = merge_datasets(find_datasets([str(tmp_path)]), str(tmp_path / "out" / "all"))
+    manifest = merge_datasets(
+        find_datasets([str(tmp_path)], str(tmp_path / "out" / "all")), str(tmp_path / "out" / "all")
+    )
     ids = [read_back(prefix) for prefix in datasets]
     assert read_back(tmp_path / "out" / "all") == ids[0] + ids[1]
     statistics, written = inspect(str(tmp_path / "out" / "all"))
@@ -105,12 +110,12 @@ def test_merged_manifest(datasets, tmp_path):
 
 def test_what_cannot_be_merged(datasets, tmp_path, model):
     with pytest.raises(UsageError, match="named twice"):
-        find_datasets([datasets[0], datasets[0]])
+        find_datasets([datasets[0], datasets[0]], "all")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no dataset"):
-        find_datasets([str(tmp_path / "empty")])
+        find_datasets([str(tmp_path / "empty")], "all")
     with pytest.raises(UsageError, match="is one of the inputs"):
-        merge_datasets(datasets, datasets[0], overwrite=True)
+        find_datasets(datasets, datasets[0])
     with pytest.raises(UsageError, match="exists already"):
         merge_datasets(datasets[:1], datasets[1])
     build(tmp_path / "wide", [[1]], np.int32)
@@ -126,9 +131,83 @@ def test_what_cannot_be_merged(datasets, tmp_path, model):
     assert not [name for name in leftovers(tmp_path) if name.startswith("all") or "partial" in name]
 
 
-def damage(path, position: int) -> None:
+def test_one_dataset_by_two_names(datasets, tmp_path, monkeypatch):
+    """By another spelling, a link to its files, or a link to its folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path)
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"link{suffix}").symlink_to(f"{datasets[0]}{suffix}")
+    (tmp_path / "link.idx").rename(tmp_path / "other.idx")
+    (tmp_path / "link.bin").rename(tmp_path / "other.bin")
+    for other in ("a_text_document", "./a_text_document", "linked/a_text_document", "other"):
+        with pytest.raises(UsageError, match=rf"--input {other}: named twice \(as .*\), so its documents"):
+            find_datasets([datasets[0], other], "all")
+        with pytest.raises(UsageError, match=r"--output-prefix .* is one of the inputs"):
+            find_datasets([datasets[0]], other)
+    with pytest.raises(UsageError, match="named twice"):  # of one folder
+        find_datasets(["."], "all")
+
+
+def test_merging_again_never_doubles_a_document(datasets, tmp_path, monkeypatch):
+    """The earlier output, left among the inputs, is no input; under another name it is found out."""
+    monkeypatch.chdir(tmp_path)
+    for output in ("all", "./all", str(tmp_path / "all")):
+        inputs = find_datasets(["."], output)
+        assert sorted(inputs) == ["a_text_document", "b_text_document"]
+        made = merge_datasets(inputs, output, overwrite=True)
+        assert made["documents"] == len(TEXTS) + 4
+    with pytest.raises(UsageError, match="all: holds the documents of a_text_document already"):
+        merge_datasets(find_datasets(["."], "again"), "again")
+
+
+def test_more_datasets_than_a_process_may_open(tmp_path):
+    prefixes = [str(tmp_path / f"{number:03d}") for number in range(80)]
+    for number, prefix in enumerate(prefixes):
+        build(prefix, [[number]], np.uint16)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = len(os.listdir("/proc/self/fd")) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (room, limits[1]))
+    try:
+        merge_datasets(prefixes, str(tmp_path / "all"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert read_back(tmp_path / "all") == [[number] for number in range(80)]
+
+
+def test_datasets_without_documents(datasets, tmp_path):
+    """One among others adds nothing; alone there is nothing to check or to merge, which is said."""
+    empty = str(tmp_path / "empty")
+    build_with_megatron(empty, [], np.uint16)
+    with pytest.raises(UsageError, match=r"empty: holds no tokens \(0 documents\)"):
+        inspect(empty)
+    assert list(read_documents(empty, 3)) == []
+    with pytest.raises(UsageError, match="no documents in any of the 1 datasets"):
+        merge_datasets([empty], str(tmp_path / "all"))
+    merge_datasets([datasets[0], empty], str(tmp_path / "all"))
+    assert read_back(tmp_path / "all") == read_back(datasets[0])
+    build_with_megatron(empty, [[[]]], np.uint16)
+    with pytest.raises(UsageError, match=r"holds no tokens \(1 documents\)"):
+        inspect(empty)
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_flipped_bit_takes_no_memory(manifest, tmp_path):
+    """The highest of an id would ask for gigabytes of counts."""
+    build(tmp_path / "x", [[1, 2, 3]], np.int32)
+    files = {suffix: {"bytes": 12, "sha256": ""} for suffix in (".bin", ".idx")}
+    if manifest:
+        (tmp_path / "x.manifest.json").write_text(json.dumps({"format": 1, "max_token_id": 3, "files": files}))
+    damage(tmp_path / "x.bin", 7, bit=1 << 6)
+    tracemalloc.start()
+    with pytest.raises(UsageError, match=r"x\.bin: holds the id 1073741826, but (the manifest says|no vocabulary is)"):
+        inspect(str(tmp_path / "x"))
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def damage(path, position: int, bit: int = 1) -> None:
     data = bytearray(path.read_bytes())
-    data[position] ^= 1
+    data[position] ^= bit
     path.write_bytes(data)
 
 

@@ -1,6 +1,7 @@
 """Runs that are killed, lose a worker, fill the disk or stop at a bad line: nothing looks finished, they resume."""
 
 import contextlib
+import errno
 import os
 import random
 import resource
@@ -140,6 +141,71 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_finished(corpus, model, tmp_
     assert "cannot be written: File too large" in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert leftovers(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("full", ["report", "journal"])
+def test_a_disk_that_gets_full_beside_the_dataset(full, args, tmp_path, monkeypatch):
+    """At the report of bad lines, or at the journal: one line, no traceback after it, and what is finished is kept."""
+    texts = ["a"] * 3
+    paths = [write_jsonl(tmp_path / f"{number}.jsonl", texts) for number in range(30)]
+    if full == "report":
+        for path in paths:
+            path.write_text(path.read_text() + "oops\n" * 30)
+    child = os.fork()
+    if not child:
+        status = 1
+        with contextlib.suppress(BaseException):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            try:
+                run_job(paths, tmp_path / "out" / "x", args, skip_bad_lines=True)
+            except UsageError as error:
+                (tmp_path / "said").write_text(str(error))
+                status = 0
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    said = (tmp_path / "said").read_text()
+    assert "x: cannot be written: File too large" in said
+    assert said.endswith("(finished input files are kept: continue with --resume)")
+    made = run_job(paths, tmp_path / "out" / "x", args, skip_bad_lines=True, resume=True)[0]
+    assert made["documents"] == 90
+    assert (made["skipped_lines"] > 0) == (full == "report")
+
+
+def test_no_room_for_the_journal_at_all(args, tmp_path, monkeypatch):
+    from megatron_meap.preprocessing.journal import Journal
+
+    def full(journal, entry):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Journal, "_append", full)
+    with pytest.raises(UsageError, match=r"x\.journal\.partial: cannot be written: the disk is full"):
+        run_job([write_jsonl(tmp_path / "a.jsonl", ["a"])], tmp_path / "out" / "x", args)
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_a_journal_cut_off_within_a_line_goes_on_after_the_line_before(args, tmp_path):
+    """More than once: what comes next must not be written behind the remains."""
+    paths, folder = spoiled(tmp_path), tmp_path / "out"
+    for _ in range(3):
+        with pytest.raises(UsageError):
+            run_job(paths, folder / "x", args, resume=True)
+        with open(folder / "x.journal.partial", "ab") as journal:
+            journal.write(b'{"files": [')
+    made = run_job(paths, folder / "x", args, resume=True, skip_bad_lines=True)[0]
+    assert made["documents"] == 80
+
+
+def test_ended_by_sigterm_no_worker_complains(long_job, model, tmp_path):
+    process = start(long_job, tmp_path / "out" / "x", model)
+    wait_for(lambda: len(workers(process.pid)) == 2)
+    left = workers(process.pid)
+    time.sleep(0.1)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)  # their standard error is the same, so that they have ended as well
+    assert process.returncode == -signal.SIGTERM
+    assert "Traceback" not in errors
+    assert not any(map(is_running, left))
 
 
 def test_interrupted_by_ctrl_c(long_job, model, tmp_path):

@@ -40,7 +40,8 @@ def test_from_this_machines_text_to_a_checked_dataset(tool):
     status, said, _ = tool(
         "train_tokenizer", "--input c/train.jsonl --output tokenizer/tokenizer.model --vocab-size 800"
     )
-    assert (status, said) == (0, "tokenizer/tokenizer.model: 800 ids\n")
+    assert status == 0
+    assert said.startswith("tokenizer/tokenizer.model: 800 ids, trained on 0.5 MB of text from 1 files")
     for side in ("train", "valid"):
         flags = f"--input c/{side}.jsonl --output-prefix data/{side} --append-eod {tokenizer}"
         status, said, shown = tool("preprocess_data", flags)
@@ -64,6 +65,24 @@ def test_checking_with_another_tokenizer(tool):
     status, _, error = tool("check_data", "--data x_text_document --tokenizer-type NullTokenizer --vocab-size 8")
     assert status == 2
     assert error.startswith("error: x_text_document: made with another tokenizer (NullTokenizer")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("check_data", "--data x --samples -3", "--samples -3: at least 0"),
+        ("train_tokenizer", "--input x --output y --vocab-size 500 --max-mb nan", "--max-mb nan: how much text"),
+        ("train_tokenizer", "--input x --output y --vocab-size 500 --max-mb -1", "--max-mb -1: how much text"),
+        ("build_corpus", "--train x --valid y --max-mb nan", "--max-mb nan: how much text"),
+        ("build_corpus", "--train x --valid y --valid-share -1", "--valid-share -1: "),
+        ("inspect_batches", "--statistics -3", "--statistics -3: at least 1, or 0 for none"),
+    ],
+)
+def test_numbers_that_make_no_sense(name, flags, message, tool):
+    status, _, error = tool(name, flags)
+    assert status == 2
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
 
 
 def test_bad_lines_are_counted(tool):

@@ -99,6 +99,38 @@ def test_only_so_much_text_is_read(tmp_path):
     assert (tmp_path / "all").read_bytes() == (tmp_path / "limited").read_bytes()
 
 
+def test_the_limit_is_shared_among_files(tmp_path):
+    """Each gives the same amount; what short ones lack, longer ones give."""
+    letters = {"a": 20_000, "b": 300, "c": 20_000, "d": 20_000}
+    paths = [
+        write_jsonl(tmp_path / f"{x}.jsonl", [f"{x * 99}\n" * 10] * (count // 1000 + 1)) for x, count in letters.items()
+    ]
+    lines, used = tokenizer_training._sample(list(map(str, paths)), "text", 12_000)
+    counts = {letter: sum(line.count(letter) for line in lines) for letter in letters}
+    assert counts["b"] == 990  # all of it
+    assert all(abs(counts[letter] - 11_000 / 3) < 100 for letter in "acd")
+    assert [line[0] for line in lines] == sorted(line[0] for line in lines)  # in the order of the files
+    assert used == "0.0 MB of text from 4 files, of 3 of them the beginning (--max-mb)"
+    assert tokenizer_training._sample([str(paths[1])], "text", 12_000)[1] == "0.0 MB of text from 1 files"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"mask_token": "<s>"}, "--mask-token <s>: is one of UNK, BOS and EOS of this tokenizer already"),
+        ({"pad_token": "</s>"}, "--pad-token </s>: is one of UNK, BOS and EOS of"),
+        ({"pad_token": "[MASK]"}, r"--pad-token \[MASK\]: is the token of --mask-token of this tokenizer already"),
+        ({"mask_token": ""}, "--mask-token '': may not be a single character"),
+        ({"mask_token": "a"}, "--mask-token 'a': may not be a single character"),
+        ({"pad_token": "<0x0A>"}, "--pad-token '<0x0A>': may not be a single character or a byte"),
+    ],
+)
+def test_tokens_that_are_another_one(names, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        train_tokenizer([str(write_jsonl(tmp_path / "a.jsonl", topics()[:9]))], tmp_path / "m", vocab_size=400, **names)
+    assert not (tmp_path / "m").exists()
+
+
 def test_what_cannot_work(tmp_path, folder):
     corpus = str(folder / "corpus.jsonl")
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
