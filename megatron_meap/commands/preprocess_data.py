@@ -8,6 +8,7 @@ The flags are those of Megatron-LM's tool of this name, and some more. See docs/
 
 import argparse
 import re
+import sys
 
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.pipeline import Job, preprocess
@@ -42,6 +43,12 @@ def main() -> None:
             f"{made['text_bytes'] / 1e6:.1f} MB of text in {made['seconds']:.1f} s "
             f"({made['text_bytes'] / made['seconds'] / 1e6:.1f} MB/s)"
             + (f"; {made['empty_documents']:,} empty documents left out" if made["empty_documents"] else "")
+        )
+    if len(manifests) > 1 and any(made["empty_documents"] for made in manifests):
+        print(
+            "warning: documents that are empty under one key only are missing in its dataset: documents of the same "
+            "number do not belong together",
+            file=sys.stderr,
         )
     if manifests[0]["skipped_lines"]:
         print(f"bad lines skipped: {manifests[0]['skipped_lines']:,}, see {args.output_prefix}.bad_lines.jsonl")

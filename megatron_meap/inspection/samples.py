@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from megatron_meap.meap.dataset import NOISED, MaskedInputDataset, noise_of
 from megatron_meap.meap.masking import num_masks
@@ -34,11 +35,20 @@ def stream_digest(digests: Iterable[str]) -> str:
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
-    """Text of single tokens: pieces as they stand in the vocabulary, with spaces and line ends readable."""
+    """Text of single tokens: pieces as they stand in the vocabulary, with spaces, line ends and bytes readable."""
     names = {special_id(tokenizer, name): f"<{name}>" for name in ("pad", "bos", "eod")}
+    library = getattr(tokenizer, "_tokenizer", tokenizer)
+    backend = getattr(getattr(library, "tokenizer", None), "backend_tokenizer", None)
+    if backend is not None and b'"ByteLevel"' in backend.decoder.__getstate__():
+        bytes_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    else:
+        bytes_of = {}
     for token in ids:
         piece = names.get(token) or _piece(tokenizer, token)
-        yield piece.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")
+        if bytes_of and set(piece) <= bytes_of.keys():
+            yield bytes(map(bytes_of.__getitem__, piece)).decode(errors="backslashreplace")
+        else:
+            yield piece.replace("▁", " ").replace("<0x0A>", "\n")
 
 
 def _piece(tokenizer: Any, token: int) -> str:

@@ -73,6 +73,8 @@ def _recognise(name: str, head: bytes, default: Kind | None) -> Kind:
     first = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     if stem.endswith(_JSON_SUFFIXES) or re.match(rb'(\[\s*)?\{\s*"', first):
         return "jsonl"
+    if default == "jsonl" and first and first[:1] not in (b"{", b"["):
+        raise UsageError(f"{name}: does not begin like JSON lines; if it is plain text, give --input-format text")
     if default is None and b"\0" in head:
         raise UsageError(f"{name}: binary data; expected JSON lines, text (UTF-8) or Parquet")
     return default or "text"

@@ -122,8 +122,18 @@ def plain_encode(tokenizer: Any) -> Callable[[str], Sequence[int]]:
     return tokenizer.tokenize
 
 
+def refuse_a_file(args: Any) -> None:
+    """Refuse a file, such as tokenizer.json itself, where transformers wants the folder that it stands in."""
+    if args.tokenizer_type == "HuggingFaceTokenizer" and Path(args.tokenizer_model or "").is_file():
+        folder = Path(args.tokenizer_model).parent
+        raise UsageError(
+            f"--tokenizer-model {args.tokenizer_model}: a file; a HuggingFaceTokenizer is named by its folder, {folder}"
+        )
+
+
 def _check_files(args: Any) -> None:
     """The files that a tokenizer type needs are named and exist."""
+    refuse_a_file(args)
     kind = args.tokenizer_type
     needed = {"GPT2BPETokenizer": ("vocab_file", "merge_file"), "NullTokenizer": ("vocab_size",)}
     for name in needed.get(kind, ("tokenizer_model",)):

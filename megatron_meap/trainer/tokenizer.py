@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_meap.errors import UsageError, one_line
 from megatron_meap.tokenization.mask_token import all_special_ids, resolve_mask_token, vocabulary_size
+from megatron_meap.tokenization.reference import refuse_a_file
 from megatron_meap.trainer import carried, fim
 
 
@@ -20,6 +21,7 @@ def set_tokenizer(args: Namespace) -> Any:
     files = ("SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "GPTSentencePieceTokenizer")
     if args.tokenizer_model and args.tokenizer_type in files and not Path(args.tokenizer_model).exists():
         raise UsageError(f"--tokenizer-model {args.tokenizer_model}: no such file")
+    refuse_a_file(args)
     named = args.tokenizer_model
     if args.tokenizer_type == "HuggingFaceTokenizer" and os.path.isabs(named or "") and not os.path.exists(named):
         raise UsageError(f"--tokenizer-model {named}: nothing there; if the directory was moved, name its new place")

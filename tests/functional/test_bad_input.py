@@ -105,6 +105,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--num-attention-heads 5", "Megatron refuses these flags"),
         ("--load nowhere", "--load nowhere: holds no checkpoint"),
         ("--pretrained-checkpoint nowhere", "--pretrained-checkpoint nowhere: holds no checkpoint"),
+        (f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {__file__}", "is named by its folder"),
         ("--data-path nowhere", "nowhere.idx: no such file"),
         ("--tokenizer-model nowhere", "--tokenizer-model nowhere: no such file"),
         ("--data-cache-path /dev/null/cache", "--data-cache-path /dev/null/cache: cannot be written"),

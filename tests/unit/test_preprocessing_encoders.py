@@ -310,6 +310,11 @@ WRONG_TOKENIZERS = {
         {"tokenizer_model": "tests"},
         "not a tokenizer of --tokenizer-type",
     ),
+    "the file in the folder": (
+        "HuggingFaceTokenizer",
+        {"tokenizer_model": __file__},
+        r"a file; a HuggingFaceTokenizer is named by its folder, .*/tests/unit",
+    ),
     "not tiktoken": ("TikTokenizer", {"tokenizer_model": __file__}, "not a tokenizer of"),
     "no merges": ("GPT2BPETokenizer", {"vocab_file": __file__}, "--merge-file: needed"),
     "no size": ("NullTokenizer", {}, "--vocab-size: needed"),

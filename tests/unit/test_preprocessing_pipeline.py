@@ -150,6 +150,19 @@ def test_standard_input(args, tmp_path, monkeypatch):
         assert manifest["inputs"][0]["path"] == "-"
 
 
+@pytest.mark.parametrize("text", [b"Once upon a time", b"\n\n  # Title\n", b"\xef\xbb\xbfa", b'"a string"\n', b"12 3"])
+def test_plain_text_on_standard_input_is_told_what_to_say(text, args, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_bytes(text)
+    for flags, refused in (({}, True), ({"kind": "text"}, False)):
+        with open(tmp_path / "a.txt") as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            if refused:
+                with pytest.raises(UsageError, match=r"standard input: .*plain text, give --input-format text"):
+                    run_job(["-"], tmp_path / "out", args, **flags)
+            else:
+                assert run_job(["-"], tmp_path / "out", args, **flags)[0]["documents"] == 1
+
+
 def test_bos_and_eod_around_every_document(args, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     run_job([source], tmp_path / "with", args, prepend_bos=True)

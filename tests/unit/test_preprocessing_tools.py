@@ -1,5 +1,6 @@
 """The tools as a user runs them: from this machine's text to a checked dataset, and one line for what is wrong."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from megatron_meap.errors import run
 from megatron_meap.preprocessing.progress import Counts, Progress
-from tests.unit.preprocessing import write_jsonl
+from tests.unit.preprocessing import make_tokenizer, write_jsonl
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -94,6 +95,16 @@ def test_bad_lines_are_counted(tool):
     status, said, _ = tool("preprocess_data", f"--input a.jsonl --output-prefix x --skip-bad-lines {null}")
     assert status == 0
     assert "bad lines skipped: 1, see x.bad_lines.jsonl" in said
+
+
+def test_datasets_of_several_keys_that_do_not_line_up(tool):
+    make_tokenizer(Path())
+    flags = "--json-keys a b --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --overwrite"
+    for second, warned in (("", True), ("3", False)):
+        Path("a.jsonl").write_text('{"a": "1", "b": "2"}\n' + json.dumps({"a": "1", "b": second}))
+        status, _, error = tool("preprocess_data", f"--input a.jsonl --output-prefix x {flags}")
+        assert status == 0
+        assert ("documents of the same number do not belong together" in error) == warned
 
 
 def test_separators_are_typed_with_escapes(tool):

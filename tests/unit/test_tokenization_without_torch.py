@@ -100,6 +100,23 @@ def test_what_megatron_loads(name: str, folders: dict[str, Path], made: dict[str
         assert ours.tokenizer.detokenize(whole) == theirs.detokenize(whole)
 
 
+def test_pieces_of_bytes_are_shown_as_text(folders: dict[str, Path]) -> None:
+    """Whole characters as themselves, parts of one as the bytes that they are, ids of all kinds of vocabularies."""
+    from megatron_meap.inspection.samples import token_texts
+    from tests.unit.test_preprocessing_encoders import megatron
+
+    text = "It’s 東京, naïve café\n\tand code()"
+    for name in ("as Llama 3's", "rebuilt by the class of Llama 2"):
+        args = tokenizer_args("HuggingFaceTokenizer", tokenizer_model=str(folders[name]))
+        tokenizer = megatron(args)
+        shown = list(token_texts(tokenizer, tokenizer.tokenize("plain words " + text)[1:]))
+        whole = "".join(shown)
+        assert "plain words It" in whole
+        assert not set("âĢĻĠĊ") & set(whole)
+        if name == "as Llama 3's":
+            assert whole.encode().decode("unicode_escape").encode("latin1").decode() == "plain words " + text
+
+
 def test_a_tokenizer_written_in_python(tmp_path: Path) -> None:
     """It has no form that `tokenizers` runs: Megatron loads it."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
