@@ -17,7 +17,7 @@ from megatron.training.training import get_train_valid_test_num_samples, update_
 from megatron_meap.backend import device, megatron_patches
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface.architecture import not_exported
-from megatron_meap.inspection.samples import view
+from megatron_meap.inspection.samples import has_colors, view
 from megatron_meap.meap.dataset import NOISED, noise_of
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.planning.memory import count_parameters
@@ -64,7 +64,11 @@ def run() -> None:
     for line in sft.lines(args) if args.meap_sft else ():
         print(line)
     print(f"data          {len(dataset):,} training samples; one of them, noised tokens marked:\n")
-    print(view(dataset, _sample_to_show(dataset, args), get_tokenizer(), args.meap_mask_token_id).for_terminal())
+    print(
+        view(dataset, _sample_to_show(dataset, args), get_tokenizer(), args.meap_mask_token_id).for_terminal(
+            has_colors()
+        )
+    )
     print("dry run: all checks passed, nothing was trained or saved", flush=True)
 
 

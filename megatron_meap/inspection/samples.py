@@ -2,6 +2,9 @@
 
 import hashlib
 import html
+import itertools
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +16,22 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from megatron_meap.meap.dataset import NOISED, MaskedInputDataset, noise_of
 from megatron_meap.meap.masking import num_masks
 from megatron_meap.sft.dataset import SFTDataset
+from megatron_meap.sft.rows import IGNORE
 from megatron_meap.tokenization.mask_token import special_id
 
-MARKED = "\033[7m{}\033[0m"  # reverse video
-FAINT = "\033[2m{}\033[0m"
+COLORS = {
+    "noised": "\033[7m{}\033[0m",  # reverse video
+    "learned": "\033[32m{}\033[0m",  # green
+    "noised learned": "\033[7;32m{}\033[0m",
+    "unlearned": "\033[2m{}\033[0m",  # faint
+}
+SIGNS = {"noised": "⟦{}⟧", "learned": "«{}»", "noised learned": "«⟦{}⟧»"}
+"""Where there are no colours; what is not learned is plain."""
+LEGEND = (
+    '<span class="noised">noised input</span> shown by its clean text (→ what stands there, where it is not the mask '
+    'token), <span class="unlearned">no loss</span>; in fine-tuning <span class="learned">learned</span>, '
+    '<span class="noised learned">learned where it is noised</span>'
+)
 _SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens")
 
 
@@ -62,13 +77,15 @@ class View:
 
     index: int
     texts: list[str]
-    """The clean input tokens as text."""
-    masked: np.ndarray
+    """The clean tokens as text: the inputs; of rows of fine-tuning all tokens, with the label that no input is."""
+    noised: np.ndarray
     """bool [s]: replaced by the mask token or another one."""
-    unlearned: np.ndarray
-    """bool [s]: the label does not count."""
+    learned: np.ndarray
+    """bool [s]: of rows, the token itself is a label; else the label at its place counts."""
     borders: set[int]
     """Positions at which another document begins."""
+    rows: bool = False
+    """Whether it is made of rows of fine-tuning, of which only a part is learned."""
     padding: int = 0
     """Positions after these that hold nothing."""
     became: dict[int, str] = field(default_factory=dict)
@@ -79,39 +96,62 @@ class View:
     @property
     def heading(self) -> str:
         """One line of figures."""
+        kind, many = ("row", "rows") if self.rows else ("document", "documents")
+        learned = int(self.learned.sum())
         return (
-            f"sample {self.index}{self.copied}: {len(self.texts)} tokens, {int(self.masked.sum())} "
-            f"{'noised' if self.became else 'masked'} "
-            f"({100 * self.masked.mean():.1f}%), {int(self.unlearned.sum())} without loss, "
-            f"{len(self.borders) + 1} document{'s' if self.borders else ''}"
+            f"sample {self.index}{self.copied}: {len(self.texts)} tokens, {int(self.noised.sum())} "
+            f"{'noised' if self.became else 'masked'} ({100 * self.noised.mean():.1f}%), "
+            + (f"{learned} learned, " if self.rows else f"{len(self.learned) - learned} without loss, ")
+            + f"{len(self.borders) + 1} {many if self.borders else kind}"
             + (f", {self.padding} of padding" if self.padding else "")
         )
 
-    def _shown(self) -> Iterator[str]:
-        """Texts of the clean tokens; where another than the mask token stands there, followed by that."""
-        for position, text in enumerate(self.texts):
-            yield f"{text}→{self.became[position]}" if position in self.became else text
+    def _kind(self, position: int) -> str:
+        """A key of `COLORS`, or nothing for what is plain: what is learned in pretraining, where nearly all is."""
+        if self.rows and self.learned[position]:
+            return "noised learned" if self.noised[position] else "learned"
+        if self.noised[position]:
+            return "noised"
+        return "" if self.learned[position] else "unlearned"
 
-    def for_terminal(self) -> str:
-        """Noised tokens in reverse video, those without a loss faint, documents apart."""
-        parts = []
-        for position, text in enumerate(self._shown()):
-            if position in self.borders:
-                parts.append("\n----- next document -----\n")
-            style = MARKED if self.masked[position] else FAINT if self.unlearned[position] else "{}"
-            parts.append(style.format(text))
+    def _shown(self) -> Iterator[tuple[str, str]]:
+        """Kind and text of every token; where another than the mask token stands there, followed by that."""
+        for position, text in enumerate(self.texts):
+            other = f"→{self.became[position]}" if position in self.became else ""
+            yield self._kind(position), text + other
+
+    def for_terminal(self, colors: bool = True) -> str:
+        """Tokens in the colour of their kind, or with its signs around; documents and rows apart."""
+        document = np.isin(np.arange(len(self.texts)), list(self.borders)).cumsum()
+        styles, parts, last = COLORS if colors else SIGNS, [], 0
+
+        def stretch(item: tuple[int, tuple[str, str]]) -> tuple[int, str, int]:
+            """Tokens of one kind in a document are one stretch, noised ones apart."""
+            position, (kind, _) = item
+            return document[position], kind, position if self.noised[position] else -1
+
+        for (number, kind, _), tokens in itertools.groupby(enumerate(self._shown()), stretch):
+            if number > last:
+                parts.append(f"\n----- next {'row' if self.rows else 'document'} -----\n")
+            last = number
+            text = "".join(text for _, (_, text) in tokens)
+            parts.append(styles.get(kind, "{}").replace("{}", text))
         return f"{self.heading}\n{''.join(parts)}\n"
 
     def for_html(self) -> str:
         """The same as a section of a page."""
         parts = []
-        for position, text in enumerate(self._shown()):
+        for position, (kind, text) in enumerate(self._shown()):
             if position in self.borders:
                 parts.append("<hr>")
-            kind = "masked" if self.masked[position] else "unlearned" if self.unlearned[position] else ""
             escaped = html.escape(text)
             parts.append(f'<span class="{kind}" title="{position}">{escaped}</span>' if kind else escaped)
         return f"<h2>{html.escape(self.heading)}</h2>\n<pre>{''.join(parts)}</pre>\n"
+
+
+def has_colors() -> bool:
+    """Whether what is printed is seen in colour: on a terminal, unless NO_COLOR is set; in a pipe if FORCE_COLOR is."""
+    return "FORCE_COLOR" in os.environ or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)
 
 
 def view(dataset: Any, index: int, tokenizer: Any, mask_token_id: int) -> View:
@@ -123,48 +163,67 @@ def view(dataset: Any, index: int, tokenizer: Any, mask_token_id: int) -> View:
         tokenizer: Megatron's.
         mask_token_id: what a masked input holds.
     """
-    sample = dataset[index]
     if isinstance(dataset, SFTDataset):
-        inputs = [row.tokens[:-1] for row in dataset.sample_rows(index, masked=False)]
-        clean = np.concatenate(inputs).tolist()
-        starts = set(np.cumsum([len(each) for each in inputs])[:-1].tolist())
-    else:
-        source = dataset.clean(index) if isinstance(dataset, MaskedInputDataset) else sample
-        clean = source["tokens"].tolist()
-        starts = {position + 1 for position, token in enumerate(clean[:-1]) if token == tokenizer.eod}
-        if "cu_seqlens" in sample:
-            starts = set(sample["cu_seqlens"].tolist()) - {0, len(clean)}
-    used = len(clean)
-    inputs = sample["tokens"][:used].numpy()
+        return _rows(dataset, index, tokenizer, mask_token_id)
+    sample = dataset[index]
+    source = dataset.clean(index) if isinstance(dataset, MaskedInputDataset) else sample
+    clean = source["tokens"].tolist()
+    starts = {position + 1 for position, token in enumerate(clean[:-1]) if token == tokenizer.eod}
+    if "cu_seqlens" in sample:
+        starts = set(sample["cu_seqlens"].tolist()) - {0, len(clean)}
+    inputs = sample["tokens"].numpy()
     noised = inputs != np.array(clean)
-    other = np.flatnonzero(noised & (inputs != mask_token_id))
     weight = getattr(dataset, "copy_weight", None)
     return View(
         index,
         list(token_texts(tokenizer, clean)),
         noised,
-        (sample["loss_mask"][:used] == 0).numpy(),
+        (sample["loss_mask"] != 0).numpy(),
         starts,
-        len(sample["tokens"]) - used,
-        dict(zip(other.tolist(), token_texts(tokenizer, inputs[other].tolist()), strict=True)),
-        f" (copy of sample {index - 1}, weight {weight:g})" if weight is not None and index % 2 else "",
+        became=_others(inputs, noised, tokenizer, mask_token_id),
+        copied=f" (copy of sample {index - 1}, weight {weight:g})" if weight is not None and index % 2 else "",
     )
+
+
+def _rows(dataset: SFTDataset, index: int, tokenizer: Any, mask_token_id: int) -> View:
+    """A sample of fine-tuning: its rows one after the other, each with its last token, which is a label alone."""
+    rows = dataset.sample_rows(index)
+    inputs = np.concatenate([row.tokens for row in rows])
+    clean = np.concatenate([row.tokens for row in dataset.sample_rows(index, masked=False)])
+    learned = np.concatenate([row.labels != IGNORE for row in rows])
+    starts = np.cumsum([0, *(len(row.tokens) for row in rows)])[:-1]
+    learned[starts] = False  # nothing stands before it to predict it from
+    return View(
+        index,
+        list(token_texts(tokenizer, clean.tolist())),
+        inputs != clean,
+        learned,
+        set(starts[1:].tolist()),
+        rows=True,
+        padding=dataset.settings.seq_length - len(clean) + len(rows),
+        became=_others(inputs, inputs != clean, tokenizer, mask_token_id),
+    )
+
+
+def _others(inputs: np.ndarray, noised: np.ndarray, tokenizer: Any, mask_token_id: int) -> dict[int, str]:
+    """What stands at noised positions, as text, where it is not the mask token."""
+    other = np.flatnonzero(noised & (inputs != mask_token_id))
+    return dict(zip(other.tolist(), token_texts(tokenizer, inputs[other].tolist()), strict=True))
 
 
 def page(views: list[View], statistics: str, source: str) -> str:
     """A self-contained HTML page about samples of a source, which is named at its top."""
     style = (
         "body{font-family:sans-serif;max-width:60em;margin:2em auto}pre{white-space:pre-wrap;line-height:1.6;"
-        "background:#f6f6f6;padding:1em}.masked{background:#c33;color:#fff;"
-        "border-right:1px solid #fff}.unlearned{color:#aaa}h2{font-size:1em}"
+        "background:#f6f6f6;padding:1em}.noised{background:#c33;color:#fff;"
+        "border-right:1px solid #fff}.learned{background:#cec;border-right:1px solid #fff}.unlearned{color:#999}"
+        ".noised.learned{background:#c33;border-bottom:3px solid #393}h2{font-size:1em}"
     )
     sections = "\n".join(each.for_html() for each in views)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Batches</title><style>{style}</style>\n'
         f"<h1>What the model sees</h1>\n<p>{html.escape(source)}</p>\n"
-        '<p><span class="masked">noised input</span> shown by its clean text (→ what '
-        'stands there, where it is not the mask token), <span class="unlearned">no loss</span>; '
-        "a line parts two documents.</p>\n"
+        f"<p>{LEGEND}; a line parts two documents.</p>\n"
         f"<pre>{html.escape(statistics)}</pre>\n"
         f"{sections}</html>\n"
     )

@@ -15,7 +15,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 
 from megatron_meap.errors import UsageError
-from megatron_meap.inspection.samples import mask_statistics, page, sample_digest, stream_digest, view
+from megatron_meap.inspection.samples import has_colors, mask_statistics, page, sample_digest, stream_digest, view
 from megatron_meap.meap.positions import STRATEGIES
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft.data import describe
@@ -77,7 +77,7 @@ class Streams:
                 raise UsageError(f"--show {index}: the training data has samples 0 to {len(self.dataset) - 1}")
         views = [view(self.dataset, index, get_tokenizer(), args.meap_mask_token_id) for index in indices]
         for each in views:
-            print(each.for_terminal(), flush=True)
+            print(each.for_terminal(has_colors()), flush=True)
         figures = ""
         if statistics:
             if args.meap_sft:

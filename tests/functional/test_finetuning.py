@@ -288,11 +288,11 @@ def test_samples_can_be_looked_at(flags: list[str]) -> None:
     tool = [REPOSITORY / "tools" / "inspect_batches.py", "--show", "0", "--statistics", "1"]
     done = warm.run([*tool, "--digest", "0:8", *flags], environment())
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "-- next document --" in done.stdout
+    assert "-- next row --" in done.stdout
     assert "fine-tuning data (train)" in done.stdout
-    assert re.search(r"sample 0: \d+ tokens, [1-9]\d* masked .*\d+ documents, \d+ of padding", done.stdout)
+    assert re.search(r"sample 0: \d+ tokens, [1-9]\d* masked .*\d+ learned, \d+ rows, \d+ of padding", done.stdout)
     shown = done.stdout.partition("sample 0:")[2].partition("fine-tuning data")[0]
-    assert shown.count("\033[7m") > 0
+    assert shown.count("«⟦") > 0
     assert "[MASK]" not in shown  # masked inputs are shown by their clean text
     assert "digest of samples 0 to 7" in done.stdout
 

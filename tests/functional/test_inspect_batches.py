@@ -45,10 +45,11 @@ def test_samples_are_shown(flags: list[str], tmp_path: Path) -> None:
     done = run([TOOL, "--show", "0", "3", "--statistics", "50", "--html", str(page), *flags])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "sample 0: 64 tokens, 9 masked (14.1%)" in done.stdout
-    assert done.stdout.count("\033[7m") >= 18
+    assert done.stdout.count("⟦") == 18
+    assert "\033" not in done.stdout  # not a terminal
     assert "masks of 50 samples of 64 tokens: 9.0 a sample (from 9 to 9; int(0.15 x 64) = 9)" in done.stdout
     written = page.read_text()
-    assert written.count('class="masked"') == 18 + 1  # and the legend
+    assert written.count('class="noised"') == 18 + 1  # and the legend
     assert "http" not in written  # self-contained
 
 

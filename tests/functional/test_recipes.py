@@ -143,7 +143,7 @@ def test_a_twin_differs_in_the_mask_ratio_alone(desk: Desk, results: dict) -> No
     meap, ntp = (results[name]["args"] for name in ("paper-0.1b", "paper-0.1b-ntp"))
     assert {key for key in meap if meap[key] != ntp[key]} == {"meap_mask_ratio"}
     assert "masks         none" in results["paper-0.1b-ntp"]["output"]
-    assert "\033[7m" not in results["paper-0.1b-ntp"]["output"]
+    assert "⟦" not in results["paper-0.1b-ntp"]["output"]
     assert "runs/paper-0.1b-ntp/checkpoints" in desk.asked("paper.sh", MASK_RATIO="0", MEAP_DEVICE="cpu")["command"]
 
 
@@ -154,7 +154,7 @@ def test_a_dry_run_shows_the_run(results: dict, desk: Desk, name: str) -> None:
         assert f"\n{heading} " in "\n" + output
     assert output.strip().endswith("nothing was trained or saved")
     assert not (desk.folder / "runs").exists()
-    assert ("\033[7m" in output) == (name != "paper-0.1b-ntp")
+    assert ("⟦" in output) == (name != "paper-0.1b-ntp")
     if name == "finetune":
         assert "10% of the tokens of a copy of each answer of more than 50 tokens become [MASK]" in output
         assert "fine-tuning data (train)" in output

@@ -1,0 +1,41 @@
+"""Every architecture that converts, by its own written flags through the real trainer; the tables of the docs."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_meap.huggingface.families import FAMILIES
+from tests import model_table
+from tests.models import MODELS
+
+FIRST = {config.model_type: name for name, config in reversed(MODELS.items())}
+"""One model of each class."""
+
+
+def agree(names: list[str], tokenizer: Path, folder: Path) -> None:
+    for name, row in model_table.measure(names, tokenizer, folder).items():
+        assert row.imported < 1e-4, name
+        assert row.exported < 1e-4, name
+        assert row.trained < 1e-4, name
+
+
+def test_the_written_flags_train_the_original_model(huggingface_folder: Path, tmp_path: Path) -> None:
+    """The trainer's first loss at learning rate 0 is the original's by transformers, one model of each class."""
+    agree(list(FIRST.values()), huggingface_folder, tmp_path)
+
+
+@pytest.mark.slow  # the same for the variants of each class
+def test_so_they_do_for_every_variant(huggingface_folder: Path, tmp_path: Path) -> None:
+    agree([name for name in MODELS if name not in FIRST.values()], huggingface_folder, tmp_path)
+
+
+def test_the_page_has_a_row_for_every_model() -> None:
+    rows = [line.split("|")[1].strip() for line in model_table.on_page("measured: models").splitlines()[2:]]
+    assert rows == list(MODELS)
+    assert FIRST.keys() == FAMILIES.keys()
+
+
+def test_the_page_shows_what_is_refused_and_how() -> None:
+    table = model_table.refused_table()
+    assert model_table.on_page("drawn: refused") == table
+    assert table.count("\n") == 1 + len(model_table.REFUSED_IMPORTS) + len(model_table.REFUSED_EXPORTS)
