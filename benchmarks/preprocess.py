@@ -9,8 +9,8 @@ Megatron-LM's main branch, whose tools/preprocess_data_fast.py then runs too (Hu
 
 The corpus is enlarged to --megabytes by shuffling the paragraphs of its documents. The tools run as a user runs them,
 in turn; their `.bin` and `.idx` must be byte-identical. Where a machine has other work, processor time tells more. The
-last number is the ceiling: gigatoken's own encoding of the same file, all cores, nothing written. Exit status 1: different
-bytes, or a ratio below --at-least.
+last number is the ceiling: gigatoken's own encoding of the same file, all cores, nothing written. Exit status 1:
+different bytes, or a ratio below --at-least.
 """
 
 import argparse
