@@ -111,6 +111,8 @@ def _prepare_outputs(job: Job, inputs: list[str]) -> None:
     """Everything that can be refused before any work is done."""
     if job.workers is not None and job.workers < 1:
         raise UsageError(f"--workers {job.workers}: at least 1")
+    if job.log_interval is not None and job.log_interval < 1:
+        raise UsageError(f"--log-interval {job.log_interval}: at least 1")
     if job.resume and inputs == [STDIN]:
         raise UsageError("--resume: standard input cannot be read again; give files")
     if len(set(job.options.keys)) < len(job.options.keys):

@@ -92,7 +92,7 @@ def train_tokenizer(
             num_threads=1,  # written into the model: another number gives another file
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).split("] ")[-1]
         raise UsageError(f"--vocab-size {vocab_size}: {reason}; give more text, or a smaller vocabulary") from error
     with whole_file(output) as file:

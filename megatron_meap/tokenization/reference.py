@@ -141,6 +141,8 @@ def _check_files(args: Any) -> None:
         if not value:
             raise UsageError(f"{flag}: needed by --tokenizer-type {kind}")
         if name == "vocab_size":
+            if value < 1:
+                raise UsageError(f"{flag} {value}: at least 1")
             continue
         if not Path(value).exists() and kind != "HuggingFaceTokenizer":
             raise UsageError(f"{flag} {value}: no such file")

@@ -72,6 +72,13 @@ def test_checking_with_another_tokenizer(tool):
     ("name", "flags", "message"),
     [
         ("check_data", "--data x --samples -3", "--samples -3: at least 0"),
+        ("check_data", "--data x --tokenizer-type NullTokenizer --vocab-size -5", "--vocab-size -5: at least 1"),
+        (
+            "preprocess_data",
+            f"--input {__file__} --output-prefix y --log-interval 0 --tokenizer-type NullTokenizer --vocab-size 9",
+            "--log-interval 0: at least 1",
+        ),
+        ("train_tokenizer", f"--input {__file__} --output y --vocab-size {10**20}", f"--vocab-size {10**20}: INVALID"),
         ("train_tokenizer", "--input x --output y --vocab-size 500 --max-mb nan", "--max-mb nan: how much text"),
         ("train_tokenizer", "--input x --output y --vocab-size 500 --max-mb -1", "--max-mb -1: how much text"),
         ("build_corpus", "--train x --valid y --max-mb nan", "--max-mb nan: how much text"),
