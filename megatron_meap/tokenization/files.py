@@ -13,6 +13,9 @@ _OF_A_DIRECTORY = (
 )  # fmt: skip
 """What transformers reads of a directory for its tokenizer, and the ids that end a text."""
 
+ONE_FILE = ("SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "GPTSentencePieceTokenizer")
+"""Types of tokenizers (Megatron's names) that are one file, which `tokenizer_model` names."""
+
 
 def files_of(args: Namespace) -> dict[str, Path]:
     """The files, by their places in a copy; none for a tokenizer that has none here (a name on a hub, NullTokenizer).

@@ -101,8 +101,9 @@ def take_tokenizer(args: Namespace) -> None:
         except UsageError:  # none yet, or none that can be read: what is wrong with it is said where it is loaded
             continue
         copies = _copies(checkpoint.directory)
-        if copies is None:
-            continue
+        one_file = args.tokenizer_type in tokenizer_files.ONE_FILE
+        if copies is None or (one_file and not (copies / Path(gone[0]).name).is_file()):
+            continue  # a file of another name is another tokenizer, or a slip
         moved = tokenizer_files.at(args, copies)
         recorded = getattr(checkpoint.args, "meap_tokenizer_sha256", None)
         if recorded is not None and tokenizer_fingerprint(moved) != recorded:

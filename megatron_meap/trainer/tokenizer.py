@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meap.errors import UsageError, one_line
+from megatron_meap.tokenization.files import ONE_FILE
 from megatron_meap.tokenization.mask_token import all_special_ids, resolve_mask_token, vocabulary_size
 from megatron_meap.tokenization.reference import refuse_a_file
 from megatron_meap.trainer import carried, fim
@@ -18,8 +19,7 @@ def set_tokenizer(args: Namespace) -> Any:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
 
     carried.take_tokenizer(args)
-    files = ("SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "GPTSentencePieceTokenizer")
-    if args.tokenizer_model and args.tokenizer_type in files and not Path(args.tokenizer_model).exists():
+    if args.tokenizer_model and args.tokenizer_type in ONE_FILE and not Path(args.tokenizer_model).exists():
         raise UsageError(f"--tokenizer-model {args.tokenizer_model}: no such file")
     refuse_a_file(args)
     named = args.tokenizer_model

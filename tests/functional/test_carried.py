@@ -92,6 +92,8 @@ def test_a_run_resumes_without_the_files_of_its_tokenizer(
     (folder / "elsewhere/tokenizer.model").unlink()
     with pytest.raises(UsageError, match=r"tokenizer\.model: no such file"):
         prepare(*flags(corpus, folder, "--save", str(folder / "another")))
+    with pytest.raises(UsageError, match=r"tokeniser\.model: no such file"):
+        prepare(*flags(corpus, folder, "--load", str(folder / "run"), "--tokenizer-model", "tokeniser.model"))
     here = prepare(*flags(corpus, folder, "--load", str(folder / "run")))
     copy = folder / "run/iter_0000002/tokenizer"
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("note:", "warning:"))]
