@@ -118,3 +118,12 @@ def test_an_export_takes_what_the_checkpoint_carries(
     ids = AutoTokenizer.from_pretrained(folder / "exported")(TEXT)["input_ids"]
     assert ids[0] == 1
     assert "| Data `data` | 7 tokens, manifest sha256" in (folder / "exported/README.md").read_text()
+
+
+def test_an_imported_model_is_moved_with_its_tokenizer(corpus: Corpus, folder: Path) -> None:
+    """Which lies beside its iteration: one that starts from it finds it in the new place."""
+    (folder / "run/iter_0000002/tokenizer").rename(folder / "run/tokenizer")
+    (folder / "run").rename(folder / "moved")
+    (folder / "elsewhere/tokenizer.model").unlink()
+    args = prepare(*flags(corpus, folder, "--pretrained-checkpoint", str(folder / "moved")))
+    assert args.tokenizer_model == str(folder / "moved/tokenizer/tokenizer.model")
