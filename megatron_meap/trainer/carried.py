@@ -24,6 +24,7 @@ from megatron_meap.files import whole_file
 from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX
 from megatron_meap.tokenization import files as tokenizer_files
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.trainer.blend import blends
 
 TOKENIZER, MANIFESTS = "tokenizer", "manifests.json"
 
@@ -34,7 +35,9 @@ def collect(args: Namespace) -> dict[str, bytes]:
     It is read once, at the start: what happens to the files afterwards does not matter.
     """
     found = {f"{TOKENIZER}/{place}": path.read_bytes() for place, path in tokenizer_files.files_of(args).items()}
-    if described := manifests(args):
+    blend, per_split = (None, None) if args.mock_data or args.meap_sft else blends(args)
+    training = blend or (per_split or [None])[0]
+    if training is not None and (described := _read(training[0])):
         found[MANIFESTS] = json.dumps(described, indent=1).encode()
     return found
 
@@ -68,8 +71,13 @@ def manifests(args: Namespace) -> list[tuple[str, str, dict[str, Any]]]:
     """
     if carried := getattr(args, "meap_manifests", None):
         return [(name, digest, contents) for name, digest, contents in json.loads(Path(carried).read_text())]
+    return _read([*(getattr(args, "data_path", None) or ()), *(getattr(args, "train_data_path", None) or ())])
+
+
+def _read(prefixes: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
+    """The manifests beside datasets."""
     found = []
-    for prefix in [*(getattr(args, "data_path", None) or ()), *(getattr(args, "train_data_path", None) or ())]:
+    for prefix in prefixes:
         path = Path(str(prefix) + MANIFEST_SUFFIX)
         if path.is_file():
             stored = path.read_bytes()
