@@ -26,8 +26,11 @@ CELLS = [(name, layout) for name in OPTIMIZERS for layout in ([FLAT] if name == 
 LABELS = {FLAT: "default", RESHARDABLE: "fully reshardable"}
 QUICK = (3, "fp32")
 SAME = "same"
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
-"""Of weights and losses, where the layout that resumes adds up gradients in another order."""
+TOLERANCE = {"fp32": (1e-4, 1e-4), "bf16": (2**-7, 1e-4)}
+"""Of weights and of losses, where the layout that resumes adds up gradients in another order.
+
+Measured: 9e-9 and 1e-6 in fp32; 5e-4 and 5e-5 in bf16, where weights are stored rounded, those near 1 by up to 2**-8.
+"""
 
 Found = dict[tuple[int, str], tuple[float, float]]
 """By cell and layout: the largest difference of a weight, and of a loss, from the run that nobody stopped."""
@@ -91,11 +94,11 @@ def table() -> Iterator[dict[tuple, str]]:
     """What was found, printed at the end as the table of the docs."""
     rows: dict[tuple, str] = {}
     yield rows
-    head = sorted({key[1:] for key in rows})
-    print("\n\n| optimizer, format | " + " | ".join(f"{p}, DP {r} -> {to}" for p, r, to in head) + " |")
-    print("|---" * (len(head) + 1) + "|")
-    for cell, (name, form) in enumerate(CELLS):
-        print(f"| {name}, {LABELS[form]} | " + " | ".join(rows.get((cell, *key), "") for key in head) + " |")
+    print("\n\n| saved by -> resumed by | " + " | ".join(f"{name}, {LABELS[form]}" for name, form in CELLS) + " |")
+    print("|---" * (len(CELLS) + 1) + "|")
+    for precision, saved, resumed in sorted({key[1:] for key in rows}, reverse=True):
+        found = (rows.get((cell, precision, saved, resumed), "") for cell in range(len(CELLS)))
+        print(f"| {precision}, DP {saved} -> DP {resumed} | " + " | ".join(found) + " |")
 
 
 @pytest.mark.parametrize(
@@ -117,5 +120,7 @@ def test_resumed_runs_end_with_the_same_weights(
     for (cell, layout), (weight, loss) in found.items():
         written = "same bits" if weight == 0 and loss == 0 else f"{weight:.0e}, loss {loss:.0e}"
         table[cell, precision, ranks, layouts[layout]] = written
-    for (cell, layout), differences in found.items():
-        assert max(differences) <= (0.0 if layout == SAME else TOLERANCE[precision]), (*CELLS[cell], layout)
+    for (cell, layout), (weight, loss) in found.items():
+        limits = (0.0, 0.0) if layout == SAME else TOLERANCE[precision]
+        assert weight <= limits[0], (*CELLS[cell], layout)
+        assert loss <= limits[1], (*CELLS[cell], layout)

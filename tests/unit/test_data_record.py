@@ -13,12 +13,11 @@ def test_a_sample_and_its_copy_are_read_once(weights, samples, monkeypatch):
     """With copies a run reads what a run of half the samples reads without, and the record says so."""
     prefixes = ["a"] if weights is None else ["a", "b"]
     monkeypatch.setattr(data_record, "_tokens", lambda prefix, share: 500)
-    monkeypatch.setattr(data_record, "_training_share", lambda args: (0.0, 1.0))
 
     def epochs(train_samples: int, copy_weight: float | None) -> list[str] | None:
         args = Namespace(
             train_samples=train_samples, seq_length=10, meap_copy_weight=copy_weight, mid_level_dataset_surplus=0.005,
-            phase_transition_iterations=None,
+            phase_transition_iterations=None, split=None,
         )  # fmt: skip
         return data_record._all_epochs(args, prefixes, weights)
 
