@@ -144,11 +144,12 @@ def unusable_optimizer_state(path: Path, saved: Namespace, args: Namespace) -> s
     from megatron.core import dist_checkpointing
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    kinds = [getattr(each, "use_distributed_optimizer", False) for each in (saved, args)]
+    here = args.use_distributed_optimizer
+    kinds = [getattr(saved, "use_distributed_optimizer", here), here]
     if kinds[0] != kinds[1]:
-        there, here = ("a distributed" if distributed else "a plain" for distributed in kinds)
+        this, that = ("a distributed" if distributed else "a plain" for distributed in kinds)
         repeat = "add" if kinds[0] else "drop"
-        return f"is that of {there} optimizer, this run has {here} one; {repeat} --use-distributed-optimizer"
+        return f"is that of {this} optimizer, this run has {that} one; {repeat} --use-distributed-optimizer"
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "transformer_impl")
     changed = [
         f"--{name.replace('_', '-')} {getattr(saved, name)} there, {getattr(args, name)} here"
