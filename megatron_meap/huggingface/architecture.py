@@ -173,7 +173,7 @@ def _refuse_huggingface(config: Any, rope: dict[str, Any]) -> None:
         (layers - {"full_attention"}, f"layer_types {', '.join(sorted(layers))}"),
         (kind not in ("default", "linear", "llama3"), f"rope_type {kind!r}"),
         (rope.get("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor"),
-        (rope["rope_theta"] != int(rope["rope_theta"]), f"rope_theta {rope['rope_theta']}, not a whole number"),
+        (float(rope.get("rope_theta") or 0.5) % 1, f"rope_theta {rope.get('rope_theta')}, not a whole number"),
         (kind == "linear" and rope["factor"] != int(rope["factor"]), "a linear RoPE factor that is not a whole number"),
         (
             kind == "llama3" and any(rope.get(name) != value for name, value in LLAMA3_ROPE.items()),

@@ -135,6 +135,7 @@ class Answers(BaseHTTPRequestHandler):
         document, summary = re.search(r"Document:\n(.*)\n\nSummary:\n(.*)\n\nAnswer", prompt, re.DOTALL).groups()
         faithful = set(summary.split()) <= set(document.split())
         said = "FAITHFUL" if faithful else "**Hallucinated**."
+        said = "I cannot say." if "unsure" in summary else said
         fails = self.down or self.asked % 2 == 1
         body = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
         self.send_response(503 if fails else 200)
@@ -164,11 +165,14 @@ def test_the_judge_is_asked_again_and_keeps_its_verdicts(
     assert asks.faithful("the grass is green", "grass is green")
     assert not asks.faithful("the grass is green", "the sky is blue")
     assert Answers.asked == 4  # each was refused once
+    for _ in range(2):
+        assert asks.faithful("the grass is green", "unsure") is None
+    assert Answers.asked == 6  # what is no verdict is kept, and not asked for again
     Answers.down = True
     assert asks.faithful("the grass is green", "grass is green")  # known
     with pytest.raises(judge.JudgeUnavailable, match=rf"no answer after 5 tries .*kept in {re.escape(str(log))}"):
         asks.faithful("the grass is green", "something new")
-    assert len(log.read_text().splitlines()) == 2
+    assert len(log.read_text().splitlines()) == 3
     log.write_text(log.read_text() + '{"sha256": "a\n{"foreign": 1}\n[]\n')  # of a run that was killed, and of others
     assert asks.faithful("the grass is green", "grass is green")
     for url, reason in {

@@ -176,23 +176,17 @@ class Judge:
         return known
 
     def _ask(self, prompt: str) -> bool | None:
-        """Ask until there is a verdict; None where there are only other answers."""
-        reason, answered = "", False
+        """Ask until there is an answer; None where it is no verdict: at temperature 0 the next would be the same."""
+        reason = ""
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
             try:
-                said = self._answer(prompt)
+                return verdict(self._answer(prompt))
             except _NoAnswer as error:
                 reason = str(error)
                 if error.final:
                     break
-                continue
-            answered = True
-            if (found := verdict(said)) is not None:
-                return found
-        if answered:
-            return None
         kept = f"; verdicts so far are kept in {self.log}" if self.log and self.log.exists() else ""
         raise JudgeUnavailable(
             f"--judge-url {self.url}: no answer after {attempt + 1} tries ({reason}){kept}; the same command resumes"
