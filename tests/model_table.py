@@ -27,10 +27,13 @@ from tests.models import LLAMA3, MODELS, SMALL, save_random_model
 
 PAGE = REPOSITORY / "docs" / "huggingface.md"
 LENGTH = 96
+RUN = [
+    *("--seq-length", str(LENGTH), "--micro-batch-size", "1", "--fp32", "--split", "1,0,0", "--eval-iters", "0"),
+    *("--log-interval", "1", "--num-workers", "0"),
+]
 STANDING_STILL = [
-    *("--seq-length", str(LENGTH), "--micro-batch-size", "1", "--global-batch-size", "1", "--train-iters", "1"),
-    *("--lr", "0", "--min-lr", "0", "--weight-decay", "0", "--fp32", "--split", "1,0,0", "--eval-iters", "0"),
-    *("--log-interval", "1", "--num-workers", "0", "--meap-mask-ratio", "0"),
+    *("--global-batch-size", "1", "--train-iters", "1", "--lr", "0", "--min-lr", "0", "--weight-decay", "0"),
+    *("--meap-mask-ratio", "0"),
 ]
 
 REFUSED_IMPORTS: dict[str, dict[str, Any]] = {
@@ -78,14 +81,7 @@ class Measured:
 
 def measure(names: Iterable[str], tokenizer: Path, folder: Path) -> dict[str, Measured]:
     """Import each model, start a training of learning rate 0 with the flags written, and export it."""
-    prefix = _data(folder)
-    runs = {}
-    for name in names:
-        original, imported = folder / name / "original", folder / name / "imported"
-        save_random_model(MODELS[name], tokenizer, original)
-        import_model(ImportJob(str(original), str(imported), check=False))
-        flags = shlex.split((imported / FLAGS_FILE).read_text())
-        runs[name] = [*flags, *STANDING_STILL, "--data-path", prefix, "--pretrained-checkpoint", str(imported)]
+    runs = {name: [*flags, *STANDING_STILL] for name, flags in imported_runs(names, tokenizer, folder).items()}
     losses = {name: run.losses()[0] for name, run in launch_many(1, runs, folder).items()}
     found = {}
     for name, loss in losses.items():
@@ -97,6 +93,18 @@ def measure(names: Iterable[str], tokenizer: Path, folder: Path) -> dict[str, Me
         ]
         found[name] = Measured(*differences, abs(loss - _loss(original, imported)))
     return found
+
+
+def imported_runs(names: Iterable[str], tokenizer: Path, folder: Path) -> dict[str, list[str]]:
+    """Import each model; the flags of a run that starts with it: those written, and its data."""
+    prefix, runs = _data(folder), {}
+    for name in names:
+        original, imported = folder / name / "original", folder / name / "imported"
+        save_random_model(MODELS[name], tokenizer, original)
+        import_model(ImportJob(str(original), str(imported), check=False))
+        flags = shlex.split((imported / FLAGS_FILE).read_text())
+        runs[name] = [*flags, *RUN, "--data-path", prefix, "--pretrained-checkpoint", str(imported)]
+    return runs
 
 
 def _data(folder: Path) -> str:

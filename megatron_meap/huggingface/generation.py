@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 from megatron_meap.backend import device
 from megatron_meap.checkpoint.reader import open_checkpoint
@@ -23,8 +23,6 @@ from megatron_meap.sft.records import BadConversation, Message
 from megatron_meap.sft.turns import TurnEncoder
 from megatron_meap.tokenization.huggingface import load_directory, moved
 from megatron_meap.trainer import carried
-
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ def model_in_memory(source: Source, dtype: torch.dtype) -> Any:
     """The checkpoint as a transformers model, without a file in between."""
     config = source.config(dtype, None)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIGS[config["model_type"]](**config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
     weights = dict(source.tensors(dtype))
     if source.model.tied:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]

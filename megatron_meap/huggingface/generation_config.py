@@ -33,8 +33,9 @@ def keep_endings(model: Path, tokenizer: Path) -> None:
 
 
 def _kept(folder: Path) -> list[int]:
-    """EOS ids in a directory's generation config; none where there is no such file."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        ids = json.loads((folder / _FILE).read_text()).get("eos_token_id")
-        return [each for each in (ids if isinstance(ids, list) else [ids]) if isinstance(each, int)]
+    """EOS ids in a directory's generation config, or in its config, where transformers looks without one."""
+    for name in (_FILE, "config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            ids = json.loads((folder / name).read_text()).get("eos_token_id")
+            return [each for each in (ids if isinstance(ids, list) else [ids]) if isinstance(each, int)]
     return []

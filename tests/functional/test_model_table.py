@@ -6,6 +6,7 @@ import pytest
 
 from megatron_meap.huggingface.families import FAMILIES
 from tests import model_table
+from tests.launch import launch_many
 from tests.models import MODELS
 
 FIRST = {config.model_type: name for name, config in reversed(MODELS.items())}
@@ -27,6 +28,28 @@ def test_the_written_flags_train_the_original_model(huggingface_folder: Path, tm
 @pytest.mark.slow  # the same for the variants of each class
 def test_so_they_do_for_every_variant(huggingface_folder: Path, tmp_path: Path) -> None:
     agree([name for name in MODELS if name not in FIRST.values()], huggingface_folder, tmp_path)
+
+
+LAYOUTS = {
+    "tp": ["--tensor-model-parallel-size", "2"],
+    "sp": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "pp": ["--pipeline-model-parallel-size", "2"],
+}
+
+
+@pytest.mark.slow  # that layouts follow one process is tested for a Llama; here for what others have beside
+def test_extras_train_alike_in_every_layout(huggingface_folder: Path, tmp_path: Path) -> None:
+    """Normalised queries and keys, a window, layers without RoPE."""
+    training = ["--global-batch-size", "2", "--train-iters", "6", "--lr", "1e-3", "--min-lr", "1e-3"]
+    names = ["qwen3", "mistral-window", "smollm3"]
+    flags = model_table.imported_runs(names, huggingface_folder, tmp_path)
+    runs = {name: [*of_model, *training] for name, of_model in flags.items()}
+    alone = launch_many(1, runs, tmp_path)
+    split = {f"{name}-{layout}": [*runs[name], *more] for name in names for layout, more in LAYOUTS.items()}
+    for name, run in launch_many(2, split, tmp_path).items():
+        losses = alone[name.rpartition("-")[0]].losses()
+        assert losses[-1] < losses[0] - 0.5
+        assert run.losses() == pytest.approx(losses, abs=1e-4), name
 
 
 def test_the_page_has_a_row_for_every_model() -> None:

@@ -14,8 +14,10 @@ from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface import megatron_model, selfcheck, source
 from megatron_meap.huggingface.export import ExportJob, export
+from megatron_meap.huggingface.generation import model_in_memory
 from megatron_meap.huggingface.importer import ImportJob, import_model
 from megatron_meap.huggingface.selfcheck import CheckFailed
+from megatron_meap.huggingface.weights import inspect
 from megatron_meap.sft.published import TEMPLATES
 from megatron_meap.sft.turns import TurnEncoder
 from megatron_meap.tokenization.huggingface import (
@@ -97,6 +99,15 @@ def test_export_loads_with_an_empty_report(pair: Pair) -> None:
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]
 
 
+def test_the_model_that_generates_is_the_exported_one(pair: Pair) -> None:
+    """`generate.py` and the evaluation make it of the checkpoint in memory."""
+    exported, tokenizer = (kind.from_pretrained(pair.exported) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    made = model_in_memory(inspect(open_checkpoint(pair.imported), tokenizer), torch.float32).eval()
+    tokens = torch.arange(96)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(made(tokens).logits, exported.eval()(tokens).logits)
+
+
 def test_new_rows_are_the_mean_with_a_little_noise(untied: Pair) -> None:
     """The mask token and the padding start as average tokens, no two the same, alike for the same seed."""
     checkpoint = open_checkpoint(untied.imported)
@@ -163,7 +174,7 @@ def test_trap_is_caught(untied: Pair, tmp_path: Path, trap: str) -> None:
     selfcheck.load_completely(folder)
     TRAPS[trap](folder)
     AutoModelForCausalLM.from_pretrained(folder)  # no error here: that is the trap
-    with pytest.raises(CheckFailed):
+    with pytest.raises(UsageError):
         selfcheck.compare(folder, untied.imported / "release", torch.float32, None)
 
 
@@ -222,6 +233,22 @@ def test_weights_are_those_that_transformers_reads(untied: Pair, tmp_path: Path)
     shard.unlink()
     with pytest.raises(UsageError, match="missing, but model"):
         source.weights_in(folder)
+
+
+def test_what_older_saves_hold_besides_is_left_out(huggingface_folder: Path, tmp_path: Path) -> None:
+    """The head of a tied model beside its embedding, rotary frequencies; EOS ids in config.json alone."""
+    folder = tmp_path / "original"
+    save_random_model(MODELS["llama-tied"], huggingface_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "generation_config.json").unlink()
+    break_config(folder, eos_token_id=[3, 4])
+    import_model(ImportJob(str(folder), str(tmp_path / "imported")))
+    export(ExportJob(str(tmp_path / "imported"), str(tmp_path / "exported")))
+    assert "lm_head.weight" not in load_file(tmp_path / "exported" / "model.safetensors")
+    assert json.loads((tmp_path / "exported" / "generation_config.json").read_text())["eos_token_id"] == [0, 3, 4]
 
 
 @pytest.mark.parametrize("rows", [-1, 2385])
