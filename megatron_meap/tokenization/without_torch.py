@@ -62,7 +62,7 @@ def load(args: argparse.Namespace) -> Any | None:
 
 def _made_apart(path: str, additional: list[str]) -> dict[str, Any] | None:
     """`made`, by a process of its own."""
-    command = [sys.executable, "-m", "megatron_meap.tokenization.without_torch", path, *additional]
+    command = [sys.executable, "-P", "-m", "megatron_meap.tokenization.without_torch", path, *additional]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         reason = ended.stderr.strip().splitlines()[-1:] or [f"ended with status {ended.returncode}"]
