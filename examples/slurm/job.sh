@@ -84,6 +84,8 @@ finish() {
     0,*) echo "job $SLURM_JOB_ID: done"; exit 0 ;;
     *,TERM) echo "job $SLURM_JOB_ID: cancelled"; exit 75 ;;
     *,USR1) rm -f "$failures"; requeue "stopped by Slurm's signal" ;;
+    75,*) rm -f "$failures"; requeue "stopped before its last step" ;;
+    16,* | 17,*) stop "job $SLURM_JOB_ID: a step's loss or gradients are not finite (status $1, see above); it is not requeued, as it would meet them again" ;;
   esac
   [ "$TRAINS" = yes ] || stop "job $SLURM_JOB_ID failed with status $1; it is not requeued"
   reached=$(grep -rhos ' iteration  *[0-9]*/' "$RANK_LOGS" | tr -dc '0-9\n' | sort -n | tail -n 1) || true

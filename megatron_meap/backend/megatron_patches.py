@@ -44,6 +44,7 @@ def apply() -> None:
     _decay_all_parameters_on_request()
     _fuse_weight_gradients_where_possible()
     _evaluate_whole_sets_in_any_pipeline()
+    _save_only_where_asked()
 
 
 def _use_shipped_dataset_helpers() -> None:
@@ -156,6 +157,19 @@ def _evaluate_whole_sets_in_any_pipeline() -> None:
         return iterators
 
     replace(training, "build_train_valid_test_data_iterators", lambda _: build_and_count)
+
+
+def _save_only_where_asked() -> None:
+    """At a loss that is NaN the trainer saves for a rerun, without `--save` to the directory None: a TypeError."""
+    from megatron.training import get_args, training
+
+    save = original_of(training, "save_checkpoint_and_time")
+
+    def save_where_asked(*args: Any, **kwargs: Any) -> None:
+        if get_args().save is not None:
+            save(*args, **kwargs)
+
+    replace(training, "save_checkpoint_and_time", lambda _: save_where_asked)
 
 
 def outside_the_job() -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_meap.checkpoint import integrity
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import JobError, UsageError, one_line
 
 _PATIENCE = timedelta(days=1)  # rank 0 may have much to read, and says so when it fails
 _numbers = itertools.count()  # every meeting of a process has keys of its own
@@ -33,6 +34,7 @@ def on_rank_zero(
 
     Raises:
         UsageError: on every rank, where `look` raised it.
+        JobError: a rank did not come.
     """
     number = next(_numbers)
     if args.world_size == 1:
@@ -41,9 +43,7 @@ def on_rank_zero(
     if torch.distributed.is_initialized():
         store = torch.distributed.distributed_c10d._get_default_store()
     else:
-        store, _, _ = new, *_ = next(
-            torch.distributed.rendezvous("env://", args.rank, args.world_size, timeout=timeout)
-        )
+        store = new = _meet(args, timeout)
     store.set_timeout(_PATIENCE)
     table = _Table(torch.distributed.PrefixStore(f"meap_meeting_{number}", store), args.rank, args.world_size)
     result = table.lead(look) if args.rank == 0 else table.follow()
@@ -51,6 +51,21 @@ def on_rank_zero(
     if "error" in result:
         raise UsageError(result["error"])
     return result, new
+
+
+def _meet(args: Namespace, timeout: timedelta) -> torch.distributed.Store:
+    """The store of all ranks, once they are all there."""
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UsageError(f"{', '.join(missing)}: not set, but WORLD_SIZE={args.world_size} is; start with torchrun")
+    try:
+        return next(torch.distributed.rendezvous("env://", args.rank, args.world_size, timeout=timeout))[0]
+    except torch.distributed.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise JobError(
+            f"rank {args.rank} of {args.world_size}: not all ranks came to {where} within "
+            f"--distributed-timeout-minutes {args.distributed_timeout_minutes} ({one_line(error)}); are all hosts "
+            "started, with the same address, and can they reach it?"
+        ) from error
 
 
 class _Table:

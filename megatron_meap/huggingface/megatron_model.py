@@ -1,7 +1,7 @@
 """Megatron's own model in one process on CPU: what a conversion is checked against, and what an import saves.
 
 Importing this module imports Megatron: `device.prepare`, or `cpu.install` on a machine whose GPUs are not to be
-used, must have run. The model is built by the same code as in training (`run.model_config`) and its checkpoints
+used, must have run. The model is built by the same code as in training (`trainer.model`) and its checkpoints
 are read and written by Megatron's own `dist_checkpointing`, in a world of one process.
 """
 
@@ -20,8 +20,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, distributed
 
-from megatron_meap.trainer import run
 from megatron_meap.trainer.arguments import LOCAL_LAYERS
+from megatron_meap.trainer.model import model_config
 
 # Arguments of a training run that a single process on CPU cannot, or need not, follow.
 ALONE: dict[str, Any] = {
@@ -71,7 +71,7 @@ def build(args: Namespace, dtype: torch.dtype) -> GPTModel:
     alone = copy.copy(args)
     vars(alone).update(ALONE)
     alone.params_dtype, alone.bf16, alone.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
-    config = run.model_config(alone)
+    config = model_config(alone)
     builder = config.get_builder_cls()(config)
     return builder.build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
 

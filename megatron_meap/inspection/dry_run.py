@@ -12,6 +12,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron.training import get_tokenizer
+from megatron.training.datasets.data_samplers import build_pretraining_data_loader
 from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 
 from megatron_meap.backend import device, megatron_patches
@@ -29,6 +30,7 @@ from megatron_meap.trainer import batch_sizes, data_use, preflight
 from megatron_meap.trainer.arguments import parse_arguments
 from megatron_meap.trainer.batches import datasets_provider
 from megatron_meap.trainer.data_use import amount, tokens_read
+from megatron_meap.trainer.refusals import explained
 
 
 def run() -> None:
@@ -42,10 +44,9 @@ def run() -> None:
         args = _parse()
         args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
         checked = preflight.look(args)
-        total, by_stage = count_parameters(args)
-        with pretended(args):
-            update_train_iters(args)
-            dataset = datasets_provider(list(get_train_valid_test_num_samples()))[0]
+        with explained(args):
+            total, by_stage = count_parameters(args)
+            dataset = _data(args)
     for line in said.getvalue().splitlines():
         if line.startswith("note: "):
             print(line)
@@ -77,6 +78,18 @@ def _parse() -> Namespace:
     args = parse_arguments(tensorboard_dir=None)
     args.iteration = 0
     return args
+
+
+def _data(args: Namespace) -> Any:
+    """The training samples; those of validation are built as well, and the first batches of both read."""
+    with pretended(args):
+        update_train_iters(args)
+        train, valid, _ = datasets_provider(list(get_train_valid_test_num_samples()))
+        for dataset in (train, *(valid if isinstance(valid, list) else [valid])):
+            if dataset is not None:
+                loader = build_pretraining_data_loader(dataset, 0)
+                next(iter(loader))
+    return train
 
 
 def _sample_to_show(dataset: Any, args: Namespace) -> int:

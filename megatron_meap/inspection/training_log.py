@@ -18,6 +18,7 @@ _VALIDATION = re.compile(
 _PROBE = re.compile(
     rf"{PROBE} at iteration (?P<step>\d+) \|.* accuracy: (?P<accuracy>\S+) % \(chance (?P<chance>\S+) %\)"
 )
+_BAD_STEP = re.compile(r"error: (?P<found>step \d+: found .*?); ")
 _ARGUMENT = re.compile(r"^ +(?P<name>seq_length|train_samples) \.+ (?P<value>\d+)$")
 
 
@@ -45,6 +46,9 @@ class History:
     train_samples: int | None = None
     """Samples of the whole run, where it is counted in samples."""
 
+    bad_steps: list[str] = field(default_factory=list)
+    """What ended a start of the run: steps with a loss or gradients that are not finite."""
+
     def add(self, line: str) -> Step | None:
         """Take in one line of the log; the step it reports, where it reports one."""
         if match := _STEP.search(line):
@@ -57,6 +61,8 @@ class History:
             self.validation_sets.setdefault(name, {})[int(match["step"])] = float(match["loss"])
         elif match := _PROBE.search(line):
             self.retrieval[int(match["step"])] = float(match["accuracy"]), float(match["chance"])
+        elif match := _BAD_STEP.match(line):
+            self.bad_steps.append(match["found"])
         elif match := _ARGUMENT.match(line):
             setattr(self, match["name"], int(match["value"]))
         return None
@@ -139,9 +145,11 @@ def follow(path: Path, done: Iterator[bool], history: History | None = None, sta
                 text = rest + file.read()
                 position = file.tell()
             *lines, rest = text.split("\n")
+            before = len(history.bad_steps)
             steps = [step for step in map(history.add, lines) if step is not None]
             if steps:
                 yield progress_line(history, steps[-1])
+            yield from history.bad_steps[before:]
         if finished:
             return
         time.sleep(0.5)

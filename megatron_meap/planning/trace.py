@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_iter
 from megatron_meap.backend import cpu, cpu_patches, device, layers
 from megatron_meap.backend.patching import original_of, replaced
 from megatron_meap.errors import UsageError
-from megatron_meap.trainer import run
 from megatron_meap.trainer.arguments import LOCAL_LAYERS, NOT_COMPILED
+from megatron_meap.trainer.model import model_config
 
 
 @dataclass
@@ -114,7 +114,7 @@ def _build(args: Namespace) -> list[Any]:
         LOCAL_LAYERS | NOT_COMPILED, use_cpu_initialization=True, perform_initialization=False, fp8=None, fp4=None
     )
     local.cuda_graph_impl, local.tp_comm_overlap = "none", False
-    config = run.model_config(local)
+    config = model_config(local)
     builder = config.get_builder_cls()(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     models = []

@@ -4,9 +4,7 @@ import argparse
 import functools
 import importlib.util
 import os
-import traceback
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,15 +13,16 @@ from megatron_meap.checkpoint import model_arguments
 from megatron_meap.checkpoint.latest import CheckpointSettings
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.cluster.connections import ConnectionSettings
-from megatron_meap.errors import UsageError, one_line
+from megatron_meap.errors import UsageError
 from megatron_meap.flags import Settings, add_group, flag, refuse_in_one_line
 from megatron_meap.meap import settings as meap
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft import flags as sft
 from megatron_meap.sft.flags import BadLineSettings, SFTSettings
-from megatron_meap.trainer import batch_sizes, blend, wandb_run
+from megatron_meap.trainer import batch_sizes, blend, wandb_run, writable
 from megatron_meap.trainer.official import OfficialSettings
 from megatron_meap.trainer.probe import ProbeSettings
+from megatron_meap.trainer.refusals import explained
 from megatron_meap.trainer.tokenizer import set_tokenizer
 
 LOCAL_LAYERS = {
@@ -146,10 +145,12 @@ def parse_arguments(**changes: object) -> Namespace:
     from megatron.training import global_vars
 
     args = parse_flags()
+    writable.check(args)
     vars(args).update(changes)
     check(args)
     project, args.wandb_project = args.wandb_project, None  # begun once nothing is left to be refused: wandb_run.begin
-    _explain(lambda: global_vars.set_global_variables(args, build_tokenizer=False))
+    with explained(args):
+        global_vars.set_global_variables(args, build_tokenizer=False)
     args.wandb_project = project
     global_vars._GLOBAL_TOKENIZER = set_tokenizer(args)
     return args
@@ -187,11 +188,11 @@ def check(args: Namespace) -> None:
     args.verify_integrity &= args.ckpt_format == "torch_dist"  # Megatron records hashes for no other format
     args.tokenizer_type = args.tokenizer_type or "GPT2BPETokenizer"
     args.create_attention_mask_in_dataloader |= args.reset_attention_mask  # then it is more than the causal one
-    _explain(lambda: validate_args(args))
+    with explained(args):
+        validate_args(args)
     _check_query_groups(args)
     if args.full_validation:  # its sampler gives every data-parallel rank one sample at a time
         args.eval_micro_batch_size, args.eval_global_batch_size = 1, args.data_parallel_size
-    _check_warmup(args)
     meap.check_batches(args)
 
 
@@ -212,34 +213,6 @@ def _check_query_groups(args: Namespace) -> None:
         raise UsageError(
             f"--num-query-groups {groups}: does not divide the {args.num_attention_heads} of --num-attention-heads"
         )
-
-
-def _check_warmup(args: Namespace) -> None:
-    """Refuse a warm-up that the schedule has no room for: Megatron would fail when it builds the optimizer."""
-    for unit in ("iters", "samples"):
-        warmup = getattr(args, f"lr_warmup_{unit}")
-        whole = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
-        if warmup and whole and warmup >= whole:
-            raise UsageError(
-                f"--lr-warmup-{unit} {warmup}: must be less than the {whole} {unit} of the schedule "
-                f"(--lr-decay-{unit}, else --train-{unit})"
-            )
-
-
-def _explain(validate: Callable[[], None]) -> None:
-    """Run a check of Megatron's; say its failed assertion in one line, since those are about flags."""
-    try:
-        validate()
-    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-        no_message = isinstance(error, TypeError) or not str(error).strip()
-        reason = _source_line(error) if no_message else one_line(error, most=1000)
-        raise UsageError(f"Megatron refuses these flags: {reason}") from error
-
-
-def _source_line(error: BaseException) -> str:
-    """The failed assertion itself, for those that Megatron leaves without a message."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return frames[-1].line or type(error).__name__
 
 
 def _choose_precision(args: Namespace) -> None:
@@ -297,6 +270,11 @@ def _refuse_what_this_device_cannot(args: Namespace) -> None:
 
         for flag, reason in unsupported(args):
             raise UsageError(f"{flag}: cannot work on a CPU: {reason}; drop it, or train on a GPU")
+    if args.mtp_num_layers and args.dataloader_inter_document_masking and args.transformer_impl == "local":
+        raise UsageError(
+            f"--mtp-num-layers {args.mtp_num_layers}: its local layers cannot keep documents apart (--meap-sft, "
+            "--dataloader-inter-document-masking); needs Transformer Engine"
+        )
     if args.context_parallel_size > 1 and args.transformer_impl == "local":
         raise UsageError(
             f"--context-parallel-size {args.context_parallel_size}: needs Transformer Engine, whose attention reaches "

@@ -145,7 +145,7 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         "multiple_validation_sets": args.multiple_validation_sets,
         "full_validation": args.full_validation,
         "num_dataset_builder_threads": args.num_dataset_builder_threads,
-        "path_to_cache": args.data_cache_path,
+        "path_to_cache": None if args.mock_data else str(preflight.cache_directory(args)),  # the one that was checked
         "mmap_bin_files": args.mmap_bin_files,
         "tokenizer": get_tokenizer(),
         "reset_position_ids": args.reset_position_ids,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training import get_tokenizer
 
 from megatron_meap.backend import megatron_patches
@@ -20,9 +21,11 @@ from megatron_meap.preprocessing.manifest import check_manifest
 from megatron_meap.sft import data as sft
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
 from megatron_meap.tokenization.mask_token import special_id
+from megatron_meap.trainer import model, schedule
 from megatron_meap.trainer.blend import blends, ranges
 from megatron_meap.trainer.record import describe
 from megatron_meap.trainer.resume import choose_start
+from megatron_meap.trainer.writable import check_writable
 
 _lock: Any = None  # the open file that holds the lock on --save, for as long as the process lives
 
@@ -67,6 +70,9 @@ def look(args: Namespace, data_only: bool = False, hash_files: HashFiles | None 
         `date`, which its template writes.
         `record`, of what decides the run; `warnings`, of what differs from the checkpoint, a line each.
     """
+    if not data_only:
+        schedule.check(args)
+        model.check(args)
     args.meap_sft_digests, args.meap_sft_train_digest = {}, None
     if args.meap_sft:
         sft.check(args)
@@ -96,11 +102,21 @@ def _check_data(args: Namespace) -> None:
     if args.mock_data:
         return
     prefixes = data_prefixes(args)
+    if args.split is not None and blends(args)[1] is not None:
+        raise UsageError(
+            f"--split {args.split}: contradicts data that is named for each split (--train-data-path, "
+            "--valid-data-path, --per-split-data-args-path); drop one of them"
+        )
     if args.per_dataset_sequences_path is not None and not Path(args.per_dataset_sequences_path).is_file():
         raise UsageError(f"--per-dataset-sequences-path {args.per_dataset_sequences_path}: no such file")
     for prefix in prefixes:
-        if not prefix.startswith(("s3://", "msc://")):
+        if not is_object_storage_path(prefix):
             _check_dataset(prefix, args)
+        elif not (args.data_cache_path and args.object_storage_cache_path):
+            raise UsageError(
+                f"{prefix}: data in an object storage needs --data-cache-path and --object-storage-cache-path, local "
+                "directories for indices of samples and of the dataset"
+            )
     cache = cache_directory(args)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -207,9 +223,6 @@ def _look_at_save_directory(args: Namespace) -> None:
     """What `_lock_save_directory` would refuse, without leaving anything behind."""
     if args.save is None:
         return
-    path = Path(args.save).absolute()
-    existing = next(each for each in (path, *path.parents) if each.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f"--save {args.save}: cannot be written ({existing} is not a directory that can be written)")
-    with contextlib.suppress(FileNotFoundError), open(path / ".lock") as opened:
+    check_writable("--save", args.save)
+    with contextlib.suppress(FileNotFoundError), open(Path(args.save) / ".lock") as opened:
         _take_lock(opened, args.save)

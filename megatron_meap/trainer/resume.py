@@ -2,11 +2,11 @@
 
 from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from megatron_meap.checkpoint import latest, model_arguments
 from megatron_meap.errors import UsageError
+from megatron_meap.trainer import schedule
 from megatron_meap.trainer.record import ALLOW, Verdict, differences
 
 
@@ -97,7 +97,7 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
         )
     if found:
         warnings.append(f"{path} was trained with other settings: {'; '.join(said for _, said in found)}")
-    warnings += _compare_schedule(path, state, args)
+    warnings += schedule.compare(path, state, args)
     layers = getattr(saved, "transformer_impl", args.transformer_impl)
     if layers != args.transformer_impl:
         warnings.append(f"{path} was trained with the layers of {layers}; {args.transformer_impl} layers resume it")
@@ -175,34 +175,3 @@ def _refuse_another_optimizer(path: Path, saved: Namespace, args: Namespace) -> 
         raise UsageError(
             f"--load: the optimizer state in {path} {problem}, or start with a new optimizer (--no-load-optim)"
         )
-
-
-def _compare_schedule(path: Path, state: dict[str, Any], args: Namespace) -> list[str]:
-    """Refuse another schedule of learning rate and weight decay, unless a flag says whose counts; then say it."""
-    from megatron.training.training import get_optimizer_param_scheduler
-
-    there = state.get("opt_param_scheduler")
-    if there is None or args.no_load_optim:
-        return []
-    before = dict(vars(args))
-    try:  # it reads Megatron's global arguments, which are these, and completes them
-        here = get_optimizer_param_scheduler(SimpleNamespace(param_groups=[])).state_dict()
-    finally:
-        vars(args).clear()
-        vars(args).update(before)
-    changed = [
-        f"{name} {there[name]} there, {here[name]} here"
-        for name in here
-        if name != "num_steps" and name in there and there[name] != here[name]
-    ]
-    if not changed:
-        return []
-    said = f"{path} has another schedule: {'; '.join(changed)}"
-    if args.override_opt_param_scheduler:
-        return [f"{said}; this run's is taken"]
-    if args.use_checkpoint_opt_param_scheduler:
-        return [f"{said}; the checkpoint's is taken"]
-    raise UsageError(
-        f"--load: {said}; add --override-opt_param-scheduler to take this run's (--lr, --min-lr, --lr-decay-*, "
-        "--lr-warmup-*, --weight-decay, --train-iters), or --use-checkpoint-opt_param-scheduler to keep the other"
-    )

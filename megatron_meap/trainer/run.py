@@ -18,22 +18,13 @@ from typing import Any
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers, get_tokenizer, global_vars, pretrain
-from megatron.training.argument_utils import (
-    gpt_config_from_args,
-    hybrid_config_from_args,
-    pretrain_cfg_container_from_args,
-)
-from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_meap.backend import description, device, megatron_patches, optimizer_step
-from megatron_meap.backend.hybrid import local_stack_spec
-from megatron_meap.backend.layers import local_block_spec
 from megatron_meap.checkpoint import integrity, latest
 from megatron_meap.cluster import connections
 from megatron_meap.cluster.signals import EXIT_STOPPED, StopRequest
@@ -42,9 +33,10 @@ from megatron_meap.files import is_disk_full
 from megatron_meap.meap.dataset import COPY, NOISED
 from megatron_meap.meap.losses import next_token_loss
 from megatron_meap.tokenization.mask_token import special_token_ids
-from megatron_meap.trainer import carried, data_use, official, preflight, wandb_run
+from megatron_meap.trainer import bad_steps, carried, data_use, preflight, refusals, wandb_run
 from megatron_meap.trainer.arguments import parse_arguments
 from megatron_meap.trainer.batches import datasets_provider, get_batch
+from megatron_meap.trainer.model import embedding_ranks, model_config
 from megatron_meap.trainer.output import LOG, Output
 from megatron_meap.trainer.probe import RetrievalProbe
 
@@ -54,7 +46,7 @@ _HARDLY_ANYTHING = 2**20
 
 
 def run(remarks: Callable[[Namespace], list[str]] = lambda args: []) -> None:
-    """Pretrain as the command line says; end with status 75 where a signal stopped the job.
+    """Pretrain as the command line says; the exit statuses are in docs/training.md.
 
     `remarks` are what others have to say of the run before it starts, a line each.
     """
@@ -91,13 +83,15 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
             print(line, flush=True)
     try:
         _pretrain(args, store, output)
-    except SystemExit:  # Megatron's own way out of the training loop
-        if stop.stopping:
-            if args.rank == 0:
-                output.say(_how_it_stopped(args, stop))
-            note_status(EXIT_STOPPED)
-            sys.exit(EXIT_STOPPED)
-        raise
+    except SystemExit as end:  # Megatron's own way out of the training loop
+        if isinstance(end.code, int) and end.code in bad_steps.STATUSES:
+            bad_steps.end(args, end.code)
+        if (cause := _cause(args, stop)) is None:
+            raise
+        if args.rank == 0:
+            output.say(_how_it_stopped(args, cause))
+        note_status(EXIT_STOPPED)
+        sys.exit(EXIT_STOPPED)
 
 
 def _heading(args: Namespace) -> str:
@@ -139,8 +133,9 @@ def _pretrain(args: Namespace, store: torch.distributed.Store | None, output: Ou
     """Hand over to Megatron's trainer."""
 
     def step(*inputs: Any, **options: Any) -> Any:
+        result = forward_step(*inputs, **options)
         output.quiet = False
-        return forward_step(*inputs, **options)
+        return result
 
     try:
         pretrain(
@@ -154,9 +149,16 @@ def _pretrain(args: Namespace, store: torch.distributed.Store | None, output: Ou
     except UsageError:
         raise
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        if (found := bad_steps.found_in(error)) is not None:
+            output.record(traceback.format_exc())
+            bad_steps.end(args, bad_steps.REPEATS, found)
         problem = latest.full_disk(Path(args.save), error) if args.save else None
         if problem is None and (lost := connections.explain(error)) is not None:
             raise lost from error
+        if problem is None and _not_begun(args) and isinstance(error, refusals.REFUSALS):
+            output.record(traceback.format_exc())
+            if refusals.raised_by_megatron(error):
+                raise refusals.refusal(error, args) from error
         if problem is None:
             raise
         traceback.print_exc()  # what is said below is concluded, and the error itself must not be lost
@@ -176,6 +178,11 @@ def _full_disk(error: BaseException) -> UsageError:
     return UsageError(f"{where}: the disk is full; free some space and run the same command again")
 
 
+def _not_begun(args: Namespace) -> bool:
+    """Whether no step is done yet: what fails until then, Megatron cannot do with these flags."""
+    return getattr(args, "curr_iteration", None) in (None, getattr(args, "iteration", None))
+
+
 def _end_workers() -> None:
     """End the data loader's worker processes: they ignore the SIGTERM by which Python would end them at exit.
 
@@ -189,42 +196,28 @@ def _end_workers() -> None:
 def _run_alone_without_launcher() -> None:
     """Let `python pretrain_gpt_meap.py` be a job of one process, as torchrun would start it."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    if "RANK" not in os.environ:
-        os.environ.update(alone)
+    if all(os.environ.get(name, alone[name]) == alone[name] for name in ("RANK", "WORLD_SIZE")):
+        os.environ.update(alone | os.environ)
 
 
-def _how_it_stopped(args: Namespace, stop: StopRequest) -> str:
-    """What a signal has led to, and how to resume."""
-    name = signal.Signals(stop.received or 0).name
+def _cause(args: Namespace, stop: StopRequest) -> str | None:
+    """What has ended the training before its last step and is no end that the command line names by a step."""
+    if stop.stopping:
+        return signal.Signals(stop.received or 0).name
+    step = args.curr_iteration + 1
+    if args.exit_duration_in_mins and step < args.train_iters and (not args.exit_interval or step % args.exit_interval):
+        return f"--exit-duration-in-mins {args.exit_duration_in_mins}"
+    return None
+
+
+def _how_it_stopped(args: Namespace, cause: str) -> str:
+    """What it has led to, and how to resume."""
     saved = "nothing saved: no --save"
     if args.save:
         same = args.load and Path(args.load).resolve() == Path(args.save).resolve()
         how = "the same command resumes" if same else f"the same command with --load {args.save} resumes"
         saved = f"checkpoint in {args.save}; {how}"
-    return f"stopped by {name} after iteration {args.curr_iteration + 1}: {saved}"
-
-
-def model_config(args: Namespace) -> Any:
-    """Configuration of the model that Megatron builds; the one place that knows its class."""
-    local = args.transformer_impl == "local" and args.spec is None
-    if args.hybrid_layer_pattern:
-        config = hybrid_config_from_args(args)
-        config.hybrid_stack_spec = local_stack_spec(config) if local else config.hybrid_stack_spec
-    else:
-        config = gpt_config_from_args(args)
-        config.transformer_layer_spec = local_block_spec if local else config.transformer_layer_spec
-        config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19 leaves this flag unused
-    official.initialise(config.transformer, args)
-    return config
-
-
-def embedding_ranks(pp_ranks: list[int]) -> list[int]:
-    """Ranks of a pipeline that hold word embeddings: the first; where they are tied the last; those with MTP layers."""
-    args = get_args()
-    ranks = {pp_ranks[0], *get_mtp_ranks(pp_ranks, core_transformer_config_from_args(args))}
-    if not args.untie_embeddings_and_output_weights:
-        ranks.add(pp_ranks[-1])
-    return sorted(ranks)
+    return f"stopped by {cause} after iteration {args.curr_iteration + 1}: {saved}"
 
 
 def forward_step(
@@ -299,28 +292,5 @@ def loss_func(
     noised = None if noise is None else (noise & NOISED).bool()
     copied = (noise & COPY).bool() if copies and noise is not None else None
     loss, count, report = next_token_loss(output_tensor, loss_mask, noised, answers=get_args().meap_sft, copies=copied)
-    _refuse_bad_loss(loss)
+    bad_steps.refuse(loss)
     return loss, count.detach().to(torch.int), report
-
-
-def _refuse_bad_loss(loss: torch.Tensor) -> None:
-    """Stop at a loss that is NaN or infinite, before it is reduced over ranks; report a spiky one, if asked."""
-    args = get_args()
-    machine = get_rerun_state_machine()
-    if args.check_for_nan_in_loss_and_grad:
-        for name, rejected in (("NaN", torch.isnan), ("Inf", torch.isinf)):
-            machine.validate_result(
-                result=loss,
-                rejection_func=rejected,
-                message=f"found {name} in local forward loss calculation",
-                tolerance=0.0,  # the forward pass is deterministic
-                fatal=True,
-            )
-    if args.check_for_spiky_loss:
-        machine.validate_result(
-            result=loss,
-            rejection_func=partial(machine.is_unexpectedly_large, threshold=10, context="loss"),
-            message="Spiky loss",
-            tolerance=0.0,
-            fatal=False,
-        )

@@ -25,6 +25,8 @@ def check(args: Namespace) -> None:
         return
     if importlib.util.find_spec("wandb") is None:
         raise UsageError("--wandb-project: needs the package wandb (pip install wandb), or drop the flag")
+    if not args.wandb_exp_name:
+        raise UsageError("--wandb-project: needs --wandb-exp-name, the name of the run")
     if not (args.wandb_save_dir or args.save):
         raise UsageError("--wandb-project: needs a directory for its files, --wandb-save-dir or --save")
 

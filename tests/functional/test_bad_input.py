@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 from megatron.training.global_vars import unset_global_variables
 from megatron.training.training import destroy_global_state
 
-from megatron_meap.errors import UsageError
+from megatron_meap.cluster import meeting
+from megatron_meap.errors import JobError, UsageError
 from megatron_meap.trainer import run as trainer
 from tests.conftest import Corpus
 from tests.launch import ENTRY, MODEL, TRAINING, environment, launch_many
@@ -72,6 +75,20 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
     [
         ("--meap-mask-ratio 1.5", "--meap-mask-ratio 1.5: must be"),
         ("--lr-warmup-iters 20", "--lr-warmup-iters 20: must be less than the 20 iters of the schedule"),
+        ("--lr-warmup-fraction 1.0", "--lr-warmup-fraction 1.0: must be at least 0 and below 1"),
+        ("--lr-decay-style WSD", "--lr-wsd-decay-iters: missing"),
+        ("--min-lr 1", "Megatron refuses these flags: assert --min-lr 1.0 <= --lr 0.001"),
+        ("--train-iters 0", "--train-iters: missing"),
+        ("--optimizer muon", "--optimizer muon: needs the package emerging-optimizers"),
+        ("--num-experts 2 --moe-router-topk 4", "--moe-router-topk 4: more than the 2 of --num-experts"),
+        ("--multi-latent-attention", "(--multi-latent-attention, --group-query-attention)"),
+        ("--decoder-last-pipeline-num-layers 1", "(--decoder-first-pipeline-num-layers, --decoder-last-pipeline"),
+        ("--mtp-num-layers 1 --dataloader-inter-document-masking", "--mtp-num-layers 1: its local layers cannot keep"),
+        ("--train-data-path somewhere", "--split 90,10,0: contradicts data that is named for each split"),
+        ("--data-path s3://bucket/data", "s3://bucket/data: data in an object storage needs --data-cache-path"),
+        ("--tensorboard-dir /dev/null/logs", "--tensorboard-dir /dev/null/logs: cannot be written (/dev/null"),
+        ("--wandb-project p", "--wandb-project: needs --wandb-exp-name"),
+        ("--eval-global-batch-size 3", "--eval-global-batch-size (3) must be divisible by --eval-micro-batch-size (2)"),
         ("--full-validation", "--full-validation: megatron-core 0.19 fails without --multiple-validation-sets"),
         ("--eval-iters 1 --split 999,1,0", "--split 999,1,0: gives validation none of the"),
         ("--split a,b,c", "--split a,b,c: expected up to three shares"),
@@ -118,7 +135,25 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
     ],
 )
 def test_flags(refused, flags: list[str], extra: str, message: str) -> None:
+    if "-data-path" in extra:
+        place = flags.index("--data-path")
+        del flags[place : place + 2]
     assert message in refused(*flags, *extra.split())
+
+
+def test_a_rank_that_never_comes(monkeypatch) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    args = Namespace(rank=0, world_size=2, distributed_timeout_minutes=0.02)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(UsageError, match="MASTER_PORT: not set, but WORLD_SIZE=2 is"):
+        meeting.on_rank_zero(args, lambda _: {})
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    with pytest.raises(JobError, match=f"rank 0 of 2: not all ranks came to localhost:{port} within"):
+        meeting.on_rank_zero(args, lambda _: {})
 
 
 def test_more_ranks_than_the_layout_needs(refused, flags: list[str]) -> None:

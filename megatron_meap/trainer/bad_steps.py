@@ -1,0 +1,75 @@
+"""Steps with a loss or gradients that are not finite (or that spike): how a run ends at one, and the way out."""
+
+import re
+import sys
+import time
+from argparse import Namespace
+from functools import partial
+from typing import NoReturn
+
+import torch
+from megatron.core.rerun_state_machine import (
+    EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
+    EXIT_CODE_RESUME_TO_DISAMBIGUATE,
+    get_rerun_state_machine,
+)
+from megatron.training import get_args
+
+from megatron_meap.errors import note_status
+
+TO_RESUME, REPEATS = EXIT_CODE_RESUME_TO_DISAMBIGUATE, EXIT_CODE_FAILED_ON_RESULT_VALIDATION
+STATUSES = (TO_RESUME, REPEATS)
+"""Megatron's exit statuses: 16 at the first time, 17 where the step was computed again or cannot be."""
+
+_MESSAGE = re.compile(r"Unexpected result .*message='(.*)'")
+
+
+def refuse(loss: torch.Tensor) -> None:
+    """Stop at a loss that is NaN or infinite, before it is reduced over ranks; report a spiky one, if asked."""
+    args = get_args()
+    machine = get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for name, rejected in (("NaN", torch.isnan), ("Inf", torch.isinf)):
+            machine.validate_result(
+                result=loss,
+                rejection_func=rejected,
+                message=f"found {name} in local forward loss calculation",
+                tolerance=0.0,  # the forward pass is deterministic
+                fatal=True,
+            )
+    if args.check_for_spiky_loss:
+        machine.validate_result(
+            result=loss,
+            rejection_func=partial(machine.is_unexpectedly_large, threshold=10, context="loss"),
+            message="Spiky loss",
+            tolerance=0.0,
+            fatal=False,
+        )
+
+
+def found_in(error: BaseException) -> str | None:
+    """What is wrong with such a step, in the error that Megatron raises with `--rerun-mode disabled`; else None."""
+    match = _MESSAGE.search(str(error)) if isinstance(error, RuntimeError) else None
+    return None if match is None else match[1]
+
+
+def end(args: Namespace, status: int, found: str | None = None) -> NoReturn:
+    """Say in one line which step it was and what can be done, and leave.
+
+    Args:
+        args: of the run.
+        status: one of `STATUSES`.
+        found: what is wrong with the step, where Megatron's own record does not tell.
+    """
+    call = getattr(get_rerun_state_machine(), "failed_validation_call", None)
+    found = found or (call and call.caller.message) or "a loss or gradient that cannot be, on another rank"
+    if args.rank != 0:
+        time.sleep(3)  # rank 0 speaks first, and torchrun then ends the others
+    step = args.curr_iteration + 1
+    skip = f"--iterations-to-skip {step} --rerun-mode disabled"
+    ways = f"nothing is saved (no --save); {skip} leaves its data out, or start anew with another --lr"
+    if args.save:
+        ways = f"--load {args.save} {skip} resumes without its data, or resume before it (--ckpt-step)"
+    print(f"error: step {step}: {found}; {ways}", file=sys.stderr, flush=True)
+    note_status(status)
+    sys.exit(status)

@@ -1,0 +1,51 @@
+"""The model that Megatron builds: its configuration, for training, planning and conversion alike."""
+
+import copy
+from argparse import Namespace
+from typing import Any
+
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.training import get_args
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+from megatron.training.arguments import core_transformer_config_from_args
+
+from megatron_meap.backend.hybrid import local_stack_spec
+from megatron_meap.backend.layers import local_block_spec
+from megatron_meap.errors import UsageError
+from megatron_meap.trainer import official
+from megatron_meap.trainer.refusals import explained
+
+
+def model_config(args: Namespace) -> Any:
+    """Configuration of the model that Megatron builds; the one place that knows its class."""
+    local = args.transformer_impl == "local" and args.spec is None
+    if args.hybrid_layer_pattern:
+        config = hybrid_config_from_args(args)
+        config.hybrid_stack_spec = local_stack_spec(config) if local else config.hybrid_stack_spec
+    else:
+        config = gpt_config_from_args(args)
+        config.transformer_layer_spec = local_block_spec if local else config.transformer_layer_spec
+        config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19 leaves this flag unused
+    official.initialise(config.transformer, args)
+    return config
+
+
+def check(args: Namespace) -> None:
+    """Refuse what Megatron's configuration of the model refuses.
+
+    Raises:
+        UsageError: one line that names flags.
+    """
+    if args.num_experts and args.moe_router_topk > args.num_experts:
+        raise UsageError(f"--moe-router-topk {args.moe_router_topk}: more than the {args.num_experts} of --num-experts")
+    with explained(args):
+        model_config(copy.copy(args))
+
+
+def embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """Ranks of a pipeline that hold word embeddings: the first; where they are tied the last; those with MTP layers."""
+    args = get_args()
+    ranks = {pp_ranks[0], *get_mtp_ranks(pp_ranks, core_transformer_config_from_args(args))}
+    if not args.untie_embeddings_and_output_weights:
+        ranks.add(pp_ranks[-1])
+    return sorted(ranks)

@@ -1,0 +1,94 @@
+"""What Megatron refuses, said in one line: its assertions are about flags, but speak of its own variables."""
+
+import contextlib
+import re
+import traceback
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import megatron.core
+
+from megatron_meap.errors import UsageError, one_line
+
+REFUSALS = (AssertionError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError)
+"""What Megatron raises where flags do not go together."""
+
+_OTHER_NAMES = {"num_moe_experts": "num_experts", "layernorm_epsilon": "norm_epsilon", "params_dtype": "bf16"}
+_ABOUT = {
+    "middle layers": "--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers, --num-layers",
+    "Number of decoder layers": "--pipeline-model-parallel-layout",
+    "moe_layer_pattern": "--moe-layer-freq",
+    "multi latent attention": "--multi-latent-attention, --group-query-attention",
+}
+"""Flags that the words of a refusal are about, where Megatron's names of variables do not tell."""
+
+_NAME = re.compile(r"(?<![-\w.])(?:(?:self|config|args)\.([a-z]\w*)|([a-z][a-z0-9]*(?:_[a-z0-9]+)+))(?![-\w(])")
+_MEGATRON = str(Path(megatron.core.__file__).parents[1])
+
+
+@contextlib.contextmanager
+def explained(args: Namespace) -> Iterator[None]:
+    """Run a check of Megatron's, or what it builds; say what it refuses in one line that names flags.
+
+    Raises:
+        UsageError: in the place of an error that Megatron raised.
+    """
+    try:
+        yield
+    except REFUSALS as error:
+        if not raised_by_megatron(error):
+            raise
+        raise refusal(error, args) from error
+
+
+def raised_by_megatron(error: BaseException) -> bool:
+    """Whether an error began in Megatron's code, or in PyTorch's called from there, and not in ours."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [place for place, name in enumerate(files) if f"{Path(__file__).parents[1]}/" in name]
+    return any(name.startswith(_MEGATRON) for name in files[ours[-1] + 1 if ours else 0 :])
+
+
+def refusal(error: BaseException, args: Namespace) -> UsageError:
+    """The one line."""
+    said = one_line(error, most=1000) if str(error).strip() else ""
+    if not said or isinstance(error, (TypeError, KeyError, AttributeError)):
+        said = _source_line(error) + (f" ({said})" if said else "")
+    about = "; ".join(flags for words, flags in _ABOUT.items() if words in said)
+    said = _with_flags(said, args)
+    if "--" not in said and not about:
+        about = ", ".join(_spelled_out(said, args))
+    return UsageError(f"Megatron refuses these flags: {said}{f' ({about})' if about else ''}")
+
+
+def _spelled_out(said: str, args: Namespace) -> list[str]:
+    """Flags whose names a message writes as words: `number of experts`."""
+    words = re.sub(r"[^a-z0-9]+", "_", said.lower().replace("number of", "num"))
+    names = [name for name in vars(args) if name.count("_") and f"_{name}_" in f"_{words}_"]
+    return [f"--{name.replace('_', '-')}" for name in names if not name.startswith("meap_")]
+
+
+def _source_line(error: BaseException) -> str:
+    """The failed assertion itself, for those that Megatron leaves without a message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].line or type(error).__name__
+
+
+def _with_flags(reason: str, args: Namespace) -> str:
+    """Megatron's variables as the flags that set them, with the values that they have."""
+    seen = set()
+
+    def flag(match: re.Match) -> str:
+        name = match[1] or match[2]
+        name = _OTHER_NAMES.get(name, name)
+        if not hasattr(args, name):
+            return match[0]
+        said = f"--{name.replace('_', '-')}"
+        value = getattr(args, name)
+        if name in seen or not isinstance(value, int | float | str):
+            return said
+        seen.add(name)
+        told = isinstance(value, bool) or re.match(rf"[ :=(]+{re.escape(str(value))}\b", reason[match.end() :])
+        return said if told else f"{said} {value}"
+
+    return _NAME.sub(flag, reason)

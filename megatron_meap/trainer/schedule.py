@@ -1,0 +1,104 @@
+"""The schedule of learning rate and weight decay: what Megatron's scheduler refuses, and whose counts on a resume."""
+
+import importlib.util
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_meap.errors import UsageError
+from megatron_meap.trainer.refusals import explained
+
+
+def check(args: Namespace) -> None:
+    """Refuse a run without a length, or with a schedule that Megatron's scheduler cannot have.
+
+    Args:
+        args: validated by Megatron; its global arguments too.
+    """
+    if not (args.train_iters or args.train_samples):
+        raise UsageError("--train-iters: missing; how many steps does the run take (or --train-samples)?")
+    if args.skip_train:
+        return
+    if args.optimizer not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
+        raise UsageError(f"--optimizer {args.optimizer}: needs the package emerging-optimizers, or use adam")
+    if args.lr is None:
+        raise UsageError("--lr: missing; the learning rate at its highest")
+    unit = "iters" if args.train_iters else "samples"
+    for smaller, larger in (("min_lr", "lr"), ("lr_warmup_init", "lr"), ("start_weight_decay", "end_weight_decay")):
+        if not 0 <= getattr(args, smaller) <= getattr(args, larger):
+            raise UsageError(
+                f"{_flag(smaller)} {getattr(args, smaller)}: must lie between 0 and {_flag(larger)} "
+                f"{getattr(args, larger)}"
+            )
+    _check_parts(args, unit)
+    with explained(args):
+        state_of(args)
+
+
+def _check_parts(args: Namespace, unit: str) -> None:
+    """Warm-up, decay and their sum."""
+    whole = getattr(args, f"lr_decay_{unit}")
+    whole = getattr(args, f"train_{unit}") if whole is None else whole
+    if whole <= 0:
+        raise UsageError(f"--lr-decay-{unit} {whole}: must be above 0")
+    fraction, warmup = args.lr_warmup_fraction, getattr(args, f"lr_warmup_{unit}")
+    if fraction is not None and not 0 <= fraction < 1:
+        raise UsageError(f"--lr-warmup-fraction {fraction}: must be at least 0 and below 1, the whole schedule")
+    if warmup and warmup >= whole:
+        raise UsageError(
+            f"--lr-warmup-{unit} {warmup}: must be less than the {whole} {unit} of the schedule "
+            f"(--lr-decay-{unit}, else --train-{unit})"
+        )
+    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+        raise UsageError(f"--lr-wsd-decay-{unit}: missing; --lr-decay-style WSD ends with a decay over so many {unit}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def state_of(args: Namespace) -> dict[str, Any]:
+    """The scheduler's state before the first step, as Megatron's own would save it.
+
+    Args:
+        args: Megatron's global arguments, which are left as they are.
+    """
+    from megatron.training.training import get_optimizer_param_scheduler
+
+    before = dict(vars(args))
+    try:  # it completes them
+        return get_optimizer_param_scheduler(SimpleNamespace(param_groups=[])).state_dict()
+    finally:
+        vars(args).clear()
+        vars(args).update(before)
+
+
+def compare(path: Path, state: dict[str, Any], args: Namespace) -> list[str]:
+    """Refuse another schedule than the checkpoint's, unless a flag says whose counts; then say it.
+
+    Args:
+        path: of the checkpoint.
+        state: its common state.
+        args: of this run.
+    """
+    there = state.get("opt_param_scheduler")
+    if there is None or args.no_load_optim:
+        return []
+    here = state_of(args)
+    changed = [
+        f"{name} {there[name]} there, {here[name]} here"
+        for name in here
+        if name != "num_steps" and name in there and there[name] != here[name]
+    ]
+    if not changed:
+        return []
+    said = f"{path} has another schedule: {'; '.join(changed)}"
+    if args.override_opt_param_scheduler:
+        return [f"{said}; this run's is taken"]
+    if args.use_checkpoint_opt_param_scheduler:
+        return [f"{said}; the checkpoint's is taken"]
+    raise UsageError(
+        f"--load: {said}; add --override-opt_param-scheduler to take this run's (--lr, --min-lr, --lr-decay-*, "
+        "--lr-warmup-*, --weight-decay, --train-iters), or --use-checkpoint-opt_param-scheduler to keep the other"
+    )

@@ -1,0 +1,103 @@
+"""What the dry run says of a command line, and what the training does: `agreement.py CASES.json [RESULTS.json]`.
+
+Python and Megatron are loaded once; every dry run and every rank of a training is a fork of this process, so that each
+has the end, and the exit status, that it has on the command line. Prints the results as JSON.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_meap.backend import device
+
+device.prepare()
+
+from megatron_meap import errors, pretrain  # noqa: E402
+from megatron_meap.inspection import dry_run  # noqa: E402, F401
+from megatron_meap.trainer import run  # noqa: E402, F401
+
+PATIENCE_S = 60.0
+
+
+def main() -> None:
+    """Judge all cases: `{name: {"flags": [...], "world": 1}}`."""
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    results = {}
+    for name, case in cases.items():
+        results[name] = judge(case["flags"], case.get("world", 1))
+        if len(sys.argv) > 2:
+            Path(sys.argv[2]).write_text(json.dumps(results))
+    print("\nresults: " + json.dumps(results))
+
+
+def judge(flags: list[str], world: int = 1, environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """The verdict of the dry run, and of the training: `[exit status, output]` each."""
+    more = environment or {}
+    dry = launch([*flags, "--dry-run"], 1, {"WORLD_SIZE": str(world), **more})
+    return {"dry": dry, "run": launch(flags, world, {"WORLD_SIZE": str(world), **more})}
+
+
+def launch(flags: list[str], ranks: int, environment: dict[str, str]) -> tuple[int, str]:
+    """Fork the ranks; the status of the first that failed, else 0, and what all of them said."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} | environment
+    with tempfile.TemporaryFile("w+") as output:
+        children = {
+            _fork(flags, {"RANK": str(rank), "LOCAL_RANK": str(rank)} | common, output.fileno())
+            for rank in range(ranks)
+        }
+        status, deadline = 0, time.monotonic() + PATIENCE_S
+        while children:
+            child, ended = os.waitpid(-1, os.WNOHANG)
+            children.discard(child)
+            if child and ended and not status:
+                status, deadline = os.waitstatus_to_exitcode(ended), time.monotonic() + 4.0
+            if not child:
+                time.sleep(0.02)
+            if time.monotonic() > deadline:
+                status = status or -signal.SIGALRM
+                for each in children:
+                    os.kill(each, signal.SIGKILL)
+                deadline += PATIENCE_S
+        output.seek(0)
+        return status, output.read()
+
+
+def _fork(flags: list[str], environment: dict[str, str], output: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        for name, number in (("stdout", 1), ("stderr", 2)):
+            setattr(sys, name, open(number, "w", buffering=1, closefd=False))  # noqa: SIM115  # open until the end
+        for handler in logging.root.handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stderr)
+        os.environ |= environment
+        sys.argv = ["pretrain_gpt_meap.py", *flags]
+        errors.run(pretrain.main)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
