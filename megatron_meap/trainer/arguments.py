@@ -270,15 +270,15 @@ def _refuse_what_this_device_cannot(args: Namespace) -> None:
 
         for flag, reason in unsupported(args):
             raise UsageError(f"{flag}: cannot work on a CPU: {reason}; drop it, or train on a GPU")
-    if args.mtp_num_layers and args.dataloader_inter_document_masking and args.transformer_impl == "local":
-        raise UsageError(
-            f"--mtp-num-layers {args.mtp_num_layers}: its local layers cannot keep documents apart (--meap-sft, "
-            "--dataloader-inter-document-masking); needs Transformer Engine"
-        )
     if args.context_parallel_size > 1 and args.transformer_impl == "local":
         raise UsageError(
             f"--context-parallel-size {args.context_parallel_size}: needs Transformer Engine, whose attention reaches "
             "beyond a rank's part of the sequence; install it (docs/cluster.md), or use tensor parallelism"
+        )
+    if args.transformer_impl == "local" and args.mtp_num_layers and args.dataloader_inter_document_masking:
+        raise UsageError(
+            f"--mtp-num-layers {args.mtp_num_layers}: its local layers cannot keep documents apart (--meap-sft, "
+            "--dataloader-inter-document-masking); needs Transformer Engine"
         )
 
 

@@ -25,8 +25,6 @@ def check(args: Namespace) -> None:
         return
     if importlib.util.find_spec("wandb") is None:
         raise UsageError("--wandb-project: needs the package wandb (pip install wandb), or drop the flag")
-    if not args.wandb_exp_name:
-        raise UsageError("--wandb-project: needs --wandb-exp-name, the name of the run")
     if not (args.wandb_save_dir or args.save):
         raise UsageError("--wandb-project: needs a directory for its files, --wandb-save-dir or --save")
 
@@ -47,7 +45,7 @@ def begin(args: Namespace) -> None:
 
     try:
         global_vars._set_wandb_writer(args)
-    except wandb.Error as error:
+    except (wandb.Error, ValueError) as error:  # the latter is Megatron's, without --wandb-exp-name
         raise UsageError(f"--wandb-project: {one_line(error)}; WANDB_MODE=offline keeps the run here") from error
 
 

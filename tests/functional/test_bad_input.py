@@ -87,7 +87,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--train-data-path somewhere", "--split 90,10,0: contradicts data that is named for each split"),
         ("--data-path s3://bucket/data", "s3://bucket/data: data in an object storage needs --data-cache-path"),
         ("--tensorboard-dir /dev/null/logs", "--tensorboard-dir /dev/null/logs: cannot be written (/dev/null"),
-        ("--wandb-project p", "--wandb-project: needs --wandb-exp-name"),
+        ("--wandb-project p", "--wandb-project: needs a directory for its files"),
         ("--eval-global-batch-size 3", "--eval-global-batch-size (3) must be divisible by --eval-micro-batch-size (2)"),
         ("--full-validation", "--full-validation: megatron-core 0.19 fails without --multiple-validation-sets"),
         ("--eval-iters 1 --split 999,1,0", "--split 999,1,0: gives validation none of the"),
