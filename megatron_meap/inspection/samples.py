@@ -54,7 +54,8 @@ def token_texts(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
     names = {special_id(tokenizer, name): f"<{name}>" for name in ("pad", "bos", "eod")}
     library = getattr(tokenizer, "_tokenizer", tokenizer)
     backend = getattr(getattr(library, "tokenizer", None), "backend_tokenizer", None)
-    if backend is not None and b'"ByteLevel"' in backend.decoder.__getstate__():
+    decoder = getattr(backend, "decoder", None)
+    if decoder is not None and b'"ByteLevel"' in decoder.__getstate__():
         bytes_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
     else:
         bytes_of = {}

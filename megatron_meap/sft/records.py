@@ -14,10 +14,13 @@ False for an answer that is not to be trained on."""
 
 _ROLES = {
     "system": "system",
+    "developer": "system",  # OpenAI's newer name of it
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
     "tool": "tool",
     "observation": "tool",
     "function_call": "assistant",
@@ -117,9 +120,9 @@ def _message(entry: Any, role_key: str, content_key: str) -> Message:
     if not isinstance(entry, dict):
         raise BadConversation(f"is {_kind(entry)}, not an object")
     said = _text(entry, role_key)
-    if said not in _ROLES:
+    if said.lower() not in _ROLES:
         raise BadConversation(f"has the unknown {role_key} {said!r}; known are {', '.join(_ROLES)}")
-    role = _ROLES[said]
+    role = _ROLES[said.lower()]
     _refuse(entry, _REFUSED_IN_MESSAGE)
     calls = _calls(entry, said, content_key)
     if calls and role != "assistant":

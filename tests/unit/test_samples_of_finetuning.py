@@ -18,7 +18,10 @@ class Letters:
     """A tokenizer of Megatron's whose tokens are letters."""
 
     vocab_size, eod, bos, pad = 100, END, -1, 0
-    library = SimpleNamespace(ids_to_tokens=lambda ids: [chr(ord("A") + ids[0] - 10)])
+    library = SimpleNamespace(
+        ids_to_tokens=lambda ids: [chr(ord("A") + ids[0] - 10)],
+        tokenizer=SimpleNamespace(backend_tokenizer=SimpleNamespace(decoder=None)),  # as a tokenizer may be
+    )
     _tokenizer = library
 
 

@@ -35,6 +35,10 @@ GOOD = {
     ),
     "conversations with role and content": ({"conversations": [USER, ASSISTANT]}, [USER, ASSISTANT]),
     "a greeting": ({"messages": [SYSTEM, ASSISTANT, USER, ASSISTANT]}, [SYSTEM, ASSISTANT, USER, ASSISTANT]),
+    "other names of the roles": (
+        {"messages": [SYSTEM | {"role": "developer"}, USER | {"role": "User"}, ASSISTANT | {"role": "model"}]},
+        [SYSTEM, USER, ASSISTANT],
+    ),
     "parts of text": (
         {"messages": [USER | {"content": [{"type": "text", "text": "q"}]}, ASSISTANT]},
         [USER, ASSISTANT],
