@@ -86,8 +86,9 @@ def _open(spec: str, cache: Path, tokenizer: str | None) -> list[Model]:
 
 def _default_name(path: Path) -> str:
     """The last part of a path that says something."""
-    parts = [part for part in path.resolve().parts if part not in ("checkpoints", "checkpoint", "hf")]
-    return parts[-1]
+    says_nothing = ("checkpoints", "checkpoint", "hf", "..", "/")
+    parts = [part for part in path.parts if part not in says_nothing]
+    return parts[-1] if parts else path.resolve().name
 
 
 def _export(path: Path, iteration: int | None, name: str, cache: Path, tokenizer: str | None) -> Model:

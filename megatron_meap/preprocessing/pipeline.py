@@ -77,6 +77,8 @@ def preprocess(job: Job, tokenizer_args: Any) -> list[dict[str, Any]]:
     workers = job.workers or min(available_cores(), DEFAULT_WORKERS)
     dtype = token_dtype(reference.vocab_size)
     print(f"encoder: {note}", f"workers: {workers}", sep="\n", file=sys.stderr, flush=True)
+    if reference.eod is not None and reference.eod not in after:
+        print("note: nothing ends a document; for pretraining add --append-eod", file=sys.stderr, flush=True)
     files.describe(found.left_out())
     work = BlockEncoder(reference, encoder, job.options, prefix=before, suffix=after, dtype=dtype, workers=workers)
     facts = _facts(job, tokenizer_args, reference, before, after)

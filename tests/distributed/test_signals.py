@@ -158,6 +158,10 @@ def test_the_job_saves_and_ends(flags: list[str], tmp_path: Path, processes: int
     assert latest.damage(latest.directory(run, int(saved))) is None
     line = f"stopped by {name} after iteration {saved}: checkpoint in {run}; the same command resumes"
     assert own[-1] == line
+    if not piped:
+        assert (
+            next(number for number, text in enumerate(shown) if parse(text).steps) <= 40
+        )  # lines before the first step
     if not piped or way in ("Ctrl-C", "closed pipe"):  # else the reader has it
         assert shown[-1] == line
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_meap.evaluation.models import Model
+from megatron_meap.evaluation.models import Model, parse
 from megatron_meap.evaluation.reporting import statistics
 from megatron_meap.evaluation.reporting.results import ModelResults, compare, headline, is_share
 from megatron_meap.evaluation.reporting.statistics import Estimate, adjusted, difference, estimate
 from megatron_meap.evaluation.run import add_tasks, load_tasks
 from megatron_meap.evaluation.suites import Plan
-from megatron_meap.evaluation.tasks.scoring import Cell, best_subspan_em, cell_name, contains
+from megatron_meap.evaluation.tasks.scoring import Cell, best_subspan_em, cell_name, contains, ranked
 from tests.fake_models import RuleModel, look_up, nothing
 
 GENERATED = ["meap_needle", "meap_kv", "meap_kinship"]
@@ -54,6 +54,32 @@ def test_an_oracle_scores_everything_and_ignorance_scores_chance(tasks: dict) ->
     found = compare([ignorant, oracle])
     assert all(one.adjusted_p < 0.001 and one.found.mean > 0.5 for one in found.values())
     assert oracle.estimate("meap_needle_logprob", "logprob").mean == -0.5
+
+
+def test_a_short_value_is_not_likelier_for_being_short(tasks: dict) -> None:
+    """A model that finds all tokens equally likely is right by chance, however many tokens the right value has."""
+    for short in (2, 5):
+        doc = {"gold": 1, "choice_tokens": [4, short, 4], "cell": {}}
+        assert ranked(doc, [(-4.0, False), (-0.9 * short, False), (-4.0, False)])["acc"] == 1.0
+        assert ranked(doc, [(-4.0, False), (-1.1 * short, False), (-4.0, False)])["acc"] == 0.0
+    for doc in tasks["meap_kv_logprob"].test_docs():
+        assert doc["choice_tokens"] == [len(each) for each in doc["choices"]]  # its tokens are characters
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/ntp/checkpoints", "ntp"),
+        ("checkpoints", "checkpoints"),
+        ("../checkpoints", "checkpoints"),
+        ("out/hf", "out"),
+        (".", "project"),
+    ],
+)
+def test_a_model_is_called_by_what_was_typed(path: str, name: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    assert parse(path) == (name, Path(path), None)
 
 
 def test_a_planted_position_bias_shows_at_its_positions(tasks: dict) -> None:

@@ -148,3 +148,13 @@ def test_progress_lines_every_so_many_documents(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in lines] == ["120", "230"]
     assert "ETA" not in lines[0]  # the size is not known
+
+
+def test_documents_that_nothing_ends_are_said(tool):
+    make_tokenizer(Path())
+    Path("a.txt").write_text("1 2")
+    flags = "--input a.txt --output-prefix x --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model"
+    for more in ("", " --append-eod --overwrite"):
+        status, _, error = tool("preprocess_data", flags + more)
+        assert status == 0
+        assert ("add --append-eod" in error) == (not more)

@@ -14,7 +14,7 @@ from jinja2 import Environment
 from megatron_meap import __version__
 from megatron_meap.evaluation.reporting.results import Comparison, ModelResults, compare, headline, is_share
 from megatron_meap.evaluation.suites import Plan
-from megatron_meap.evaluation.tasks.scoring import cell_name
+from megatron_meap.evaluation.tasks.scoring import cell_name, likeliest
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 SHOWN_SAMPLES = 3
@@ -117,7 +117,7 @@ def _said(record: dict[str, Any]) -> str:
     if isinstance(answers[0], str):
         return answers[0].strip() or "(nothing)"
     likelihoods = [float(one[0]) for one in answers]
-    best = max(range(len(answers)), key=likelihoods.__getitem__)
+    best = likeliest(record["doc"], likelihoods)
     return f"{record['arguments'][best][1].strip()} ({likelihoods[best]:.2f} nats)"
 
 

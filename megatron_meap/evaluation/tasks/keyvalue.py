@@ -28,8 +28,8 @@ def samples(options: Options) -> list[dict[str, Any]]:
     """`options.samples` objects, each asked for its pair at every position.
 
     Returns:
-        Rows with `prompt`, `answer`, `choices`, `gold`, `pairs` (their number), `position` (the gold pair's index from
-        0), `tokens` (of the prompt and the room for the answer), `cell` and `meap_group` (the object).
+        Rows with `prompt`, `answer`, `choices`, `choice_tokens`, `gold`, `pairs` (their number), `position` (the gold
+        pair's index from 0), `tokens` (of the prompt and the room for the answer), `cell`, `meap_group` (the object).
 
     Raises:
         UsageError: a context length that holds no two pairs, or a file of another format.
@@ -138,6 +138,7 @@ def _sample(options: Options, pairs: Pairs, gold: int, position: int, generator:
         "prompt": text,
         "answer": answer,
         "choices": choices,
+        "choice_tokens": options.count.each(choices),
         "gold": values.index(answer),
         "pairs": len(pairs),
         "position": position,

@@ -27,7 +27,7 @@ def ranked(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, 
     """Whether the right choice is the likeliest, and how likely the answer is.
 
     Args:
-        doc: `gold` is the index of the right choice.
+        doc: `gold` is the index of the right choice; see `likeliest`.
         results: log-likelihood of each choice (nats) and whether greedy decoding would write it.
 
     Returns:
@@ -35,11 +35,20 @@ def ranked(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, 
     """
     likelihoods = [likelihood for likelihood, _ in results]
     gold = doc["gold"]
-    best = max(range(len(likelihoods)), key=likelihoods.__getitem__)
+    best = likeliest(doc, likelihoods)
     return _with_cell(
         doc,
         {"acc": float(best == gold), "logprob": likelihoods[gold], "greedy": float(results[gold][1])},
     )
+
+
+def likeliest(doc: dict[str, Any], likelihoods: list[float]) -> int:
+    """Index of the likeliest choice: per token where the sample has `choice_tokens`, the length of each.
+
+    In sum the choices with fewer tokens would be likelier, whatever the prompt says.
+    """
+    lengths = doc.get("choice_tokens", [1] * len(likelihoods))
+    return max(range(len(likelihoods)), key=lambda choice: likelihoods[choice] / lengths[choice])
 
 
 def subspan(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
