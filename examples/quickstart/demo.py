@@ -106,11 +106,11 @@ def show_progress(training: subprocess.Popen, log: Path, start: int, history: Hi
 
 
 def generate(folder: Path) -> None:
-    """A short continuation of a prompt."""
-    title("a sample")
+    """Two short continuations of words that begin many docstrings of the corpus."""
+    title("two samples")
     tool(
-        "generate", "--load", folder / "checkpoints", "--prompt", "def main():", "--max-new-tokens", 60,
-        "--temperature", 0.7, "--seed", 1,
+        "generate", "--load", folder / "checkpoints", "--prompt", "Returns the", "--max-new-tokens", 60,
+        "--temperature", 0.3, "--top-k", 20, "--num-samples", 2, "--seed", 1,
     )  # fmt: skip
 
 
