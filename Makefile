@@ -18,6 +18,8 @@ TORCH ?= torch==2.13.0
 	or pyenv install 3.12) or name it: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" --editable ".[dev]"
+	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --target .venv/te-python \
+		transformer_engine==2.20.2 || echo "without Transformer Engine's Python: tests/te_stub will be skipped"
 	@touch $@
 
 demo: .venv/installed

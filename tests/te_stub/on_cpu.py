@@ -1,11 +1,9 @@
 """Transformer Engine's own Python on a CPU: its compiled extension is `transformer_engine_torch.py` of this folder.
 
 The Python is the wheel `transformer_engine` of PyPI (1.2 MB). It belongs beside the environment's packages, not among
-them, where it would look like a Transformer Engine that works:
+them, where it would look like a Transformer Engine that works; `make` puts it there:
 
     pip install --no-deps --target .venv/te-python transformer_engine==2.20.2
-
-No test uses this yet; `run_many.py` of this folder launches runs over it by hand.
 """
 
 import importlib.abc

@@ -257,6 +257,24 @@ def _parts(borders: Tensor) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise(ends) if end > start]
 
 
+@counted
+def convert_thd_to_bshd(tensor: Tensor, borders: Tensor, batch: int, longest: int) -> Tensor:
+    """Packed sequences, each in a row of its own with zeros after it."""
+    rows = tensor.new_zeros(batch, longest, *tensor.shape[1:])
+    for row, part in zip(rows, _parts(borders), strict=True):
+        row[: part.stop - part.start] = tensor[part]
+    return rows
+
+
+@counted
+def convert_bshd_to_thd(tensor: Tensor, borders: Tensor, tokens: int) -> Tensor:
+    """Rows of sequences, packed."""
+    packed = tensor.new_zeros(tokens, *tensor.shape[2:])
+    for row, part in zip(tensor, _parts(borders), strict=True):
+        packed[part] = row[: part.stop - part.start]
+    return packed
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Any, bottom_right: bool) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp [b, n, s, 1]."""
     scores = _scores(q, k, scale, mask, bottom_right)
