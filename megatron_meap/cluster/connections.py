@@ -30,14 +30,21 @@ class ConnectionSettings(Settings):
             raise UsageError(f"--meap-lost-host-seconds {self.lost_host_seconds}: must be at least 1")
 
 
-def watch(seconds: int) -> None:
+def watch(seconds: int, backend: str) -> None:
     """Let the kernel watch this process's TCP connections: a peer that cannot be reached is an error after `seconds`.
 
     gloo and PyTorch's store set no such limit: the kernel repeats what was sent to a host that is cut off for a quarter
     of an hour, and what should come from there is waited for until `--distributed-timeout-minutes`, which has to be
     longer than whatever one rank does while the others wait. The peer's kernel answers, not its Python: a rank that
-    computes for an hour is alive.
+    computes for an hour is alive. But one that does not read while much is sent to it is cut off, too; NCCL, which has
+    limits of its own, and may use TCP, is left alone.
+
+    Args:
+        seconds: how long a peer may be unreachable.
+        backend: of PyTorch's process groups.
     """
+    if backend != "gloo":
+        return
     limits = {
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
         (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE): max(1, seconds // 4),

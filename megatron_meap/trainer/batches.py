@@ -69,7 +69,8 @@ def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None
                 flush=True,
             )
         test = None
-    connections.watch(args.meap_lost_host_seconds)  # the trainer has made all its connections by now
+    # The trainer has made all its connections by now.
+    connections.watch(args.meap_lost_host_seconds, args.distributed_backend)
     return train, valid, test
 
 
