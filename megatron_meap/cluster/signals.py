@@ -16,7 +16,7 @@ EXIT_STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # A Ctrl-C reaches the ranks from the terminal and once more from torchrun, and so may a signal that Slurm passes on; on
 # a busy machine torchrun takes its time.
-_SAME_REQUEST_S = 5.0
+_SAME_REQUEST_S = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -24,7 +24,7 @@ class StopRequest:
     """Takes the place of Megatron's signal handler, which knows one signal; its trainer asks it after every step.
 
     The first SIGTERM, SIGUSR1, SIGINT or SIGHUP (a closed terminal) asks for a checkpoint and an orderly end; a second
-    one, later than five seconds after it, ends the process at once with status 128 + signal.
+    one, later than ten seconds after it, ends the process at once with status 128 + signal.
     """
 
     def __init__(self) -> None:

@@ -174,7 +174,7 @@ def test_a_second_signal_ends_it_at_once(flags: list[str], tmp_path: Path) -> No
         first, second = job.ranks()
         os.kill(second, signal.SIGSTOP)  # it answers no more: the first waits for it
         os.kill(first, signal.SIGTERM)
-        time.sleep(5.5)
+        time.sleep(10.5)
         assert not ended([first], 0)
         os.kill(first, signal.SIGTERM)
         assert ended([first], 10)
