@@ -5,13 +5,13 @@ import pydoc_data.topics
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 from megatron_meap.backend import device
 
-with mock.patch.dict(os.environ, MEAP_DEVICE="cpu"):  # on a machine with a GPU, too; tests/gpu starts processes
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("MEAP_DEVICE", "cpu")  # on a machine with a GPU, too; tests/gpu starts processes
     device.prepare()  # once, before any test imports Megatron
 # A shell starts background jobs with SIGINT ignored, and every process of a test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
