@@ -198,8 +198,8 @@ def after_each_save(follow_up: Callable[[], object]) -> None:
     replace(training, "save_checkpoint", lambda _: save_and_follow_up)
 
 
-def after_each_step(follow_up: Callable[[Any, Any, int], None]) -> None:
-    """Call `follow_up(model chunks, optimizer, iteration)` on every rank after each training step.
+def after_each_step(*follow_ups: Callable[[Any, Any, int], None]) -> None:
+    """Call each `follow_up(model chunks, optimizer, iteration)` on every rank after each training step.
 
     Megatron has no hook there. It comes after the step's log and evaluation, and before its checkpoint. (The hook
     `non_loss_data_func` of `pretrain` is called within evaluations alone: at their interval, with validation data, once
@@ -211,7 +211,8 @@ def after_each_step(follow_up: Callable[[Any, Any, int], None]) -> None:
 
     def call_back_and_follow_up(model: Any, optimizer: Any, scheduler: Any, iteration: int, *args: Any) -> Any:
         result = callbacks(model, optimizer, scheduler, iteration, *args)
-        follow_up(model, optimizer, iteration)
+        for follow_up in follow_ups:
+            follow_up(model, optimizer, iteration)
         return result
 
     replace(training, "post_training_step_callbacks", lambda _: call_back_and_follow_up)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_meap.errors import UsageError
 from megatron_meap.flags import Settings, flag
+from megatron_meap.trainer.after_step import publish, whole_parameters
 from megatron_meap.trainer.probe_task import CHANCE, FEWEST_TOKENS, PROBE, QUARTERS, SHORTEST, Probe, build, score
 
 BEARABLE = 0.01
@@ -99,28 +100,18 @@ class RetrievalProbe:
         """Sums over all questions, [QUARTERS, 3]: log-probability, hits, questions; None off the last stage."""
         from megatron.core import mpu
         from megatron.core.utils import get_model_config
-        from megatron.training.training import (
-            disable_forward_pre_hook,
-            enable_forward_pre_hook,
-            should_disable_forward_pre_hook,
-        )
 
-        hooked = should_disable_forward_pre_hook(self.args) and bool(model[0].remove_forward_pre_hook_handles)
-        if hooked:
-            disable_forward_pre_hook(model, optimizer=optimizer)
         config = get_model_config(model[0])
         timers, config.timers = config.timers, None
         for chunk in model:
             chunk.eval()
         try:
-            with torch.no_grad():
+            with whole_parameters(self.args, model, optimizer), torch.no_grad():
                 parts = self._forward_all(model, config)
         finally:
             for chunk in model:
                 chunk.train()
             config.timers = timers
-            if hooked:
-                enable_forward_pre_hook(model)
         if not mpu.is_pipeline_last_stage(ignore_virtual=True):
             return None
         totals = torch.stack(parts).sum(dim=0)
@@ -206,17 +197,12 @@ class RetrievalProbe:
         return sums.index_add_(0, batch["quarter"][sample, question], each)
 
     def _report(self, iteration: int, totals: list[list[float]], cost: float | None, steps: int) -> None:
-        """One line in the log, from the last rank, which also writes to TensorBoard and W&B."""
-        from megatron.training import get_tensorboard_writer, get_wandb_writer
-        from megatron.training.utils import is_last_rank
-
-        if not is_last_rank():
-            return
+        """One line in the log, and the values to TensorBoard and W&B."""
         likelihood, hits, asked = (sum(column) for column in zip(*totals, strict=True))
         values = {"answer log-probability": likelihood / asked, "accuracy": hits / asked}
         quarters = " ".join(f"{100 * hits / asked:.1f}" for _, hits, asked in totals)
         line = (
-            f" {PROBE} at iteration {iteration} | answer log-probability: {values['answer log-probability']:.6E} | "
+            f"answer log-probability: {values['answer log-probability']:.6E} | "
             f"accuracy: {100 * values['accuracy']:.2f} % (chance {100 * CHANCE:.2f} %) | "
             f"by quarter of the context: {quarters} % |"
         )
@@ -226,10 +212,4 @@ class RetrievalProbe:
             if cost > BEARABLE:
                 advised = math.ceil(steps * cost / BEARABLE)
                 line += f", above {100 * BEARABLE:.0f} %: advised is --meap-probe-interval {advised} or more"
-        print(line, flush=True)
-        writer, wandb = get_tensorboard_writer(), get_wandb_writer()
-        for name, value in values.items():
-            if writer:
-                writer.add_scalar(f"{PROBE}/{name}", value, iteration)
-            if wandb:
-                wandb.log({f"{PROBE}/{name}": value}, iteration)
+        publish(PROBE, line, values, iteration)

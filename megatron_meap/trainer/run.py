@@ -33,7 +33,7 @@ from megatron_meap.files import is_disk_full
 from megatron_meap.meap.dataset import COPY, NOISED
 from megatron_meap.meap.losses import next_token_loss
 from megatron_meap.tokenization.mask_token import special_token_ids
-from megatron_meap.trainer import bad_steps, carried, data_use, preflight, refusals, wandb_run
+from megatron_meap.trainer import bad_steps, carried, data_use, embedding_norm, preflight, refusals, wandb_run
 from megatron_meap.trainer.arguments import parse_arguments
 from megatron_meap.trainer.batches import datasets_provider, get_batch
 from megatron_meap.trainer.model import embedding_ranks, model_config
@@ -75,8 +75,7 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
         megatron_patches.after_each_save(
             partial(latest.prune, Path(args.save), args.meap_keep_last, args.meap_keep_every)
         )
-    if args.meap_probe_interval is not None:
-        megatron_patches.after_each_step(RetrievalProbe(args, special_token_ids(get_tokenizer())).after_step)
+    megatron_patches.after_each_step(*_watchers(args))
     if args.rank == 0:
         _announce(args)
         for line in remarks(args):
@@ -92,6 +91,14 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
             output.say(_how_it_stopped(args, cause))
         note_status(EXIT_STOPPED)
         sys.exit(EXIT_STOPPED)
+
+
+def _watchers(args: Namespace) -> Iterator[Callable[[Any, Any, int], None]]:
+    """What looks at the model between the steps of this run."""
+    if args.meap_probe_interval is not None:
+        yield RetrievalProbe(args, special_token_ids(get_tokenizer())).after_step
+    if embedding_norm.has_mask_token(args):
+        yield embedding_norm.EmbeddingNorm(args).after_step
 
 
 def _heading(args: Namespace) -> str:

@@ -1,8 +1,10 @@
 """The same training whatever the layout: real launches on CPU under gloo, all from the same initial weights."""
 
 import itertools
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_meap.trainer.output import LOG
@@ -66,6 +68,23 @@ def test_layout_follows_one_process(runs: dict[str, Run], name: str, value: str)
     assert runs[name].losses(value) == pytest.approx(one, abs=1e-3 if value == "grad norm" else TOLERANCE)
 
 
+def embedding_norms(run: Run) -> list[tuple[float, float]]:
+    """Norm of the mask token's embedding and mean norm of the others, by step."""
+    lines = re.findall(
+        r"embedding norm at iteration \d+ \| mask token: (\S+) \| mean of the others: (\S+) \|", run.output
+    )
+    return [(float(mask), float(others)) for mask, others in lines]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_norms_of_the_embeddings_are_those_of_one_process(runs: dict[str, Run], name: str) -> None:
+    """Its row is on one rank of a vocabulary that is split, and the log on the last pipeline stage."""
+    one = np.array(embedding_norms(runs["one"]))
+    assert one.shape == (20, 2)
+    assert np.ptp(one[:, 0]) > 10 * TOLERANCE  # it is learned
+    np.testing.assert_allclose(embedding_norms(runs[name]), one, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["one", *LAYOUTS])
 def test_resume_gives_the_same_digits(runs: dict[str, Run], name: str) -> None:
     """A run resumed at step 10 logs for steps 11 to 20 what the uninterrupted one logged."""
@@ -90,6 +109,7 @@ def test_tensorboard_gets_the_losses(runs: dict[str, Run], folder: Path) -> None
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = event_accumulator.EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
+    assert len(events.Scalars("embedding norm/mask token")) == 20
     for name in ("lm loss", "lm loss masked inputs", "lm loss clean inputs"):
         written = {event.step: event.value for event in events.Scalars(name)}
         del written[2]  # the log's second line is the mean of the first two steps, TensorBoard's value is not

@@ -1,0 +1,41 @@
+"""What is looked at between two training steps: the parameters as they are then, and where the numbers go."""
+
+import contextlib
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def whole_parameters(args: Namespace, model: list[Any], optimizer: Any) -> Iterator[None]:
+    """All parameters as the last step left them, on all ranks: with `--overlap-param-gather` some are still to come."""
+    from megatron.training.training import (
+        disable_forward_pre_hook,
+        enable_forward_pre_hook,
+        should_disable_forward_pre_hook,
+    )
+
+    hooked = should_disable_forward_pre_hook(args) and bool(model[0].remove_forward_pre_hook_handles)
+    if hooked:
+        disable_forward_pre_hook(model, optimizer=optimizer)
+    try:
+        yield
+    finally:
+        if hooked:
+            enable_forward_pre_hook(model)
+
+
+def publish(name: str, line: str, values: dict[str, float], iteration: int) -> None:
+    """Write a line to the log, and values to TensorBoard and W&B as `name/...`, all from the last rank."""
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+    from megatron.training.utils import is_last_rank
+
+    if not is_last_rank():
+        return
+    print(f" {name} at iteration {iteration} | {line}", flush=True)
+    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
+    for key, value in values.items():
+        if writer:
+            writer.add_scalar(f"{name}/{key}", value, iteration)
+        if wandb:
+            wandb.log({f"{name}/{key}": value}, iteration)

@@ -1,0 +1,63 @@
+"""The norm of the mask token's embedding beside that of the others: is it learned, does it stand apart?"""
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_meap.trainer.after_step import publish, whole_parameters
+
+EMBEDDING_NORM = "embedding norm"
+"""Its name in the log, TensorBoard and W&B."""
+
+
+def has_mask_token(args: Namespace) -> bool:
+    """Whether some inputs of the run become the mask token."""
+    return args.meap_mask_ratio > 0 and args.meap_random_share + args.meap_kept_share < 1
+
+
+def sums(weight: Tensor, first: int, vocab_size: int, mask_id: int) -> Tensor:
+    """Of a part of the vocabulary: the mask token's norm, the sum of the others' norms, their number; float64 [3].
+
+    Args:
+        weight: [rows, h], the embeddings of the tokens from `first` on; rows from `vocab_size` on are padding.
+        first: the token of the first row.
+        vocab_size: tokens of the whole vocabulary.
+        mask_id: the mask token.
+    """
+    rows = weight.detach()[: max(0, vocab_size - first)]
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double()
+    mask = torch.arange(first, first + len(rows), device=rows.device) == mask_id
+    return torch.stack([norms[mask].sum(), norms[~mask].sum(), (~mask).sum().double()])
+
+
+class EmbeddingNorm:
+    """Reports both norms whenever the trainer logs, on all ranks."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+
+    def after_step(self, model: list[Any], optimizer: Any, iteration: int) -> None:
+        """Called by the trainer after every step; as `RetrievalProbe.after_step`."""
+        if iteration % self.args.log_interval:
+            return
+        with whole_parameters(self.args, model, optimizer):
+            mask, others, count = self._reduced(model).tolist()
+        values = {"mask token": mask, "mean of the others": others / count}
+        line = " | ".join(f"{name}: {value:.6E}" for name, value in values.items())
+        publish(EMBEDDING_NORM, f"{line} |", values, iteration)
+
+    def _reduced(self, model: list[Any]) -> Tensor:
+        """`sums` over the tensor-parallel ranks of the first pipeline stage, known to all stages."""
+        from megatron.core import mpu
+        from megatron.core.utils import unwrap_model
+
+        total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+        chunk = unwrap_model(model[0])
+        if chunk.pre_process:
+            table = chunk.embedding.word_embeddings
+            vocab_size = max(self.args.meap_tokenizer_vocab_size, self.args.meap_mask_token_id + 1)
+            total += sums(table.weight, table.vocab_start_index, vocab_size, self.args.meap_mask_token_id)
+        torch.distributed.all_reduce(total, group=mpu.get_model_parallel_group())
+        return total
