@@ -47,7 +47,7 @@ def refuse(loss: torch.Tensor) -> None:
         )
 
 
-def found_in(error: BaseException) -> str | None:
+def found_in(error: BaseException | None) -> str | None:
     """What is wrong with such a step, in the error that Megatron raises with `--rerun-mode disabled`; else None."""
     match = _MESSAGE.search(str(error)) if isinstance(error, RuntimeError) else None
     return None if match is None else match[1]

@@ -84,7 +84,7 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
         _pretrain(args, store, output)
     except SystemExit as end:  # Megatron's own way out of the training loop
         if isinstance(end.code, int) and end.code in bad_steps.STATUSES:
-            bad_steps.end(args, end.code)
+            bad_steps.end(args, end.code, bad_steps.found_in(end.__cause__))
         if (cause := _cause(args, stop)) is None:
             raise
         if args.rank == 0:
@@ -156,9 +156,9 @@ def _pretrain(args: Namespace, store: torch.distributed.Store | None, output: Ou
     except UsageError:
         raise
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
-        if (found := bad_steps.found_in(error)) is not None:
+        if bad_steps.found_in(error) is not None:
             output.record(traceback.format_exc())
-            bad_steps.end(args, bad_steps.REPEATS, found)
+            raise SystemExit(bad_steps.REPEATS) from error
         problem = latest.full_disk(Path(args.save), error) if args.save else None
         if problem is None and (lost := connections.explain(error)) is not None:
             raise lost from error

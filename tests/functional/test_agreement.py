@@ -21,7 +21,9 @@ CASES: dict[str, tuple[int, str, int, str]] = {
         "--decoder-last-pipeline-num-layers 1", 2, "--decoder-last-pipeline-num-layers",
     ),
     "a pattern of another length": (1, "--num-experts 4 --moe-layer-freq [0,1,1]", 2, "--moe-layer-freq"),
-    "groups of experts": (1, "--num-experts 4 --moe-router-num-groups 3 --moe-router-group-topk 2", 2, "--moe-router-num-groups"),
+    "groups of experts": (
+        1, "--num-experts 4 --moe-router-num-groups 3 --moe-router-group-topk 2", 2, "--moe-router-num-groups",
+    ),
     "not a number": (1, DIVERGES, 16, "error: step 2: found NaN"),
     "not a number, once": (1, f"{DIVERGES} --rerun-mode disabled", 17, "error: step 2: found NaN"),
     "experts": (1, "--num-experts 4 --moe-router-topk 2", 0, ""),
