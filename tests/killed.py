@@ -13,7 +13,6 @@ def main() -> None:
     device.prepare()
     import torch
 
-    from megatron_meap.backend import megatron_patches
     from megatron_meap.trainer import run
 
     os.setpgid(0, 0)  # with it goes the process that gathers the results of a save
@@ -25,7 +24,8 @@ def main() -> None:
             sys.stdout.flush()
             os.killpg(0, signal.SIGKILL)
 
-    megatron_patches.after_each_step(kill)
+    watchers = run._watchers
+    run._watchers = lambda args: [*watchers(args), kill]
     run.run()
     sys.exit(f"step {step} was never reached")
 
