@@ -61,7 +61,7 @@ def test_a_full_disk_is_one_line_that_names_it(
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0 if path == str(board) else 2**40))
 
-    def fail(_: output.Output) -> None:
+    def fail(*_: object) -> None:
         try:
             raise error
         except OSError as first:
@@ -78,7 +78,7 @@ def test_a_full_disk_is_one_line_that_names_it(
 
 
 def test_other_errors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: output.Output) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("our own bug")
 
     monkeypatch.setattr(run, "_run", fail)
