@@ -15,6 +15,9 @@ from typing import NoReturn
 # repeat it. An error of another rank alone is said by that rank, a little later.
 _RANK_ZERO_SPEAKS_FIRST_S = 3.0
 
+_REQUIRED = ("torch", "megatron", "numpy", "sentencepiece", "tokenizers", "transformers")
+"""Packages without which the wrong Python was started, or nothing was installed."""
+
 LAST_STATUS = "MEAP_LAST_STATUS"
 """Environment variable: a file that the first rank to end on a host writes its exit status to (cluster/torchrun.py)."""
 
@@ -73,6 +76,12 @@ def run(main: Callable[[], None]) -> None:
         # The reader of our output went away (`tool | head`): nothing is wrong, and nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _REQUIRED:
+            raise
+        _leave(
+            f"error: {sys.executable} has no {error.name}: `source .venv/bin/activate` in the checkout, after `make`", 2
+        )
     except Exception:
         _tell_torchrun(traceback.format_exc())
         raise

@@ -1,7 +1,6 @@
 """Gather real text from this machine (Python's documentation, docstrings and library sources) as JSON Lines."""
 
-from megatron_meap.commands.build_corpus import main
-from megatron_meap.errors import run
+import start
 
 if __name__ == "__main__":
-    run(main)
+    start.run("build_corpus")

@@ -1,7 +1,6 @@
 """Verify a dataset against its manifest, and print what is in it."""
 
-from megatron_meap.commands.check_data import main
-from megatron_meap.errors import run
+import start
 
 if __name__ == "__main__":
-    run(main)
+    start.run("check_data")

@@ -1,7 +1,6 @@
 """Show what decided the run of a checkpoint, compare two, verify the files."""
 
-from megatron_meap.commands.inspect_checkpoint import main
-from megatron_meap.errors import run
+import start
 
 if __name__ == "__main__":
-    run(main)
+    start.run("inspect_checkpoint")

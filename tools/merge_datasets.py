@@ -1,7 +1,6 @@
 """Merge datasets into one, their documents one after the other."""
 
-from megatron_meap.commands.merge_datasets import main
-from megatron_meap.errors import run
+import start
 
 if __name__ == "__main__":
-    run(main)
+    start.run("merge_datasets")

@@ -1,7 +1,6 @@
 """Turn text into a Megatron dataset (`.bin` and `.idx`), with a manifest beside it."""
 
-from megatron_meap.commands.preprocess_data import main
-from megatron_meap.errors import run
+import start
 
 if __name__ == "__main__":
-    run(main)
+    start.run("preprocess_data")

@@ -1,6 +1,6 @@
 """Convert checkpoints: from Megatron to Hugging Face (export), and from Hugging Face to Megatron (import).
 
-    python tools/convert_checkpoint.py export --load checkpoints/demo --output exported/demo
+    python tools/convert_checkpoint.py export --load runs/demo/checkpoints --output exported/demo
     python tools/convert_checkpoint.py import --load models/Llama-3.2-1B --output checkpoints/llama
 
 One process, on CPU. Each direction checks itself: both models are loaded and their logits compared.

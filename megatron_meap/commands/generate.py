@@ -1,6 +1,6 @@
 """Continue a text with a trained model: a Megatron checkpoint of any layout, or a Hugging Face directory.
 
-    python tools/generate.py --load checkpoints/demo --prompt "Returns the"
+    python tools/generate.py --load runs/demo/checkpoints --prompt "Returns the"
 
 Without --prompt or --prompt-file it asks for prompts until the end of input (Ctrl-D).
 """

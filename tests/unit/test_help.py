@@ -40,6 +40,16 @@ def test_scripts_explain_themselves(script: Path, monkeypatch, capsys):
     assert "usage" in printed(lambda: runpy.run_path(str(script), run_name="__main__"), capsys)
 
 
+@pytest.mark.parametrize(("script", "missing"), [("tools/check_data.py", "megatron_meap"), (ENTRY.name, "torch")])
+def test_a_python_without_our_packages_is_said(script: str, missing: str):
+    """As where the environment is not active."""
+    command = [sys.executable, "-S", "-E", script, "--data", "x"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {sys.executable} has no {missing}: `source .venv/bin/activate`")
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", [name for name in cli.subcommands() if name != cli.PRETRAIN])
 def test_subcommands_explain_themselves(name: str, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["megatron-meap", name, "--help"])
