@@ -122,7 +122,7 @@ def parse_tool(script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", only_parse)
     start = functools.partial(runpy.run_path, script, run_name="__main__")
-    if script.startswith("tools/"):
+    if Path(script).parent.name == "tools":
         start = importlib.import_module(f"megatron_meap.commands.{name}").main
     with pytest.raises(Parsed):
         start()
