@@ -5,6 +5,7 @@ samples a process reads, and in which order. The classes are named as Megatron's
 its data caches.
 """
 
+import zlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,11 +20,19 @@ from megatron_meap.tokenization.reference import plain_encode
 
 
 class _CleanCache(gpt_dataset.GPTDataset):
-    """Keeps a loss mask of ones for all samples.
+    """Keeps a loss mask of ones for all samples, and knows its cached indices by the documents that they are of.
 
     Megatron's own returns the very tensor that it keeps on the first read, after it has taken that sample's padding out
-    of it: the same positions of every later sample would be out of the loss as well.
+    of it: the same positions of every later sample would be out of the loss as well. And it names the cached indices of
+    samples by the dataset's path: where other data has taken its place, that would be cut by the lengths of documents
+    that are no longer there.
     """
+
+    def __init__(self, indexed_dataset: Any, dataset_path: str | None, *args: Any, **kwargs: Any) -> None:
+        if dataset_path is not None:  # for Megatron a name and nothing else
+            lengths = np.ascontiguousarray(indexed_dataset.sequence_lengths)
+            dataset_path = f"{dataset_path} ({len(lengths)} sequences, lengths {zlib.crc32(lengths):08x})"
+        super().__init__(indexed_dataset, dataset_path, *args, **kwargs)
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         first = not self.masks_and_position_ids_are_cached

@@ -1,5 +1,6 @@
 """The wrapper: what it masks, what it leaves alone, and that it is the same for every layout, worker and resume."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -59,6 +60,28 @@ def build(corpus: Corpus, huggingface_folder: Path, tmp_path_factory: pytest.Tem
         return BlendedMegatronDatasetBuilder(dataset, [samples, 8, 0], lambda: True, config).build()[0]
 
     return make
+
+
+def test_indices_of_data_that_was_replaced_are_not_used(build, corpus: Corpus, tmp_path: Path) -> None:
+    """Other data under the same name and with the same cache gives the samples that it gives with a new one."""
+    blend = ([str(tmp_path / "data")], None)
+    built = []
+    for source, cache in ((corpus.prefix, "one"), (corpus.second_prefix, "one"), (corpus.second_prefix, "two")):
+        for suffix in (".bin", ".idx"):
+            shutil.copy(source + suffix, str(tmp_path / "data") + suffix)
+        dataset = build(blend=blend, path_to_cache=str(tmp_path / cache))
+        built.append(torch.stack([dataset[i]["tokens"] for i in range(SAMPLES)]))
+    first, replaced, anew = built
+    assert torch.equal(replaced, anew)
+    assert not torch.equal(replaced, first)
+
+
+def test_the_same_data_uses_its_indices_again(build, tmp_path: Path) -> None:
+    seen = []
+    for _ in range(2):
+        build(path_to_cache=str(tmp_path))
+        seen.append({path: path.stat().st_mtime_ns for path in tmp_path.iterdir()})
+    assert seen[0] == seen[1]
 
 
 def masked(dataset, ratio: float = 0.15, **settings) -> MaskedInputDataset:
