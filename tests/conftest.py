@@ -3,6 +3,7 @@
 import os
 import pydoc_data.topics
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ with pytest.MonkeyPatch.context() as patch:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPOSITORY / "tools"))  # as for a tool that Python is started with
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_meap.errors import run
 from megatron_meap.preprocessing.progress import Counts, Progress
 from tests.unit.preprocessing import make_tokenizer, write_jsonl
 
@@ -21,10 +20,9 @@ def tool(monkeypatch, capsys, tmp_path):
 
     def start(name: str, flags: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *flags.split()])
-        main = runpy.run_path(str(TOOLS / f"{name}.py"))["main"]
         status = 0
         try:
-            run(main)
+            runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
         except SystemExit as error:
             status = error.code
         return status, *capsys.readouterr()
