@@ -137,7 +137,8 @@ class Answers(BaseHTTPRequestHandler):
         said = "FAITHFUL" if faithful else "**Hallucinated**."
         said = "I cannot say." if "unsure" in summary else said
         fails = self.down or self.asked % 2 == 1
-        body = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+        fails = fails and "page" not in self.path
+        body = b"<html>" if "page" in self.path else json.dumps({"choices": [{"message": {"content": said}}]}).encode()
         self.send_response(503 if fails else 200)
         self.end_headers()
         self.wfile.write(b"busy" if fails else body)
@@ -159,7 +160,7 @@ def endpoint() -> Iterator[str]:
 def test_the_judge_is_asked_again_and_keeps_its_verdicts(
     endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     log = tmp_path / "judge.jsonl"
     asks = judge.Judge(endpoint, "any", log=str(log))
     assert asks.faithful("the grass is green", "grass is green")
@@ -177,8 +178,9 @@ def test_the_judge_is_asked_again_and_keeps_its_verdicts(
     assert asks.faithful("the grass is green", "grass is green")
     for url, reason in {
         "http://127.0.0.1:9/v1": "after 5 tries",
-        "http://[::1/v1": "after 1 tries .the URL or the key cannot be used",
-        endpoint.replace("/v1", "/missing"): "after 1 tries .HTTP status 404",
+        "http://[::1/v1": "not asked .the URL or the key cannot be used",
+        endpoint.replace("/v1", "/missing"): "refused .HTTP status 404",
+        endpoint.replace("/v1", "/v1/page"): "no judge .what comes back is not a chat completion",
     }.items():
         with pytest.raises(judge.JudgeUnavailable, match=reason):
             judge.Judge(url, "any").faithful("a", "b")
@@ -222,7 +224,7 @@ def test_results_survive_a_judge_that_does_not_answer(endpoint: str, models: dic
 def test_without_the_judge_all_models_do_the_other_tasks(
     character_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr(evaluation_models, "load", lambda *_: RuleModel(look_up))
     for name, value in zip(judge.ENVIRONMENT, ("http://127.0.0.1:9/v1", "any"), strict=True):
         monkeypatch.setenv(name, value)

@@ -11,11 +11,10 @@ import hashlib
 import json
 import os
 import re
-import time
 from pathlib import Path
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, one_line
 from megatron_meap.evaluation.tasks.files import rows
 from megatron_meap.evaluation.tasks.options import Options, Unsuitable, as_dataset
 
@@ -33,8 +32,6 @@ _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 _LEAD = r"(?:(?:(?:the\s+|my\s+)?(?:final\s+)?(?:verdict|answer|judge?ment|label)(?:\s+is)?|json|boxed|text)\W+)*"
 _VERDICT = re.compile(rf"\W*{_LEAD}(FAITHFUL|HALLUCINATED)\b(.*)", re.IGNORECASE | re.DOTALL)
 TRIES = 5
-FIRST_WAIT = 1.0
-"""Seconds before the second try; doubled each time."""
 TIMEOUT = 120.0
 """Seconds for one answer."""
 GENERATED_TOKENS = 128
@@ -177,45 +174,28 @@ class Judge:
 
     def _ask(self, prompt: str) -> bool | None:
         """Ask until there is an answer; None where it is no verdict: at temperature 0 the next would be the same."""
-        reason = ""
-        for attempt in range(TRIES):
-            if attempt:
-                time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
-            try:
-                return verdict(self._answer(prompt))
-            except _NoAnswer as error:
-                reason = str(error)
-                if error.final:
-                    break
+        import httpx2
+        import openai
+
+        asked = f"no answer after {TRIES} tries"
+        try:
+            # Without a key the client would look for OpenAI's own in the environment.
+            client = openai.OpenAI(
+                base_url=self.url, api_key=self.key or "none", max_retries=TRIES - 1, timeout=TIMEOUT
+            )
+            answer = client.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": prompt}], temperature=0
+            )
+            return verdict(str(answer.choices[0].message.content))
+        except (httpx2.InvalidURL, UnicodeEncodeError) as error:
+            asked, reason = "not asked", f"the URL or the key cannot be used: {error}"
+        except openai.APIStatusError as error:
+            if error.status_code not in (408, 409, 429) and error.status_code < 500:
+                asked = "refused"
+            reason = f"HTTP status {error.status_code}"
+        except openai.APIError as error:
+            reason = one_line(error.__cause__ or error)
+        except (AttributeError, IndexError, TypeError, ValueError):
+            asked, reason = "no judge", "what comes back is not a chat completion"
         kept = f"; verdicts so far are kept in {self.log}" if self.log and self.log.exists() else ""
-        raise JudgeUnavailable(
-            f"--judge-url {self.url}: no answer after {attempt + 1} tries ({reason}){kept}; the same command resumes"
-        )
-
-    def _answer(self, prompt: str) -> str:
-        """What the judge says, asked once."""
-        import httpx
-
-        request = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        try:
-            answer = httpx.post(f"{self.url}/chat/completions", json=request, headers=headers, timeout=TIMEOUT)
-        except (httpx.InvalidURL, UnicodeEncodeError) as error:
-            raise _NoAnswer(f"the URL or the key cannot be used: {error}", final=True) from error
-        except httpx.HTTPError as error:
-            raise _NoAnswer(str(error) or type(error).__name__) from error
-        if answer.is_error:
-            unwilling = answer.is_client_error and answer.status_code not in (408, 409, 425, 429)
-            raise _NoAnswer(f"HTTP status {answer.status_code}", final=unwilling)
-        try:
-            return str(answer.json()["choices"][0]["message"]["content"])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise _NoAnswer(f"not a chat completion: {answer.text[:60]!r}") from error
-
-
-class _NoAnswer(Exception):
-    """The endpoint gave no answer; `final` where asking again would change nothing."""
-
-    def __init__(self, reason: str, final: bool = False) -> None:
-        super().__init__(reason)
-        self.final = final
+        raise JudgeUnavailable(f"--judge-url {self.url}: {asked} ({reason}){kept}; the same command resumes")
