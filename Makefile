@@ -42,7 +42,8 @@ test-all: .venv/installed
 
 # Transformer Engine, built without a GPU into an environment of its own, and its tests (docs/cluster.md).
 .venv-te/installed: .venv/installed tools/build_te.sh
-	bash tools/build_te.sh
+	TE_ENV=.venv-te bash tools/build_te.sh
+	@touch $@
 
 te: .venv-te/installed
 	.venv-te/bin/python -m pytest -p tests.te.visible tests/te
