@@ -3,10 +3,13 @@
 Every run starts from one checkpoint of the local layers, and has to log what the local layers log in one process.
 """
 
+import re
+
 import pytest
 
 from tests.conftest import Corpus
 from tests.launch import MODEL, TRAINING, Run, launch_many
+from tests.sft import conversations, write_jsonl
 from tests.te_stub.on_cpu import SITE
 
 pytestmark = pytest.mark.skipif(
@@ -36,6 +39,11 @@ FEATURES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     "mtp": ([*DEEP, "--mtp-num-layers", "1"], {}),
     "reset": ([*DEEP, "--reset-position-ids", "--reset-attention-mask"], {}),
     "probe": ([*DEEP, "--meap-probe-interval", "2"], {}),
+    "evaluated": ([*DEEP, "--eval-interval", "2", "--eval-iters", "2", "--split", "8,2,0"], {}),
+    "finetuned": (
+        [*DEEP, "--meap-sft", "--meap-sft-template", "chatml", "--meap-sft-threshold", "10", "--num-workers", "0"],
+        {"tp2": ["--tensor-model-parallel-size", "2"], "pp2": [*PIPELINE, "--micro-batch-size", "1"]},
+    ),
 }
 OPTIMIZERS = {
     "plain": [],
@@ -48,12 +56,18 @@ VALUES = ("lm loss", "lm loss masked inputs", "lm loss clean inputs")
 def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """Losses over 4 steps, of both kinds of layers in one process and of Transformer Engine's in two."""
     folder = tmp_path_factory.mktemp("te")
-    common = [*MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(folder / "cache"), "--train-iters", "4"]
+    model = [*MODEL, *TRAINING, "--train-iters", "4", "--make-vocab-size-divisible-by", "64"]
+    common = [*model, *corpus.data_flags, "--data-cache-path", str(folder / "cache")]
+    texts = write_jsonl(folder / "conversations.jsonl", conversations(corpus.documents, 60, longest=8))
+    asked = [*model, *corpus.data_flags[: corpus.data_flags.index("--data-path")], "--train-data-path", str(texts)]
+    asked += ["--seq-length", "256", "--max-position-embeddings", "256"]
     one: dict[str, list[str]] = {}
     two: dict[str, list[str]] = {}
     for name, (flags, layouts) in FEATURES.items():
         initial = str(folder / ("mtp" if name == "mtp" else "plain"))
         start = [*common, *flags, "--load", initial, "--finetune"]
+        if name == "finetuned":
+            start = [*asked, *flags, "--pretrained-checkpoint", initial]
         if name in ("plain", "mtp"):
             first = ["--train-iters", "1", "--save", initial, "--save-interval", "1"]
             one[f"{name}-initial"] = [*common, *flags, *first, *LOCAL]
@@ -81,8 +95,19 @@ LAYOUTS = [(name, "") for name in FEATURES] + [
 def test_it_follows_the_local_layers(runs: dict[str, Run], feature: str, layout: str) -> None:
     local, engine = runs[f"{feature}-local"], runs[f"{feature}{layout}"]
     assert len(local.steps) == 4
-    for value in VALUES:
+    values = {value for step in local.steps.values() for value in step if value.startswith("lm loss")}
+    assert values >= {"lm loss masked answers"} if feature == "finetuned" else values == set(VALUES)
+    for value in values:
         assert engine.losses(value) == pytest.approx(local.losses(value), abs=1e-4)
+
+
+def test_the_evaluation_agrees(runs: dict[str, Run]) -> None:
+    found = {}
+    for name in ("evaluated-local", "evaluated"):
+        said = re.findall(r"validation loss at iteration \d+ .*?lm loss value: (\S+)", runs[name].output)
+        found[name] = [float(value) for value in said]
+    assert len(found["evaluated"]) == 3  # at steps 2 and 4, and at the end
+    assert found["evaluated"] == pytest.approx(found["evaluated-local"], abs=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
