@@ -18,6 +18,7 @@ from megatron_meap.backend import device
 device.prepare_to_look()
 
 import torch  # noqa: E402
+from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine  # noqa: E402
 from megatron.training.training import destroy_global_state  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from megatron_meap.backend import megatron_patches  # noqa: E402
 from megatron_meap.planning import trace  # noqa: E402
 from megatron_meap.planning.world import pretended  # noqa: E402
-from megatron_meap.trainer import arguments, run  # noqa: E402
+from megatron_meap.trainer import arguments, batches, run  # noqa: E402
 
 ON_THE_HOST = "aten._local_scalar_dense.default"
 COUNTED = ("aten.nonzero.default", "aten.masked_select.default", "aten._unique2.default")
@@ -67,6 +68,8 @@ def micro_batch(args: Any, model: Any) -> dict[str, torch.Tensor]:
     shape = args.micro_batch_size, args.seq_length
     batch = {name: torch.zeros(shape, dtype=torch.long) for name in ("tokens", "labels", "position_ids")}
     batch["loss_mask"] = torch.ones(shape)
+    if batches.has_packed_sequences(args):  # two documents in each sample
+        batch["cu_seqlens"] = torch.tensor([[0, 100, args.seq_length]] * args.micro_batch_size, dtype=torch.int32)
     if not model.pre_process:
         parts = args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
         received = torch.zeros(shape[1] // parts, shape[0], args.hidden_size, dtype=torch.bfloat16)
@@ -80,6 +83,9 @@ def count(stage: int, waits: bool) -> dict[str, Any]:
     refuse = torch.Tensor.item if waits else lambda _: None  # Megatron's check for NaN waits, and is not in question
     with (
         mock.patch("megatron_meap.trainer.bad_steps.refuse", refuse),
+        mock.patch.object(run, "update_seqlen_stats_from_cu_seqlens"),  # it asks the driver for the device's number
+        # Transformer Engine's and Apex's fused kernels read the borders on the device
+        mock.patch.object(rope_utils, "_apply_rotary_pos_emb_thd", lambda hidden, *_, **__: hidden),
         pretended(args, stage),
         FakeTensorMode(allow_non_fake_inputs=True),
         trace._kernels_of(args),

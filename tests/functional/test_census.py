@@ -12,18 +12,27 @@ COMMON = (
     "--num-query-groups 8 --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope "
     "--normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights "
     "--attention-dropout 0 --hidden-dropout 0 --tokenizer-type NullTokenizer --vocab-size 32000 --train-iters 5 "
-    "--lr 1e-4 --eval-iters 0 --mock-data --num-workers 0 --bf16 --use-distributed-optimizer --micro-batch-size 2 "
+    "--lr 1e-4 --eval-iters 0 --num-workers 0 --bf16 --use-distributed-optimizer --micro-batch-size 2 "
     "--global-batch-size 64"
 )
 TP = "--tensor-model-parallel-size 2 --sequence-parallel"
 PP = "--pipeline-model-parallel-size 2"
 VPP = f"{PP} --num-layers-per-virtual-pipeline-stage 2"
 CP = "--context-parallel-size 2"
+SFT = "--meap-sft --train-data-path unread.jsonl"
 RUNS: dict[str, tuple[int, int, str]] = {
     # name: ranks, pipeline stage, flags
     "one": (1, 0, ""),
     "replaced": (1, 0, "--meap-objective replace"),
     "copies": (1, 0, "--meap-objective mir"),
+    "documents": (1, 0, "--dataloader-inter-document-masking"),
+    "fine-tuning": (1, 0, SFT),
+    "fine-tuning, rows alone": (
+        2,
+        1,
+        f"{SFT} --meap-sft-no-packing --meap-sft-combined-loss {PP} --micro-batch-size 1",
+    ),
+    "fine-tuning, tp": (2, 0, f"{SFT} {TP}"),
     "tp": (2, 0, TP),
     "pp first": (2, 0, PP),
     "pp last": (2, 1, PP),
@@ -35,10 +44,15 @@ RUNS: dict[str, tuple[int, int, str]] = {
 }
 
 
+def flags_of(extra: str) -> list[str]:
+    """Flags of a run, of conversations where it fine-tunes."""
+    return f"{COMMON} {extra} {'' if SFT in extra else '--mock-data'}".split()
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    runs = {name: (world, stage, False, (COMMON + " " + flags).split()) for name, (world, stage, flags) in RUNS.items()}
-    runs["waits"] = (1, 0, True, COMMON.split())
+    runs = {name: (*where, False, flags_of(flags)) for name, (*where, flags) in RUNS.items()}
+    runs["waits"] = (1, 0, True, flags_of(""))
     listing = tmp_path_factory.mktemp("census") / "runs.json"
     listing.write_text(json.dumps(runs))
     variables = environment() | {"MEAP_DEVICE": "auto", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
