@@ -29,7 +29,7 @@ pip install setuptools wheel pybind11 ninja cmake nvidia-mathdx
 if nvcc --version 2>/dev/null | grep -q "release 13"; then
   CUDA_HOME=$(nvcc --dryrun -E -x c /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
 else
-  pip install --target "$ENVIRONMENT/nvcc" "nvidia-cuda-nvcc>=13,<13.1" "nvidia-cuda-cccl>=13,<13.1"
+  pip install --upgrade --target "$ENVIRONMENT/nvcc" "nvidia-cuda-nvcc>=13,<13.1" "nvidia-cuda-cccl>=13,<13.1"
   CUDA_HOME=$PWD/$ENVIRONMENT/nvcc/nvidia/cu13
 fi
 # The headers and libraries that came with PyTorch: nvcc alone brings neither NCCL nor cuDNN nor cuSPARSE.
