@@ -54,6 +54,11 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return said if len(said) <= most else said[: most - 3] + "..."
 
 
+def shown(text: object) -> str:
+    """Text such as the name of a file, without what breaks a line or moves a terminal's cursor: that is escaped."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(text))
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a command's ``main``; turn what a user can fix into one line and a non-zero exit status.
 
@@ -64,9 +69,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UsageError as error:
-        # A data loader's worker process sends its traceback along; the last line is the message.
-        message = re.sub(r"^megatron_meap[\w.]+: ", "", str(error).strip().splitlines()[-1])
-        _leave(f"error: {message}", 2)
+        # A data loader's worker process sends its traceback along; the message stands at the end.
+        message = re.split(r"^megatron_meap[\w.]+: ", str(error).strip(), flags=re.MULTILINE)[-1]
+        _leave(f"error: {shown(message)}", 2)
     except JobError as error:
         _leave(f"error: {error}", 1)
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self, get_args, get_type_hints
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, one_line
 
 
 def flag(
@@ -127,12 +127,16 @@ def with_files(command_line: Sequence[str]) -> list[str]:
     """A command line with the flags in the file in place of each `@FILE`; quotes in the file hold its spaces together.
 
     Raises:
-        UsageError: the shell was made to read such a file, which does not take the quotes in it for quotes.
+        UsageError: a file that cannot be read; or the shell was made to read such a file, which does not take the
+            quotes in it for quotes.
     """
     words: list[str] = []
     for word in command_line:
         if word.startswith("@") and Path(word[1:]).is_file():
-            words += shlex.split(Path(word[1:]).read_text())
+            try:
+                words += shlex.split(Path(word[1:]).read_text())
+            except (OSError, ValueError) as error:
+                raise UsageError(f"{word}: cannot be read as flags: {one_line(error)}") from error
         elif word.startswith("'"):
             raise UsageError(f"{word}: a quote out of a file; write @FILE in place of $(cat FILE)")
         else:

@@ -19,6 +19,9 @@ import torch
 from megatron.core.dist_checkpointing import validation
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
+from megatron_meap.errors import one_line
+from megatron_meap.records import parsed
+
 FILE = validation.INTEGRITY_FNAME
 Hashes = dict[str, str]
 """SHA-256 by path, in the record by path below the directory; what follows UNREADABLE is why there is none."""
@@ -50,10 +53,10 @@ def damage(folder: Path, hash_files: Callable[[Sequence[Path]], Hashes] = hash_f
         hash_files: does the work; a job shares it among its ranks.
     """
     try:
-        recorded = json.loads((folder / FILE).read_text())
-        expected: Hashes = dict(recorded["files"])
-    except (ValueError, KeyError, TypeError):
-        return f"{FILE} is torn"
+        recorded = parsed((folder / FILE).read_bytes(), {"files": {str: str}})
+    except (OSError, ValueError) as error:
+        return f"{FILE} is torn ({one_line(error)})"
+    expected: Hashes = recorded["files"]
     if (algorithm := recorded.get("algorithm", validation._HASH_ALGORITHM)) != validation._HASH_ALGORITHM:
         return f"{FILE}: hashes of an unknown kind, {algorithm!r}"
     hashes = hash_files([folder / name for name in expected])

@@ -96,10 +96,10 @@ def directory(folder: Path, iteration: int) -> Path:
 def pointer(folder: Path) -> str | None:
     """What the pointer file says: an iteration or `release`; None where there is none or it is torn."""
     try:
-        text = (folder / POINTER).read_text().strip()
+        text = (folder / POINTER).read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
-    return text if text == "release" or text.isdigit() else None
+    return text if re.fullmatch(r"release|[0-9]{1,15}", text) else None
 
 
 def damage(path: Path, hash_files: HashFiles | None = None) -> str | None:

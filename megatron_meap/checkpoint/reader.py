@@ -16,9 +16,9 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_meap.checkpoint.latest import POINTER, pointer
 from megatron_meap.errors import UsageError
 
-TRACKER = "latest_checkpointed_iteration.txt"
 COMMON_STATE = "common_state/shard_0_1"  # where Megatron 0.19 keeps what is not a tensor; before: the file common.pt
 LAYERS = "decoder.layers."
 
@@ -134,12 +134,12 @@ def directory_of(path: Path, iteration: int | None = None) -> Path:
         return chosen
     if (path / ".metadata").is_file():
         return path
-    tracker = path / TRACKER
+    tracker = path / POINTER
     if not tracker.is_file():
-        raise UsageError(f"{path}: not a Megatron checkpoint: it has no {TRACKER}")
-    latest = tracker.read_text().strip()
-    if latest != "release" and not latest.isdigit():
-        raise UsageError(f"{tracker}: expected an iteration or 'release', found {latest[:40]!r}")
+        raise UsageError(f"{path}: not a Megatron checkpoint: it has no {POINTER}")
+    latest = pointer(path)
+    if latest is None:
+        raise UsageError(f"{tracker}: expected an iteration or 'release', found {tracker.read_bytes()[:40]!r}")
     chosen = path / ("release" if latest == "release" else f"iter_{int(latest):07d}")
     if not chosen.is_dir():
         raise UsageError(f"{tracker}: names {chosen.name}, which is not there")

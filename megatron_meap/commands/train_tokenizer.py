@@ -9,6 +9,7 @@ import argparse
 import math
 
 from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.readers import InputOptions
 from megatron_meap.preprocessing.tokenizer_training import train_tokenizer
 from megatron_meap.tokenization.mask_token import MASK_TOKEN
 
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="path of the .model file")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of ids, special tokens included")
     parser.add_argument("--json-key", default="text", help="JSON key or Parquet column of the text (default: text)")
+    parser.add_argument("--input-format", choices=["jsonl", "text", "parquet"], help="default: recognised by content")
     parser.add_argument(
         "--max-mb", type=float, default=50, help="text to train on, in 10^6 bytes, of all files alike (default: 50)"
     )
@@ -33,7 +35,7 @@ def main() -> None:
         args.input,
         args.output,
         vocab_size=args.vocab_size,
-        key=args.json_key,
+        options=InputOptions((args.json_key,), args.input_format),
         max_bytes=int(args.max_mb * 1e6),
         mask_token=args.mask_token,
         pad_token=args.pad_token,

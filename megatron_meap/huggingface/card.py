@@ -69,7 +69,7 @@ def write_card(directory: Path, name: str, model: Architecture, parameters: int,
         "Seed": get("seed"),
     }
     for dataset, digest, manifest in manifests(args):
-        rows[f"Data `{dataset}`"] = f"{manifest.get('tokens', '?'):,} tokens, manifest sha256 `{digest}`"
+        rows[f"Data `{dataset}`"] = f"{manifest['tokens']:,} tokens, manifest sha256 `{digest}`"
     verb, masked = ("fine-tuned", "answer") if get("meap_sft") else ("pretrained", "input")
     method = "next-token prediction"
     if ratio and settings.is_meap:

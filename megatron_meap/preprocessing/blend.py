@@ -22,6 +22,15 @@ def shares(split: str) -> list[float]:
     return [number / sum(numbers) for number in numbers] + [0.0] * (3 - len(numbers))
 
 
+def is_number(word: str) -> bool:
+    """Whether Megatron takes a word of a blend for a weight, where one belongs."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def check_weights(prefixes: Sequence[str], weights: Sequence[float]) -> None:
     """Refuse weights that are no shares: with 0 a dataset would be named and not read.
 

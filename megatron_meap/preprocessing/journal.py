@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_meap.errors import UsageError
 from megatron_meap.files import cannot_write
+from megatron_meap.records import parsed
 
 
 class Journal:
@@ -17,7 +18,9 @@ class Journal:
     The lock is the operating system's and goes with the process, however it ends.
     """
 
-    def __init__(self, prefix: str, settings: dict[str, Any], files: list[Any], *, resume: bool) -> None:
+    def __init__(
+        self, prefix: str, settings: dict[str, Any], files: list[Any], *, resume: bool, state_shape: Any = dict
+    ) -> None:
         """Open and lock the journal, and with `resume` read what an earlier run wrote.
 
         Args:
@@ -25,9 +28,11 @@ class Journal:
             settings: what determines the ids.
             files: for each input file, in order, what tells whether it is still the same.
             resume: continue the earlier run; without one, begin.
+            state_shape: what a state looks like (`records.misfit`).
 
         Raises:
-            UsageError: another process is writing here, or the earlier run had other settings or files.
+            UsageError: another process is writing here, or the earlier run had other settings or files, or left no
+                journal that can be read.
         """
         self.path = f"{prefix}.journal.partial"
         self._files = files
@@ -43,7 +48,7 @@ class Journal:
         except OSError as error:
             raise cannot_write(f"--output-prefix {prefix}", error) from error
         if resume:
-            self._read(json.loads(json.dumps(settings)))
+            self._read(json.loads(json.dumps(settings)), {"files": [(str, int, int)], "state": state_shape})
         if self.state is None:
             self._file.truncate(0)
             try:
@@ -52,13 +57,16 @@ class Journal:
                 self.close(remove=True)
                 raise cannot_write(self.path, error) from error
 
-    def _read(self, settings: dict[str, Any]) -> None:
+    def _read(self, settings: dict[str, Any], shape: Any) -> None:
         self._file.seek(0)
         *lines, incomplete = self._file.read().split(b"\n")
         self._file.truncate(self._file.tell() - len(incomplete))  # the job ended while it wrote that
         if len(lines) < 2:
             return
-        earlier, *records = map(json.loads, lines)
+        try:
+            earlier, records = parsed(lines[0], dict), [parsed(line, shape) for line in lines[1:]]
+        except ValueError as error:
+            raise UsageError(f"{self.path}: no journal of ours ({error}); start without --resume") from error
         changed = [name for name in settings if earlier.get(name) != settings[name]]
         if changed:
             raise UsageError(f"--resume: the earlier run had another {' and '.join(changed)}; start without --resume")

@@ -6,25 +6,41 @@ from typing import Any
 
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX
+from megatron_meap.records import misfit, read_json
 
 FORMAT = 1
+
+_FILES = {".bin": {"bytes": int, "sha256": str}, ".idx": {"bytes": int, "sha256": str}}
+SHAPE = {
+    "format": int,
+    **dict.fromkeys(("documents", "tokens", "empty_documents", "skipped_lines", "text_bytes", "max_token_id"), int),
+    "tokenizer": {"type": str, "name": str, "sha256": str, **dict.fromkeys(("bos", "eod"), int | None)},
+    "mask_token": dict | None,
+    "before_document": [int],
+    "after_document": [int],
+    "dtype": str,
+    "inputs": [{"path": str, "files?": _FILES}],
+    "files": _FILES,
+}
+"""What is read of it; there is more in it for people."""
 
 
 def read_manifest(prefix: str) -> dict[str, Any] | None:
     """The manifest of the dataset `prefix`; None where it has none.
 
     Raises:
-        UsageError: the file is damaged.
+        UsageError: the file is damaged, or none of ours; the line says where.
     """
     path = Path(prefix + MANIFEST_SUFFIX)
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path, object, "make the dataset again")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}; make the dataset again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UsageError(f"{path}: not a manifest of format {FORMAT}; make the dataset again")
+    wrong = misfit(manifest, SHAPE)
+    if wrong or manifest["format"] != FORMAT:
+        raise UsageError(
+            f"{path}: not a manifest of format {FORMAT} ({wrong or 'but another'}); make the dataset again"
+        )
     return manifest
 
 

@@ -111,7 +111,7 @@ def _compatible_manifests(prefixes: list[str]) -> list[dict[str, Any]] | None:
     held = {manifest["files"][".bin"]["sha256"]: prefix for prefix, manifest in manifests.items()}
     for prefix, manifest in manifests.items():
         for part in manifest["inputs"]:  # of a merged dataset, datasets
-            if (again := held.get(part.get("files", {}).get(".bin", {}).get("sha256"))) is not None:
+            if "files" in part and (again := held.get(part["files"][".bin"]["sha256"])) is not None:
                 raise UsageError(f"{prefix}: holds the documents of {again} already; leave one of the two out")
     return list(manifests.values()) if len(manifests) == len(prefixes) else None
 

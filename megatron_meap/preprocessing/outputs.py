@@ -39,6 +39,13 @@ class _Totals:
     largest: int = -1
 
 
+def state_shape(keys: tuple[str, ...]) -> Any:
+    """What `Outputs.state` looks like when it is read back (`records.misfit`)."""
+    written = {key: {"documents": int, "tokens": int, "bin_sha256": str} for key in keys}
+    totals = {key: {"empty": int, "text_bytes": int, "largest": int} for key in keys}
+    return {"written": written, "totals": totals, "skipped": int, "separated": bool, "report_bytes": int}
+
+
 class Outputs:
     """The files of a job under their temporary names, and its counts, until `publish`."""
 
@@ -104,7 +111,7 @@ class Outputs:
         """Complete all files, then give them their names.
 
         Args:
-            facts: what the manifests say beside the counts, which are added here.
+            facts: what the manifests say beside the counts, which are added here; `inputs` among them.
 
         Returns:
             The manifests, in the order of the keys.
@@ -114,9 +121,10 @@ class Outputs:
         """
         for key, writer in self._writers.items():
             if not writer.documents:
+                paths = [each["path"] for each in facts["inputs"]]
                 raise UsageError(
-                    f"no documents for {key!r}: the input held {self._totals[key].empty} empty documents and "
-                    f"{self.skipped} bad lines, and nothing else"
+                    f"{paths[0]}{' and others' * (len(paths) > 1)}: no documents for {key!r}: the input held "
+                    f"{self._totals[key].empty} empty documents and {self.skipped} bad lines, and nothing else"
                 )
         manifests = []
         for key, writer in self._writers.items():

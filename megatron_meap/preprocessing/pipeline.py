@@ -13,7 +13,7 @@ from megatron_meap.preprocessing.blocks import BlockEncoder
 from megatron_meap.preprocessing.index import token_dtype
 from megatron_meap.preprocessing.inputs import STDIN, find
 from megatron_meap.preprocessing.journal import Journal
-from megatron_meap.preprocessing.outputs import Outputs, dataset_prefix, refuse_existing
+from megatron_meap.preprocessing.outputs import Outputs, dataset_prefix, refuse_existing, state_shape
 from megatron_meap.preprocessing.progress import Counts, Progress
 from megatron_meap.preprocessing.readers import InputOptions
 from megatron_meap.preprocessing.sources import Sources
@@ -83,7 +83,8 @@ def preprocess(job: Job, tokenizer_args: Any) -> list[dict[str, Any]]:
     work = BlockEncoder(reference, encoder, job.options, prefix=before, suffix=after, dtype=dtype, workers=workers)
     facts = _facts(job, tokenizer_args, reference, before, after)
     with WorkerPool(work, workers) as pool:
-        journal = Journal(job.output_prefix, facts, files.identities(), resume=job.resume)
+        shape = state_shape(job.options.keys)
+        journal = Journal(job.output_prefix, facts, files.identities(), resume=job.resume, state_shape=shape)
         outputs = None
         try:
             outputs = Outputs(job.output_prefix, job.options.keys, dtype, journal.state)

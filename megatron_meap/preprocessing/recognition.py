@@ -24,6 +24,8 @@ _UNREADABLE = {
     (".zip", ".7z", ".tar", ".lz4", ".lzma", ".lzo", ".br", ".z", ".snappy"): "not unpacked here: unpack it, or "
     "compress it with gzip, zstd, xz or bzip2",
 }
+_WEB_PAGE = re.compile(rb"(<\?xml[^>]*>\s*)?<(!doctype\s+html|html|error)\b", re.IGNORECASE)  # `error`: object storage
+_PAGE_SUFFIXES = (".html", ".htm", ".xhtml", ".xml")
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -75,6 +77,11 @@ def _recognise(name: str, head: bytes, default: Kind | None) -> Kind:
         return "jsonl"
     if default == "jsonl" and first and first[:1] not in (b"{", b"["):
         raise UsageError(f"{name}: does not begin like JSON lines; if it is plain text, give --input-format text")
+    if default is None and _WEB_PAGE.match(first) and not stem.endswith(_PAGE_SUFFIXES):
+        raise UsageError(
+            f"{name}: a web page, as a download that failed leaves it; fetch it again, or give --input-format text if "
+            "pages are meant"
+        )
     if default is None and b"\0" in head:
         raise UsageError(f"{name}: binary data; expected JSON lines, text (UTF-8) or Parquet")
     return default or "text"

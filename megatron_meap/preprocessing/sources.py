@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, shown
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
 from megatron_meap.preprocessing.inputs import STDIN, Found
 from megatron_meap.preprocessing.readers import InputFile, InputOptions
@@ -62,10 +62,11 @@ class Sources:
         for kind, count in kinds.items() if len(kinds) > 1 else ():
             if kind == main:
                 continue
-            names = self.of_kind(kind)
-            shown = ", ".join(names[:_NAMED_FILES]) + (f" and {count - _NAMED_FILES} more" * (count > _NAMED_FILES))
+            some = self.of_kind(kind)
+            names = ", ".join(some[:_NAMED_FILES]) + (f" and {count - _NAMED_FILES} more" * (count > _NAMED_FILES))
             whole = ", each of which becomes a document" if kind == "text" and not self._options.separator else ""
-            print(f"warning: a mixture: among other kinds {count:,} {KINDS[kind]}{whole}: {shown}", file=sys.stderr)
+            line = f"warning: a mixture: among other kinds {count:,} {KINDS[kind]}{whole}: {names}"
+            print(shown(line), file=sys.stderr)
 
     def of_kind(self, kind: Kind) -> list[str]:
         """Paths of the files of a kind that hold anything."""

@@ -19,13 +19,15 @@ _LONGEST = 1 << 20  # bytes of a line: SentencePiece leaves longer ones out with
 # Always pieces, however rare: by its share of the text SentencePiece would leave out the digits of a novel.
 _REQUIRED = "".join(map(chr, range(ord("!"), ord("~") + 1)))
 
+_OPTIONS = InputOptions()  # JSON lines and the like, under the key `text`
+
 
 def train_tokenizer(
     inputs: list[str],
     output: str | Path,
     *,
     vocab_size: int,
-    key: str = "text",
+    options: InputOptions = _OPTIONS,
     max_bytes: int = 50_000_000,
     mask_token: str = MASK_TOKEN,
     pad_token: str | None = None,
@@ -42,7 +44,7 @@ def train_tokenizer(
         inputs: as for preprocessing: files, globs or folders.
         output: path of the model.
         vocab_size: number of ids, all of the above included.
-        key: JSON key or Parquet column of the text.
+        options: how they are read; of the keys there is one.
         max_bytes: text to train on, of all files alike: what a short one leaves, longer ones get.
         mask_token: how the mask token is written.
         pad_token: how a padding token is written; None makes none.
@@ -68,7 +70,7 @@ def train_tokenizer(
         raise UsageError(
             f"--vocab-size {vocab_size}: at least {least}, for the bytes, printable ASCII and the special tokens alone"
         )
-    lines, used = _sample(find_inputs(inputs), key, max_bytes)
+    lines, used = _sample(find_inputs(inputs), options, max_bytes)
     if not lines:
         raise UsageError(f"--input {' '.join(inputs)}: no text in it; give a corpus")
     model = io.BytesIO()
@@ -113,13 +115,13 @@ def _check_names(mask_token: str, pad_token: str | None) -> None:
         taken[name] = f"the token of {flag}"
 
 
-def _sample(paths: list[str], key: str, max_bytes: int) -> tuple[list[str], str]:
+def _sample(paths: list[str], options: InputOptions, max_bytes: int) -> tuple[list[str], str]:
     """Lines out of every file, the same amount of each as far as it has so much, and what they are, in words."""
     found: dict[str, list[str]] = {path: [] for path in paths}
     left, partly = max_bytes, 0
     for done, path in enumerate(sorted(paths, key=_size)):  # the shortest first: the others share what it leaves
         share = left / (len(paths) - done)
-        for line in _lines(path, key):
+        for line in _lines(path, options):
             found[path].append(line)
             size = len(line.encode())
             share, left = share - size, left - size
@@ -135,9 +137,9 @@ def _size(path: str) -> int:
     return 0 if path == STDIN else os.stat(path).st_size
 
 
-def _lines(path: str, key: str) -> Iterator[str]:
+def _lines(path: str, options: InputOptions) -> Iterator[str]:
     """Lines of the documents, without the newlines: these stay single bytes, as in Llama's tokenizer."""
-    options, seen = InputOptions((key,)), 0
+    seen = 0
     with contextlib.closing(InputFile(path, options)) as file:
         for block in file.blocks():
             for document in documents(file.kind, block, options):

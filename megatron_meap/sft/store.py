@@ -13,14 +13,15 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, one_line
 from megatron_meap.files import CannotWriteError, whole_directory
+from megatron_meap.records import read_json
 from megatron_meap.sft.conversations import FIX_OR_SKIP, Conversation, read_conversations
 from megatron_meap.sft.records import BadConversation
 from megatron_meap.sft.templates import Rendered
 from megatron_meap.sft.turns import Turn, TurnEncoder
 
-_VERSION = 3  # of the files' layout and of everything that decides their content
+_VERSION = 4  # of the files' layout and of everything that decides their content
 _BATCH = 4_000_000  # characters that are tokenized at once
 _SHOWN = 5  # bad lines that are named one by one
 
@@ -70,15 +71,31 @@ def open_store(files: list[str], args: Namespace, digest: str | None = None) -> 
     try:
         if not (folder / "facts.json").exists():
             _build(files, encoder or turn_encoder(args), folder, args.skip_bad_lines)
-        facts = json.loads((folder / "facts.json").read_text())
-        ids = np.memmap(folder / "ids.bin", np.int32, "r")
-        return TurnStore(ids, np.load(folder / "turns.npy"), facts["conversations"], facts["skipped"]), digest
+        return _opened(folder), digest
     except (OSError, CannotWriteError) as error:
         reason = error.reason if isinstance(error, CannotWriteError) else error.strerror
         raise UsageError(
             f"{folder.parent}: the cache of tokenized conversations cannot be used ({reason}); name a writable "
             "--data-cache-path with enough room"
         ) from error
+
+
+def _opened(folder: Path) -> TurnStore:
+    """What `_tokenize` wrote.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    remedy = f"remove {folder}, and it is made again"
+    shape = dict.fromkeys(("conversations", "skipped", "turns", "tokens"), int)
+    facts = read_json(folder / "facts.json", shape, remedy)
+    try:
+        ids, table = np.memmap(folder / "ids.bin", np.int32, "r"), np.load(folder / "turns.npy")
+        if (len(ids), table.shape) != (facts["tokens"], (facts["turns"], 4)):
+            raise ValueError(f"{len(ids)} tokens where {facts['tokens']} were written")
+    except (ValueError, EOFError) as error:
+        raise UsageError(f"{folder}: damaged ({one_line(error)}); {remedy}") from error
+    return TurnStore(ids, table, facts["conversations"], facts["skipped"])
 
 
 def cache_folder(files: list[str], args: Namespace) -> Path:
@@ -154,7 +171,8 @@ def _tokenize(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bo
     if unused:
         print(f"note: fields that are not used: {', '.join(sorted(unused))}", flush=True)
     np.save(folder / "turns.npy", np.frombuffer(table, np.int64).reshape(-1, 4))
-    (folder / "facts.json").write_text(json.dumps({"conversations": table[-1] + 1, "skipped": len(bad)}))
+    facts = {"conversations": table[-1] + 1, "skipped": len(bad), "turns": len(table) // 4, "tokens": tokens}
+    (folder / "facts.json").write_text(json.dumps(facts))
 
 
 def _rendered(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meap.errors import UsageError
+from megatron_meap.records import misfit
 
 BASELINE = "ntp"
 """The objective that the others are compared with."""
@@ -45,7 +46,21 @@ class Point:
         return tuple(getattr(self, axis) for axis in TUNED)
 
 
-AXES = tuple(Point.__dataclass_fields__)
+_NUMBER = int | float
+POINT = {
+    "model": str, "tokens": int, "epochs": _NUMBER, "objective": str, "weight_decay": _NUMBER, "dropout": _NUMBER,
+    "seed": int,
+}  # fmt: skip
+"""The axes, and what a value of each is (`records.misfit`)."""
+AXES = tuple(POINT)
+_COMMAND = {"launch?": str, "environment?": {str: str}, "flags": str, "seq_length": int, "batch": int}
+_SHAPE = {
+    "data": {"train": str, "valid": str, "vocabulary": int, "valid_documents": int, "valid_tokens": int},
+    "training": {**_COMMAND, "evaluations": int, "save_interval?": int},
+    "models": {str: str},
+    "objectives": {str: {"flags": str, "passes?": int, "tuned_as?": str}},
+    "stage": [{"name?": str, "question?": str, "tuned_by?": str}],
+}
 
 
 @dataclass(frozen=True)
@@ -155,7 +170,11 @@ def read(path: Path) -> Grid:
     if raw.keys() != wanted:
         different = ", ".join(sorted(raw.keys() ^ wanted))
         raise UsageError(f"{path}: its tables must be {', '.join(sorted(wanted))}; missing or unknown: {different}")
-    objectives = {name: {"flags": each} if isinstance(each, str) else each for name, each in raw["objectives"].items()}
+    objectives = raw["objectives"]
+    if isinstance(objectives, dict):
+        objectives = {name: {"flags": each} if isinstance(each, str) else each for name, each in objectives.items()}
+    if wrong := misfit(raw | {"objectives": objectives}, _SHAPE):
+        raise UsageError(f"{path}: {wrong}")
     stages = tuple(_stages(path, raw["stage"], {"model": raw["models"], "objective": objectives}))
     return Grid(path, raw["data"], raw["training"], raw["models"], objectives, stages)
 
@@ -174,6 +193,8 @@ def _stages(path: Path, raw: list[dict[str, Any]], known: dict[str, dict[str, An
             raise UsageError(f"{where}: its axes must be {', '.join(sorted(axes))}; missing or unknown: {different}")
         if not all(isinstance(value, list) and value for value in values.values()):
             raise UsageError(f"{where}: every axis is a list of values, as seed = [1, 2, 3]")
+        if wrong := misfit(values, {axis: [POINT[axis]] for axis in axes}):
+            raise UsageError(f"{where}: {wrong}")
         for axis, names in known.items():
             for value in values[axis]:
                 if value not in names:

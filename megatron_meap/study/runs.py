@@ -20,15 +20,25 @@ import megatron_meap
 from megatron_meap.errors import JobError, UsageError
 from megatron_meap.files import whole_file
 from megatron_meap.inspection.training_log import History, read_log
-from megatron_meap.study.grid import Grid, Point, axes_of, point_of
+from megatron_meap.records import parsed, read_json
+from megatron_meap.study.grid import POINT, Grid, Point, axes_of, point_of
 from megatron_meap.study.texts import Texts
 
 RESULT = "result.json"
+_SHAPE = POINT | {
+    "steps": int,
+    "validation": {str: int | float},
+    "cpu_seconds": int | float,
+    **dict.fromkeys(("machine", "command"), str),
+    "environment": {str: str},
+}
+"""What is read of a result."""
 
 
 def finished(folder: Path) -> dict[Point, dict[str, Any]]:
     """The results of the runs below a folder."""
-    return by_point(json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{RESULT}")))
+    remedy = "remove it, and the run is made again"
+    return by_point(read_json(path, _SHAPE, remedy) for path in sorted(folder.glob(f"*/{RESULT}")))
 
 
 def read_results(path: Path) -> dict[Point, dict[str, Any]]:
@@ -40,8 +50,8 @@ def read_results(path: Path) -> dict[Point, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        return by_point(json.loads(line) for line in path.read_text().splitlines())
-    except (ValueError, KeyError, TypeError) as error:
+        return by_point(parsed(line, _SHAPE) for line in path.read_bytes().splitlines())
+    except ValueError as error:
         raise UsageError(f"{path}: holds a line that is no result of a run ({error}); make the file again") from error
 
 

@@ -1,6 +1,5 @@
 """From Megatron's datasets to the batches of one rank: the datasets provider and `get_batch`."""
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,6 +24,7 @@ from megatron.training.utils import is_first_or_last_pipeline_stage
 from megatron_meap.cluster import connections, disks
 from megatron_meap.meap.dataset import MaskedInputDataset, noise_of
 from megatron_meap.meap.settings import masking_of
+from megatron_meap.records import read_json
 from megatron_meap.sft import data as sft
 from megatron_meap.tokenization.mask_token import special_token_ids
 from megatron_meap.trainer import preflight
@@ -135,8 +135,10 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
     blend, blend_per_split = blends(args)
     sequences_per_dataset = None
     if args.per_dataset_sequences_path is not None:
-        with open(args.per_dataset_sequences_path) as file:
-            sequences_per_dataset = json.load(file)
+        named = {prefix: (int, int) for each in (blend, *(blend_per_split or ())) if each for prefix in each[0]}
+        sequences_per_dataset = read_json(
+            args.per_dataset_sequences_path, named, "make it for all datasets of this run"
+        )
     fields: dict[str, Any] = {
         "random_seed": args.seed,
         "sequence_length": args.seq_length,

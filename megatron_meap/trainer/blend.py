@@ -1,11 +1,14 @@
 """The datasets that the flags name, their weights, and how they are split: as Megatron reads them, but checked."""
 
 from argparse import Namespace
+from pathlib import Path
 
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing.blend import check_weights, shares
+from megatron_meap.errors import UsageError, one_line
+from megatron_meap.preprocessing.blend import check_weights, is_number, shares
+
+_SOME_WEIGHTS = "only some of the datasets have a weight; give each one, or none"
 
 Blend = tuple[list[str], list[float] | None]
 """Prefixes of datasets, and their weights where they have any."""
@@ -31,13 +34,18 @@ def blends(args: Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
     """
     try:
         blend, per_split = get_blend_and_blend_per_split(args)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         path = args.data_args_path or args.per_split_data_args_path or args.data_path
-        raise UsageError(f"{path}: cannot be read as a list of datasets ({error}); see Megatron's help") from error
+        raise UsageError(
+            f"{path}: cannot be read as a list of datasets ({one_line(error)}); see Megatron's help"
+        ) from error
     except AssertionError:
-        raise UsageError("--data-path: only some of the datasets have a weight; give each one, or none") from None
+        raise UsageError(f"--data-path: {_SOME_WEIGHTS}") from None
     for prefixes, weights in filter(None, [blend, *(per_split or [])]):
         check_weights(prefixes, weights or [1.0] * len(prefixes))
+        for prefix in prefixes:  # Megatron takes an odd number of words for names only, and so a weight for one of them
+            if is_number(prefix) and not Path(prefix + ".idx").exists():
+                raise UsageError(f"{prefix} in the blend is no dataset: {_SOME_WEIGHTS}")
     return blend, per_split
 
 

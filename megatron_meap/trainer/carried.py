@@ -21,7 +21,9 @@ import torch
 from megatron_meap.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_meap.errors import UsageError
 from megatron_meap.files import whole_file
+from megatron_meap.preprocessing.manifest import SHAPE, read_manifest
 from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX
+from megatron_meap.records import read_json
 from megatron_meap.tokenization import files as tokenizer_files
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
 from megatron_meap.trainer.blend import blends
@@ -70,7 +72,7 @@ def manifests(args: Namespace) -> list[tuple[str, str, dict[str, Any]]]:
         args: of a run; or of a checkpoint (`arguments_of`), whose own copies are taken where it has them.
     """
     if carried := getattr(args, "meap_manifests", None):
-        return [(name, digest, contents) for name, digest, contents in json.loads(Path(carried).read_text())]
+        return [tuple(each) for each in read_json(carried, [(str, str, SHAPE)], "copy the checkpoint again")]
     return _read([*(getattr(args, "data_path", None) or ()), *(getattr(args, "train_data_path", None) or ())])
 
 
@@ -78,10 +80,9 @@ def _read(prefixes: list[str]) -> list[tuple[str, str, dict[str, Any]]]:
     """The manifests beside datasets."""
     found = []
     for prefix in prefixes:
-        path = Path(str(prefix) + MANIFEST_SUFFIX)
-        if path.is_file():
-            stored = path.read_bytes()
-            found.append((Path(prefix).name, hashlib.sha256(stored).hexdigest(), json.loads(stored)))
+        if (contents := read_manifest(str(prefix))) is not None:
+            digest = hashlib.sha256(Path(str(prefix) + MANIFEST_SUFFIX).read_bytes()).hexdigest()
+            found.append((Path(prefix).name, digest, contents))
     return found
 
 

@@ -1,6 +1,5 @@
 """What cannot work is refused before training starts: one clear line that names the file or flag, status 2."""
 
-import json
 import shutil
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from megatron_meap.trainer import run as trainer
 from tests.conftest import Corpus
 from tests.launch import ENTRY, MODEL, TRAINING, environment, launch_many
 from tests.sft import prepare
+from tests.unit.preprocessing import write_manifest
 
 HOLD_LOCK = """
 import fcntl, sys
@@ -198,11 +198,7 @@ def test_a_dataset_shorter_than_one_sequence(refused, flags: list[str]) -> None:
 
 
 def test_a_dataset_of_another_tokenizer(refused, flags: list[str], dataset: str) -> None:
-    manifest = {
-        "format": 1, "tokenizer": {"type": "SentencePieceTokenizer", "name": "other.model", "sha256": "0" * 64},
-        "max_token_id": 511, "files": {},
-    }  # fmt: skip
-    Path(dataset + ".manifest.json").write_text(json.dumps(manifest))
+    write_manifest(dataset, {"name": "other.model"})
     assert "another tokenizer" in refused(*flags, "--data-path", dataset)
 
 

@@ -17,6 +17,7 @@ from megatron_meap.trainer import carried
 from tests.conftest import Corpus
 from tests.functional.test_record import flags_of, save
 from tests.sft import prepare
+from tests.unit.preprocessing import write_manifest
 
 TEXT = "The quick brown fox; def main(): return 'über'"
 
@@ -65,9 +66,9 @@ def folder(corpus: Corpus, tmp_path: Path) -> Path:
     for suffix in (".bin", ".idx"):
         shutil.copy(corpus.prefix + suffix, elsewhere / f"data{suffix}")
     args = prepare(*flags(corpus, tmp_path))
-    facts = {"type": args.tokenizer_type, "name": "", "sha256": args.meap_tokenizer_sha256, "bos": 1, "eod": 2}
-    manifest = {"format": 1, "tokenizer": facts, "max_token_id": 5, "files": {}, "tokens": 7}
-    (elsewhere / "data.manifest.json").write_text(json.dumps(manifest | {"before_document": [1]}))
+    files = {s: {"bytes": (elsewhere / f"data{s}").stat().st_size, "sha256": ""} for s in (".bin", ".idx")}
+    facts = {"type": args.tokenizer_type, "sha256": args.meap_tokenizer_sha256}
+    write_manifest(elsewhere / "data", facts, before_document=[1], tokens=7, files=files)
     args = prepare(*flags(corpus, tmp_path))
     save(args, tmp_path)
     carried.write(tmp_path / "run" / "iter_0000002", carried.collect(args))

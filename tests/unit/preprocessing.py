@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_meap.preprocessing.manifest import to_bytes
 from megatron_meap.preprocessing.pipeline import Job, preprocess
 from megatron_meap.preprocessing.readers import InputOptions
 from megatron_meap.preprocessing.tokenizer_training import train_tokenizer
@@ -63,6 +64,16 @@ def run_job(
     options = {name: settings.pop(name) for name in ("keys", "kind", "separator") if name in settings}
     settings = {"workers": 2, "append_eod": True, **settings}
     return preprocess(Job([str(path) for path in inputs], str(prefix), InputOptions(**options), **settings), args)
+
+
+def write_manifest(prefix: str | Path, tokenizer: dict[str, Any] | None = None, **facts: Any) -> None:
+    """A manifest as preprocessing writes it, of a made-up dataset."""
+    files = {suffix: {"bytes": 12, "sha256": ""} for suffix in (".bin", ".idx")}
+    counts = dict.fromkeys(("documents", "tokens", "empty_documents", "skipped_lines", "text_bytes", "max_token_id"), 3)
+    named = {"type": "SentencePieceTokenizer", "name": "", "sha256": "0" * 64, "bos": 1, "eod": 2} | (tokenizer or {})
+    around = {"mask_token": None, "before_document": [], "after_document": [], "dtype": "int32", "inputs": []}
+    manifest = {**counts, "tokenizer": named, **around, "files": files, **facts}
+    Path(f"{prefix}.manifest.json").write_bytes(to_bytes(manifest))
 
 
 def write_jsonl(path: Path, texts: Sequence[str], **more: Any) -> Path:

@@ -1,7 +1,6 @@
 """The model card says how the model was trained."""
 
 import hashlib
-import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from megatron_meap.huggingface.architecture import Architecture
 from megatron_meap.huggingface.card import write_card
+from tests.unit.preprocessing import write_manifest
 
 MODEL = Architecture(
     layers=2, hidden=64, ffn=96, heads=4, groups=2, head_dim=16, vocabulary=512, max_positions=128, tied=True,
@@ -21,8 +21,8 @@ MODEL = Architecture(
 )
 def test_training_settings_and_data(tmp_path: Path, ratio: float, objective: str) -> None:
     """Ratio, strategy, tokens seen, and the hash of every data manifest that can be found."""
-    manifest = json.dumps({"tokens": 1234567}).encode()
-    (tmp_path / "corpus_text.manifest.json").write_bytes(manifest)
+    write_manifest(tmp_path / "corpus_text", tokens=1234567)
+    manifest = (tmp_path / "corpus_text.manifest.json").read_bytes()
     args = Namespace(
         meap_mask_ratio=ratio, meap_mask_strategy="span", meap_mask_token="[MASK]", meap_mask_token_id=511,
         consumed_train_samples=100, seq_length=128, data_path=["0.7", str(tmp_path / "corpus_text"), "0.3", "gone"],

@@ -23,6 +23,7 @@ from megatron_meap.tokenization.huggingface import (
     tokenizer_of,
 )
 from tests.conftest import Corpus
+from tests.unit.preprocessing import write_manifest
 
 KINDS = {
     "bpe": {"model_type": "bpe", "byte_fallback": True, "control_symbols": ["[MASK]"]},
@@ -115,7 +116,7 @@ def test_bos_as_the_manifest_of_the_data_says(trained: Callable[[str], Path], tm
     path = trained("bpe")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     args = arguments("SentencePieceTokenizer", str(path), 420, processor.piece_to_id("[MASK]"))
-    (tmp_path / "data.manifest.json").write_text(json.dumps({"before_document": [processor.bos_id()], "tokens": 5}))
+    write_manifest(tmp_path / "data", before_document=[processor.bos_id()], tokens=5)
     args.data_path = ["1.0", str(tmp_path / "data")]
 
     def begins(add_bos: bool | None) -> bool:

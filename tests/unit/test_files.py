@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from megatron_meap.errors import UsageError, one_line
+from megatron_meap.errors import UsageError, one_line, run
 from megatron_meap.files import CannotWriteError, whole_directory, whole_file
 
 
@@ -148,3 +148,19 @@ def test_errors_of_other_files_pass(tmp_path):
 )
 def test_one_line(error, said):
     assert one_line(error) == said
+
+
+def test_a_name_breaks_no_line(capsys):
+    """POSIX names hold any bytes but `/` and zero; and the line is whole where a worker sends its traceback along."""
+    name = "new\nline\r\x1b[2J\u2028" + os.fsdecode(b"\xe9")
+    worker = torch._utils.ExceptionWrapper.__new__(torch._utils.ExceptionWrapper)
+    worker.exc_type, worker.where = UsageError, "in DataLoader worker process 0"
+    worker.exc_msg = f"Traceback (most recent call last):\n  in x\nmegatron_meap.errors.UsageError: {name}: is bad\n"
+
+    def direct():
+        raise UsageError(f"{name}: is bad")
+
+    for fail in (direct, worker.reraise):
+        with pytest.raises(SystemExit):
+            run(fail)
+        assert capsys.readouterr().err == "error: new\\nline\\r\\x1b[2J\\u2028\\udce9: is bad\n"

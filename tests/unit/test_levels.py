@@ -13,6 +13,7 @@ ROOT = Path(megatron_meap.__file__).parent
 LEVELS = {
     "errors": 0,
     "files": 1,
+    "records": 1,
     "flags": 1,
     "backend": 2,
     "checkpoint": 2,

@@ -26,6 +26,7 @@ from tests.unit.preprocessing import (
     run_job,
     sentencepiece_args,
     write_jsonl,
+    write_manifest,
 )
 
 documents = st.lists(st.lists(st.integers(0, 65499), min_size=1, max_size=20), min_size=1, max_size=20)
@@ -194,9 +195,8 @@ def test_datasets_without_documents(datasets, tmp_path):
 def test_a_flipped_bit_takes_no_memory(manifest, tmp_path):
     """The highest of an id would ask for gigabytes of counts."""
     build(tmp_path / "x", [[1, 2, 3]], np.int32)
-    files = {suffix: {"bytes": 12, "sha256": ""} for suffix in (".bin", ".idx")}
     if manifest:
-        (tmp_path / "x.manifest.json").write_text(json.dumps({"format": 1, "max_token_id": 3, "files": files}))
+        write_manifest(tmp_path / "x", max_token_id=3)
     damage(tmp_path / "x.bin", 7, bit=1 << 6)
     tracemalloc.start()
     with pytest.raises(UsageError, match=r"x\.bin: holds the id 1073741826, but (the manifest says|no vocabulary is)"):

@@ -177,6 +177,9 @@ NOT_WHAT_THEY_CLAIM = {
     "a pointer to text": ("a.txt", POINTER, "the pointer that Git LFS leaves"),
     "a page": ("a.parquet", PAGE, "its name says Parquet, but it begins with '<!DOCTYPE html>"),
     "a packed page": ("a.jsonl.zst", PAGE, "its name says zstd, but it is not compressed"),
+    "a page for text": ("a.txt", f"\ufeff \n{PAGE.lower()}", "a web page, as a download that failed leaves it"),
+    "a page for nothing known": ("part-0", "<html lang='en'>\n<body>x", "a web page, as a download that failed"),
+    "what object storage says": ("a.md", '<?xml version="1.0"?>\n<Error><Code>NoSuchKey</Code>', "a web page, as a"),
     "nothing": ("a.parquet", "", "its name says Parquet, but it is empty"),
     "nothing packed": ("a.jsonl.xz", "", "its name says xz, but it is empty"),
     "a table": ("a.csv", "id,text\n1,x\n", "a table: convert it"),
@@ -199,6 +202,18 @@ def test_what_is_not_what_its_name_claims_is_refused(name, args, tmp_path):
         run_job([good, tmp_path / file], tmp_path / "out" / "x", args, skip_bad_lines=True)
     assert str(error.value).startswith(f"{tmp_path / file}: ")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_pages_that_are_meant(args, tmp_path):
+    """By their name, or by the flag; and a text about pages is text."""
+    (tmp_path / "a.html").write_text(PAGE)
+    run_job([tmp_path / "a.html"], tmp_path / "x", args)
+    (tmp_path / "a.txt").write_text(PAGE)
+    run_job([tmp_path / "a.txt"], tmp_path / "y", args, kind="text")
+    (tmp_path / "b.txt").write_text(f"A page begins with {PAGE}")
+    (tmp_path / "c.txt").write_text("<htmlish> or <errors>")
+    run_job([tmp_path / "b.txt", tmp_path / "c.txt"], tmp_path / "z", args)
+    assert sum(written(tmp_path / name, args).total() for name in "xyz") == 4
 
 
 @pytest.mark.parametrize("place", [0, 5, 90_000])

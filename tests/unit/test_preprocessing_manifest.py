@@ -7,9 +7,17 @@ import shutil
 import pytest
 
 from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing.manifest import check_manifest, read_manifest, to_bytes
+from megatron_meap.preprocessing.manifest import check_manifest, read_manifest
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
-from tests.unit.preprocessing import TEXTS, make_tokenizer, run_job, sentencepiece_args, tokenizer_args, write_jsonl
+from tests.unit.preprocessing import (
+    TEXTS,
+    make_tokenizer,
+    run_job,
+    sentencepiece_args,
+    tokenizer_args,
+    write_jsonl,
+    write_manifest,
+)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +119,8 @@ def test_other_special_tokens_are_refused(dataset, model):
 def test_names_that_are_not_utf8_are_kept(tmp_path):
     """POSIX names are bytes: such a name must not cost the dataset at its very end."""
     name = os.fsdecode(b"caf\xe9.jsonl")
-    (tmp_path / "x.manifest.json").write_bytes(to_bytes({"inputs": [name, "naïve.jsonl"]}))
+    inputs = [{"path": each} for each in (name, "naïve.jsonl")]
+    write_manifest(tmp_path / "x", inputs=inputs)
     manifest = read_manifest(str(tmp_path / "x"))
     assert manifest is not None
-    assert manifest["inputs"] == [name, "naïve.jsonl"]
+    assert manifest["inputs"] == inputs

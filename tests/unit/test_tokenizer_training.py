@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing import tokenizer_training
+from megatron_meap.preprocessing.readers import InputOptions
 from megatron_meap.preprocessing.tokenizer_training import train_tokenizer
 from tests.unit.preprocessing import compressed, make_tokenizer, topics, write_jsonl, write_parquet
 
@@ -105,13 +106,13 @@ def test_the_limit_is_shared_among_files(tmp_path):
     paths = [
         write_jsonl(tmp_path / f"{x}.jsonl", [f"{x * 99}\n" * 10] * (count // 1000 + 1)) for x, count in letters.items()
     ]
-    lines, used = tokenizer_training._sample(list(map(str, paths)), "text", 12_000)
+    lines, used = tokenizer_training._sample(list(map(str, paths)), InputOptions(), 12_000)
     counts = {letter: sum(line.count(letter) for line in lines) for letter in letters}
     assert counts["b"] == 990  # all of it
     assert all(abs(counts[letter] - 11_000 / 3) < 100 for letter in "acd")
     assert [line[0] for line in lines] == sorted(line[0] for line in lines)  # in the order of the files
     assert used == "0.0 MB of text from 4 files, of 3 of them the beginning (--max-mb)"
-    assert tokenizer_training._sample([str(paths[1])], "text", 12_000)[1] == "0.0 MB of text from 1 files"
+    assert tokenizer_training._sample([str(paths[1])], InputOptions(), 12_000)[1] == "0.0 MB of text from 1 files"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 from megatron_meap.errors import UsageError, one_line
 from megatron_meap.evaluation.tasks.files import rows
 from megatron_meap.evaluation.tasks.options import Options, Unsuitable, as_dataset
+from megatron_meap.records import parsed
 
 PROMPT = """Below are a document and a summary of it. Does the summary say anything that the document does not support?
 
@@ -166,9 +167,9 @@ class Judge:
         """Verdicts so far; a line that a killed run left unfinished is none."""
         known: dict[str, bool | None] = {}
         if self.log is not None and self.log.exists():
-            for line in self.log.read_text().splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    row = json.loads(line)
+            for line in self.log.read_bytes().splitlines():
+                with contextlib.suppress(ValueError):
+                    row = parsed(line, {"sha256": str, "faithful": bool | None})
                     known[row["sha256"]] = row["faithful"]
         return known
 
