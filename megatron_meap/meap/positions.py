@@ -94,16 +94,17 @@ def geometric_positions(ask: Request) -> Positions:
 
     Lengths are drawn until they reach the number; the last one is cut to it.
     """
-    table = _survival(ask.span_length)
-    words = 2 * ask.number // ask.span_length + 16
+    table, mean, number = _survival(ask.span_length), ask.span_length, ask.number
+    words = int((number + 6 * math.sqrt(number * mean)) / mean) + 16  # hardly ever not enough
     while True:
-        ends = np.cumsum(np.searchsorted(table, ask.stream.words(words, LENGTHS)) + 1)
-        spans = int(np.searchsorted(ends, ask.number)) + 1
+        lengths = table.searchsorted(ask.stream.words(words, LENGTHS)) + 1
+        ends = lengths.cumsum()
+        spans = int(ends.searchsorted(number)) + 1
         if spans <= words:
             break
         words *= 2
-    ends = np.minimum(ends[:spans], ask.number)
-    return _place(ask, np.diff(ends, prepend=0))
+    lengths[spans - 1] -= ends[spans - 1] - number
+    return _place(ask, lengths[:spans])
 
 
 @lru_cache(maxsize=8)
@@ -123,11 +124,11 @@ def _place(ask: Request, lengths: npt.NDArray[np.int64]) -> Positions:
     the choice says which span has which length. Protected positions are left out, as if they were not in the sequence.
     """
     count, spans = ask.number, len(lengths)
-    available = np.arange(ask.seq_length) if ask.protected is None else np.flatnonzero(~ask.protected)
+    available = np.arange(ask.seq_length) if ask.protected is None else (~ask.protected).nonzero()[0]
     if len(available) <= count:
         return available
     slots = _distinct(ask.stream, len(available) - count + spans, spans)
-    order = np.argsort(slots)
+    order = slots.argsort()
     unmasked_before = slots[order] - np.arange(spans)
     return available[np.arange(count) + np.repeat(unmasked_before, lengths[order])]
 

@@ -1,5 +1,6 @@
 """What a noised position becomes: the mask token, a random other token, or (as BERT has it) what it was."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +25,7 @@ class Replacement:
     """Ids that may be drawn, int64 [n], ascending: ordinary tokens of the tokenizer."""
 
     rank: Ids = field(init=False, repr=False, compare=False)
-    """Place of an id among the candidates, n where it is none of them."""
+    """Place of an id among the candidates, n where it is none of them; the last entry is for all larger ids."""
 
     def __post_init__(self) -> None:
         """Refuse shares that are none, and a vocabulary with nothing to draw."""
@@ -32,7 +33,7 @@ class Replacement:
             raise ValueError(f"shares {self.random_share} and {self.kept_share} are no parts of 1")
         if self.random_share > 0 and len(self.candidates) < 2:
             raise ValueError("random replacement needs at least 2 ordinary tokens")
-        rank = np.full(int(self.candidates[-1]) + 1 if len(self.candidates) else 0, len(self.candidates))
+        rank = np.full(int(self.candidates[-1]) + 2 if len(self.candidates) else 1, len(self.candidates))
         rank[self.candidates] = np.arange(len(self.candidates))
         object.__setattr__(self, "rank", rank)
 
@@ -50,21 +51,22 @@ class Replacement:
         if self.random_share == 0 and self.kept_share == 0:
             return mask_id
         words = stream.words(len(tokens), REPLACEMENTS)
-        # Which of the three is a matter of the upper bits; which token, of the whole word modulo their number.
-        place = (words >> np.uint64(11)).astype(np.float64) / 2**53
         if self.random_share == 1:
             return self._drawn(words, tokens)
-        result = np.full(len(tokens), mask_id)
-        drawn, kept = place < self.random_share, place >= 1 - self.kept_share
+        # Which of the three is a matter of the upper bits; which token, of the whole word modulo their number.
+        result = np.where(words < _border(1 - self.kept_share), mask_id, tokens)
+        drawn = np.flatnonzero(words < _border(self.random_share))
         result[drawn] = self._drawn(words[drawn], tokens[drawn])
-        result[kept] = tokens[kept]
         return result
 
     def _drawn(self, words: npt.NDArray[np.uint64], tokens: Ids) -> Ids:
         """Uniform candidates other than the tokens: one fewer to draw from, and those after the token move up."""
         count = len(self.candidates)
-        own = np.full(len(tokens), count)
-        known = tokens < len(self.rank)
-        own[known] = self.rank[tokens[known]]
+        own = self.rank.take(tokens, mode="clip")
         drawn = (words % (count - (own < count)).astype(np.uint64)).astype(np.int64)
         return self.candidates[drawn + (drawn >= own)]
+
+
+def _border(share: float) -> int:
+    """The least 64-bit word whose upper 53 bits, taken for a number in [0, 1), are not below the share."""
+    return math.ceil(share * 2**53) << 11

@@ -225,6 +225,12 @@ class MaskSettings(Settings):
         )
         return f"{strategy}, {of}{much} of the {what} become {' or '.join(names)}{copies}"
 
+    def said(self, flag: str) -> str:
+        """A flag as the user has it from: by the objective that stands for it, where that set it."""
+        settings = OBJECTIVES[self.objective].settings
+        set_by_it = any(self.flag_of(name) == flag and getattr(self, name) == value for name, value in settings.items())
+        return f"--meap-objective {self.objective} ({flag})" if set_by_it else flag
+
     def expanded(self) -> str:
         """The single flags that the objective stands for, and this run's values of them where they differ."""
         parts = []

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from megatron_meap.errors import UsageError
 from megatron_meap.flags import Settings, derived, flag
+from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft.templates import TEMPLATES, find_template
 
 
@@ -87,7 +88,7 @@ def validate(args: Namespace) -> None:
         raise UsageError(f"--meap-sft-threshold {args.meap_sft_threshold}: must not be negative")
     for given, contradicts, reason in _contradictions(args):
         if contradicts:
-            raise UsageError(f"{given}: not possible with --meap-sft: {reason}")
+            raise UsageError(f"{MaskSettings.of(args).said(given)}: not possible with --meap-sft: {reason}")
     args.dataloader_inter_document_masking = True  # batches carry the borders of the rows
     args.calculate_per_token_loss = True  # so that neither packing nor layout weighs a token
 

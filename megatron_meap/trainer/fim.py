@@ -9,16 +9,19 @@ from megatron_meap.tokenization.mask_token import special_id, token_id
 _SENTINELS = ("prefix", "middle", "suffix", "pad")
 
 
-def check(args: Namespace, tokenizer: Any, mask_id: int) -> None:
+def check(args: Namespace, tokenizer: Any, mask_id: int) -> tuple[int, ...]:
     """Refuse what gives wrong samples: unknown sentinels, another end of documents, borders that get lost.
 
     Args:
         args: parsed, the tokenizer's names in `fim_*_token`.
         tokenizer: Megatron's.
         mask_id: of the mask token.
+
+    Returns:
+        Ids of the sentinels: no ordinary text, whatever the tokenizer takes them for.
     """
     if not args.fim_data:
-        return
+        return ()
     if args.dataloader_inter_document_masking:
         raise UsageError(
             "--fim-data: Megatron's fill-in-the-middle samples do not tell where documents end, so that "
@@ -41,6 +44,7 @@ def check(args: Namespace, tokenizer: Any, mask_id: int) -> None:
             f"--fim-eod-token {args.fim_eod_token}: documents end with this tokenizer's EOD (id "
             f"{special_id(tokenizer, 'eod')}), not with id {ids['eod']}; name that token"
         )
+    return tuple(ids.values())
 
 
 def _flag(name: str) -> str:

@@ -38,7 +38,7 @@ def set_tokenizer(args: Namespace) -> Any:
     args.pad_vocab_size = pad_vocab_size
     mask = resolve_mask_token(tokenizer, args.meap_mask_token)
     needed = max(vocabulary_size(tokenizer), mask.id + 1)
-    fim.check(args, tokenizer, mask.id)
+    sentinels = fim.check(args, tokenizer, mask.id)
     if padded_by_user is None:
         args.padded_vocab_size = vocab_size_with_padding(needed, args) if pad_vocab_size else needed
     elif padded_by_user < needed:
@@ -48,5 +48,5 @@ def set_tokenizer(args: Namespace) -> Any:
         )
     args.meap_mask_token_id = mask.id
     args.meap_tokenizer_vocab_size = vocabulary_size(tokenizer)
-    args.meap_special_ids = all_special_ids(tokenizer)
+    args.meap_special_ids = (*all_special_ids(tokenizer), *sentinels)
     return tokenizer

@@ -27,9 +27,12 @@ FEATURES: dict[str, tuple[str, dict[str, str]]] = {
     "tied": ("", {"tp2": "--tensor-model-parallel-size 2", "pp2": "--pipeline-model-parallel-size 2"}),
     "moe-alltoall": (f"{MOE} alltoall", {"ep2": "--expert-model-parallel-size 2", "dp2": ""}),
     "moe-allgather": (f"{MOE} allgather", {"ep2": "--expert-model-parallel-size 2"}),
-    "blend": ("", {"dp2": "", "pp2": "--pipeline-model-parallel-size 2"}),
+    "blend": (  # copies of samples of a blend, masked as BERT does
+        "--meap-objective bert --meap-copy-weight 0.4",
+        {"dp2": "", "pp2": "--pipeline-model-parallel-size 2"},
+    ),
     "documents": (
-        "--dataloader-inter-document-masking",
+        "--dataloader-inter-document-masking --meap-objective spans --meap-mask-ratio-min 0.05",
         {
             "dp2": "",
             "tp2": "--tensor-model-parallel-size 2",
@@ -37,7 +40,7 @@ FEATURES: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "fim": (  # vocabulary padding is part of the softmax: the same for one and two tensor-parallel ranks
-        "--fim-data --fim-rate 0.5 --fim-spm-rate 0.5 --make-vocab-size-divisible-by 64",
+        "--fim-data --fim-rate 0.5 --fim-spm-rate 0.5 --make-vocab-size-divisible-by 64 --meap-objective replace",
         {"dp2": "", "tp2": "--tensor-model-parallel-size 2"},
     ),
     "official": ("--meap-mask-strategy official", {"dp2": ""}),

@@ -16,6 +16,8 @@ from tests.conftest import Corpus
 from tests.launch import MODEL, TRAINING, Run, launch_killed, launch_many
 
 STEPS = 8
+OBJECTIVE = ["--meap-objective", "mir"]
+"""Noised copies: what can go wrong with masks on a resume can with them, and the place of a copy beside its sample."""
 FLAT, RESHARDABLE = "", "--dist-ckpt-optim-fully-reshardable"
 OPTIMIZERS = {
     "plain": "",
@@ -48,7 +50,7 @@ class Matrix:
         common = [*MODEL, *TRAINING, *self.corpus.data_flags, "--data-cache-path", str(self.folder / "cache")]
         common = [flag for flag in common if self.precision == "fp32" or flag != "--fp32"]
         common += ["--global-batch-size", "12", "--train-iters", str(STEPS)] + ["--bf16"] * (self.precision == "bf16")
-        return [*common, *OPTIMIZERS[name].split(), *form.split()]
+        return [*common, *OBJECTIVE, *OPTIMIZERS[name].split(), *form.split()]
 
     def run(self, cells: list[int], layouts: dict[str, int]) -> Found:
         """Run cells in the layout of this matrix, and resume each in others.

@@ -17,6 +17,7 @@ from megatron_meap.errors import UsageError
 from megatron_meap.huggingface import megatron_model
 from megatron_meap.huggingface.export import ExportJob, export
 from megatron_meap.huggingface.importer import ImportJob, import_model
+from megatron_meap.meap.objectives import OBJECTIVES
 from megatron_meap.sft import data
 from megatron_meap.sft.rows import shifted
 from megatron_meap.sft.templates import TEMPLATES
@@ -73,6 +74,33 @@ def test_packed_rows_have_the_losses_of_rows_alone(prepared, flags: list[str], c
                 start += len(inputs)
                 compared += 1
         assert compared > 8
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective(prepared, flags: list[str], objective: str, tmp_path: Path) -> None:
+    """Its noise is that of the answers' masked copies; what cannot be, for the objective's own sake, is refused."""
+    refused = {"mir": "--meap-copy-weight", "mixed": "--meap-noised-share"}
+    flags = [*flags, "--meap-objective", objective]
+    if objective == "predictable":  # its weights belong to answers as well, a warm-up of pretraining does not
+        (tmp_path / "weights.txt").write_text("1\n" * 512)
+        flags += ["--meap-mask-weights", str(tmp_path / "weights.txt"), "--meap-mask-warmup-shape", "linear"]
+    elif objective in refused:
+        with pytest.raises(UsageError, match=rf"--meap-objective {objective} \({refused[objective]}\): not possible"):
+            prepared(*flags)
+        return
+    args = prepared(*flags)
+    never = set(args.meap_special_ids) - {args.meap_mask_token_id}
+    (dataset,) = filter(None, data.datasets(args, [None, None, None]))
+    noised = 0
+    for index in range(min(20, len(dataset))):
+        for row, clean in zip(dataset.sample_rows(index), dataset.sample_rows(index, masked=False), strict=True):
+            changed = row.tokens != clean.tokens
+            became = row.tokens[changed]
+            assert (became == args.meap_mask_token_id).all() or args.meap_random_share > 0
+            assert never.isdisjoint(became.tolist())
+            assert (row.labels[changed] == clean.tokens[changed]).all()
+            noised += int(changed.sum())
+    assert (noised > 0) == (objective != "ntp")
 
 
 def test_turns_are_tokenized_once_for_the_same_settings(prepared, flags: list[str], tmp_path: Path, capsys) -> None:

@@ -3,7 +3,9 @@
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -14,8 +16,10 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
 
 from megatron_meap.errors import UsageError
-from megatron_meap.meap.dataset import MaskedInputDataset
+from megatron_meap.meap.dataset import NOISED, MaskedInputDataset, noise_of
 from megatron_meap.meap.masking import Masking, RatioSchedule, num_masks
+from megatron_meap.meap.objectives import OBJECTIVES
+from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.trainer.documents import GPTDataset, MockGPTDataset, StatelessFIMDataset
 from tests.conftest import Corpus
 
@@ -106,6 +110,55 @@ def test_masks_the_tokens_and_nothing_else(build, kind: str) -> None:
                 assert torch.equal(torch.as_tensor(after[key]), torch.as_tensor(value)), key
         # labels stay the clean, shifted tokens: they continue the unmasked inputs
         assert torch.equal(after["labels"][:-1][~changed[1:]], after["tokens"][1:][~changed[1:]])
+
+
+@pytest.fixture(scope="module")
+def kinds(build) -> dict[str, Any]:
+    return {kind: build(kind) for kind in ("gpt", "blend", "documents", "fim", "mock")}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("kind", ["gpt", "blend", "documents", "fim", "mock"])
+def test_every_objective_with_every_kind_of_data(kinds: dict[str, Any], kind: str, objective: str, tmp_path) -> None:
+    """Inputs become what they may and where they may; all else is the clean sample's; batches hold both kinds of it."""
+    special, inner = (1, 2), kinds[kind]
+    given = {"mask_ratio": 0.15, "mask_seed": 7} | OBJECTIVES[objective].settings
+    if given.get("mask_strategy") == "weighted":
+        np.save(tmp_path / "weights.npy", np.linspace(0, 1, 600))
+        given |= {"mask_weights": str(tmp_path / "weights.npy"), "mask_warmup_samples": 4}
+    settings = MaskSettings(**given)
+    settings.check()
+    masking = settings.masking("train", SAMPLES, 4, 600, (*special, MASK))
+    if masking is None:
+        assert objective == "ntp"
+        return
+    copies = settings.copy_weight is not None
+    options = {"split": Split.train, "mask_token_id": MASK, "vocab_size": 600, "protected_ids": special}
+    wrapped = MaskedInputDataset(inner, masking, copy_weight=settings.copy_weight, **options)
+    assert len(wrapped) == len(inner) * (2 if copies else 1)
+    indices = (0, 1, 6, 7, len(wrapped) - 2, len(wrapped) - 1)
+    backwards = {index: wrapped[index] for index in reversed(indices)}
+    noised = 0
+    for index in indices:
+        sample, clean = wrapped[index], inner[index // 2 if copies else index]
+        copy = copies and index % 2 == 1
+        changed = sample["tokens"] != clean["tokens"]
+        became = sample["tokens"][changed]
+        assert not torch.isin(clean["tokens"][changed], torch.tensor(special)).any()
+        assert not torch.isin(became, torch.tensor(special)).any()
+        assert (settings.random_share > 0) or bool((became == MASK).all())
+        assert torch.equal((noise_of(sample, MASK) & NOISED).bool(), changed)
+        assert not (copies and not copy and changed.any())
+        for key, value in clean.items():
+            weight = settings.copy_weight if copy and key == "loss_mask" else 1
+            if key != "tokens":
+                assert torch.equal(torch.as_tensor(sample[key]), torch.as_tensor(value) * weight), key
+        for key, value in sample.items():
+            assert torch.equal(torch.as_tensor(backwards[index][key]), torch.as_tensor(value)), key
+        noised += int(changed.sum())
+    assert noised > 0
+    batch = torch.utils.data.default_collate(list(backwards.values()))
+    assert batch["tokens"].shape == (len(indices), LENGTH)
 
 
 def test_never_leaks_into_what_the_inner_dataset_caches(build) -> None:
