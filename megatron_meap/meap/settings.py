@@ -167,7 +167,7 @@ class MaskSettings(Settings):
             "noised_share": (not 0.0 < self.noised_share <= 1.0, "must be above 0 and at most 1"),
             "copy_weight": (
                 copy is not None and not (0.0 < copy < math.inf),
-                "must be above 0; leave it out for no copies",
+                "must be above 0; no copies: leave it out, and the objective that sets it",
             ),
             "mask_seed": (
                 self.mask_seed is None or not 0 <= self.mask_seed < 2**64,
@@ -176,11 +176,12 @@ class MaskSettings(Settings):
         }
         for name, (wrong, why) in refused.items():
             if wrong:
-                raise UsageError(f"{self.flag_of(name)} {getattr(self, name)}: {why}")
+                raise UsageError(f"{self.said(self.flag_of(name))} {getattr(self, name)}: {why}")
         contradictions = (
             (
                 weighted != (self.mask_weights is not None),
-                "--meap-mask-strategy weighted: needs --meap-mask-weights, and no other strategy takes them",
+                f"{self.said('--meap-mask-strategy')} weighted: needs --meap-mask-weights, and no other strategy takes "
+                "them",
             ),
             (
                 self.mask_strategy == "official" and (lowest is not None or self.noised_share < 1),
@@ -189,7 +190,8 @@ class MaskSettings(Settings):
             ),
             (
                 copy is not None and self.ratio == 0,
-                "--meap-copy-weight: with --meap-mask-ratio 0 the copies would be clean; drop one of the two",
+                f"{self.said('--meap-copy-weight')}: with --meap-mask-ratio 0 the copies would be clean; drop one of "
+                "the two",
             ),
             (
                 self.mask_warmup_shape != "linear" and self.mask_warmup_samples == 0,

@@ -131,6 +131,13 @@ def test_features_are_really_on(runs: dict[str, Run]) -> None:
     assert all(runs[name].losses()[-1] < runs[name].losses()[0] for name in FEATURES)
 
 
+@pytest.mark.parametrize("run", ["mir", "mir-dp2-apart", "blend", "blend-dp2"])
+def test_the_loss_of_copies_counts_its_weight(runs: dict[str, Run], run: str) -> None:
+    names = ("lm loss", "lm loss clean samples", "lm loss noised copies")
+    for loss, clean, copies in zip(*map(runs[run].losses, names), strict=True):
+        assert loss == pytest.approx(clean + 0.4 * copies, abs=1e-4)
+
+
 def test_a_gpt_checkpoint_continues_in_a_hybrid_model(runs: dict[str, Run]) -> None:
     whole, continued = runs["gpt"].steps, runs["gpt-to-hybrid"].steps
     assert sorted(continued) == [5, 6, 7, 8]
