@@ -37,13 +37,15 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import torch  # noqa: E402
 from trainer import SHAPE, Trainer, flags, random_batches  # noqa: E402
 
+from megatron_meap.backend.peak import matrix_peak  # noqa: E402
+
 
 def main() -> None:
     """Measure every shape and print a table for each."""
     args = parse_arguments()
     contenders = ["ours", "hugging face", *(["hf autocast"] if args.autocast and not args.fp32 else []), "stock"]
     torch.set_num_threads(args.threads)
-    peaks = {dtype: matrix_peak(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    peaks = {dtype: 1e-9 * matrix_peak(dtype, cpu=True) for dtype in (torch.float32, torch.bfloat16)}
     print(
         f"{args.threads} threads; fastest matrix product: {peaks[torch.float32]:.0f} GFLOP/s in fp32, "
         f"{peaks[torch.bfloat16]:.0f} in bf16; times are {'processor' if args.cpu_time else 'wall'} time"
@@ -64,17 +66,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
     parser.add_argument("--cpu-time", action="store_true", help="count processor time, not wall time")
     return parser.parse_args()
-
-
-def matrix_peak(dtype: torch.dtype, size: int = 1024, repetitions: int = 20) -> float:
-    """GFLOP/s of the best of some square matrix products."""
-    left, right, out = (torch.randn(size, size).to(dtype) for _ in range(3))
-    best = float("inf")
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        torch.mm(left, right, out=out)
-        best = min(best, time.perf_counter() - start)
-    return 2e-9 * size**3 / best
 
 
 def take_turns(names: list[str], batch: int, length: int, args: argparse.Namespace) -> dict[str, list[float]]:

@@ -36,6 +36,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch  # noqa: E402
 
+from megatron_meap.backend import peak  # noqa: E402
+
 #        layers hidden heads FFN, micro batch, sequence length: examples/pretrain/paper.sh
 SIZES = {
     "0.1b": (12, 768, 12, 2048, 8, 4096),
@@ -52,14 +54,14 @@ OBJECTIVES = {"meap": RATIO, "ntp": 0.0}
 def main() -> None:
     """Measure and print."""
     args = parse_arguments()
-    peak = in_a_process(matrix_peak)
-    print(f"{device_name()}; fastest bf16 matrix product measured: {peak / 1e12:,.1f} TFLOP/s", flush=True)
+    fastest = in_a_process(matrix_peak)
+    print(f"{device_name()}; fastest bf16 matrix product measured: {fastest / 1e12:,.1f} TFLOP/s", flush=True)
     for size in args.sizes:
         times: dict[str, list[float]] = {}
         for name in implementations(args):  # one after the other: the memory of a GPU is for one
             seconds, flops, tokens = take_turns(size, name, args)
             times |= seconds
-        print_table(size, times, flops, tokens, peak)
+        print_table(size, times, flops, tokens, fastest)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -93,20 +95,8 @@ def implementations(args: argparse.Namespace) -> list[str]:
 
 
 def matrix_peak() -> float:
-    """FLOP/s of the fastest bf16 product among some sizes that models have."""
-    device, repetitions, sizes = ("cpu", 3, (1024,)) if on_cpu() else ("cuda", 50, (4096, 8192, 16384))
-    best = 0.0
-    for size in sizes:
-        a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-        for count in (3, repetitions):  # the first warms up
-            synchronize()
-            start = time.perf_counter()
-            for _ in range(count):
-                torch.matmul(a, b)
-            synchronize()
-            seconds = (time.perf_counter() - start) / count
-        best = max(best, 2 * size**3 / seconds)
-    return best
+    """FLOP/s of the fastest bf16 product measured here."""
+    return peak.matrix_peak(torch.bfloat16, on_cpu())
 
 
 def synchronize() -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError, run
-from megatron_meap.inspection.training_log import History, follow, plot, read_log
+from megatron_meap.inspection.curves import plot
+from megatron_meap.inspection.training_log import History, Reader, follow, read_log
 from megatron_meap.preprocessing.statistics import unigram_entropy
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -93,7 +94,7 @@ def show_progress(training: subprocess.Popen, log: Path, start: int, history: Hi
 
     terminal, shown = sys.stdout.isatty(), 0.0
     try:
-        for line in follow(log, ended(), history, start):
+        for line in follow({"": Reader(log, history, start)}, ended()):
             if terminal:
                 print(f"\r\033[K{line}", end="", flush=True)
             elif time.monotonic() - shown > 10:

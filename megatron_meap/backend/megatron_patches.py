@@ -11,9 +11,11 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_meap.backend import optimizer_patches
 from megatron_meap.backend.patching import original_of, replace, replaced
@@ -216,3 +218,64 @@ def after_each_step(*follow_ups: Callable[[Any, Any, int], None]) -> None:
         return result
 
     replace(training, "post_training_step_callbacks", lambda _: call_back_and_follow_up)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step that is done."""
+
+    model: list[Any]
+    """The chunks of this rank."""
+    optimizer: Any
+    iteration: int
+    losses: dict[str, Tensor]
+    """The report of the loss function; on the last pipeline stage alone."""
+    skipped: bool
+    """Whether it changed nothing, for its gradients are not finite."""
+    loss_scale: float
+    lengths: dict[str, float | None]
+    """Of packed documents, as `num_floating_point_operations` takes them."""
+
+
+def around_log(
+    begin: Callable[[], None], see: Callable[[Step], None], rewrite: Callable[[str, Step | None], str]
+) -> None:
+    """Let the lines that Megatron logs of steps and evaluations say more: it has no hook there.
+
+    Args:
+        begin: called on every rank before the first step.
+        see: called on every rank with each step, after its line where it has one.
+        rewrite: called on every rank, with a line and the last step; what it returns is logged by the last rank.
+    """
+    from megatron.training import training
+
+    train, log, say = (original_of(training, name) for name in ("train", "training_log", "print_rank_last"))
+    trained: list[Any] = [None, None]
+    last: list[Step | None] = [None]
+
+    def train_seen(forward_step: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        trained[:] = model, optimizer
+        begin()
+        return train(forward_step, model, optimizer, *args, **kwargs)
+
+    def log_seen(
+        losses: Any,
+        totals: Any,
+        rate: Any,
+        iteration: int,
+        scale: float,
+        memory: bool,
+        skipped: int,
+        *args: Any,
+        **more: Any,
+    ) -> Any:
+        lengths = {name: more.get(name) for name in ("seqlen_squared_sum_in_batch", "total_real_tokens_in_batch")}
+        model, optimizer = trained
+        last[0] = step = Step(model, optimizer, iteration, losses, bool(skipped), scale, lengths)
+        report_memory = log(losses, totals, rate, iteration, scale, memory, skipped, *args, **more)
+        see(step)
+        return report_memory
+
+    replace(training, "train", lambda _: train_seen)
+    replace(training, "training_log", lambda _: log_seen)
+    replace(training, "print_rank_last", lambda _: lambda line: say(rewrite(line, last[0])))

@@ -55,8 +55,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # the libraries' chatter: what matters is printed or raised
     from megatron_meap.backend import megatron_patches
+    from megatron_meap.backend.peak import GPUS
     from megatron_meap.planning import layouts, text
-    from megatron_meap.planning.compute import GPUS
     from megatron_meap.trainer import arguments
 
     if own.gpu not in GPUS:

@@ -1,31 +1,54 @@
-"""Show a training run's progress from its log: percent, losses, tokens per second, time left; draw its curves.
+"""Show training runs' progress from their logs: losses, tokens per second, MFU, time left, spikes; draw their curves.
 
     python tools/watch_training.py runs/demo/train.log
     python tools/watch_training.py runs/demo/train.log --plot losses.png
+    python tools/watch_training.py NTP=runs/ntp/checkpoints MEAP=runs/demo/checkpoints --plot both.png
 
-Works on the output of any Megatron run that has logged a step, finished or not. It ends at 100%, with --once
-at once, or at Ctrl-C.
+A run is the file that its output goes to, or its --save directory with the train.log in it. Works on the output of any
+Megatron run that has logged a step, finished or not. It ends when all are at 100%, with --once at once, or at Ctrl-C.
 """
 
 import argparse
 from pathlib import Path
 
-from megatron_meap.inspection.training_log import History, follow, plot, read_log
+from megatron_meap.errors import UsageError
+from megatron_meap.inspection.curves import plot, plot_runs
+from megatron_meap.inspection.training_log import Reader, follow, read_log
 
 
 def main() -> None:
-    """Follow a log, or draw it."""
+    """Follow logs, or draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("log", type=Path, help="file that the output of the training goes to")
-    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw the loss curves there, and end")
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]LOG", help="log of a run, or its --save directory")
+    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw the curves there, all in one, and end")
     parser.add_argument("--once", action="store_true", help="show the last progress and end")
     args = parser.parse_args()
-    seen, history = History(), read_log(args.log)
+    logs = dict(map(_named, args.runs))
+    if len(logs) < len(args.runs):
+        raise UsageError(f"{' '.join(args.runs)}: two runs have the same name; name them: NAME=LOG")
+    histories = {name: read_log(path) for name, path in logs.items()}
     if args.plot:
-        plot(history, args.plot)
-        print(f"drew {len(history.steps)} steps in {args.plot}")
+        if len(histories) == 1:
+            plot(next(iter(histories.values())), args.plot)
+        else:
+            plot_runs(histories, args.plot)
+        print(f"drew {sum(len(history.steps) for history in histories.values())} steps in {args.plot}")
         return
-    last = history.steps[max(history.steps)]
-    done = (args.once or reached >= last.total for reached in iter(lambda: max(seen.steps, default=0), None))
-    for line in follow(args.log, done, seen):
+    readers = {name if len(logs) > 1 else "": Reader(path) for name, path in logs.items()}
+
+    def all_done() -> bool:
+        steps = (reader.history.steps for reader in readers.values())
+        return all(each and max(each) >= each[max(each)].total for each in steps)
+
+    for line in follow(readers, iter(lambda: args.once or all_done(), None)):
         print(line, flush=True)
+
+
+def _named(word: str) -> tuple[str, Path]:
+    """Name and log of a run named on the command line."""
+    name, equals, rest = word.partition("=")
+    named = bool(equals) and not Path(word).exists()
+    path = Path(rest if named else word)
+    path = path / "train.log" if path.is_dir() else path
+    folders = [part for part in path.resolve().parts[:-1] if part != "checkpoints"]
+    return name if named else folders[-1], path

@@ -1,4 +1,4 @@
-"""What a training run did, read from Megatron's own log: its history, a progress line while it runs, its curves."""
+"""What a training run did, read from Megatron's own log: its history, and a progress line while it runs."""
 
 import re
 import time
@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_meap.errors import UsageError
-from megatron_meap.meap.losses import CLEAN_LOSS, MASKED_LOSS
+from megatron_meap.meap.losses import BITS_PER_BYTE, CLEAN_LOSS, MASKED_LOSS
+from megatron_meap.trainer.log_names import MFU, SKIPPED, SPIKE
 from megatron_meap.trainer.probe_task import PROBE
 
 _STEP = re.compile(r"\] iteration +(?P<step>\d+)/ *(?P<total>\d+) \|(?P<values>.*)")
@@ -18,7 +19,11 @@ _VALIDATION = re.compile(
 _PROBE = re.compile(
     rf"{PROBE} at iteration (?P<step>\d+) \|.* accuracy: (?P<accuracy>\S+) % \(chance (?P<chance>\S+) %\)"
 )
-_BAD_STEP = re.compile(r"error: (?P<found>step \d+: found .*?); ")
+_NOTICE = re.compile(
+    rf"error: (?P<bad>step \d+: found .*?); | (?P<said>(?:{SPIKE}|{SKIPPED}) at iteration (?P<step>\d+)) \|.*"
+)
+_TIME_LEFT = re.compile(r" ETA: (\S+) \|")
+_BITS_PER_BYTE = re.compile(rf"{BITS_PER_BYTE} value: (\S+)")
 _ARGUMENT = re.compile(r"^ +(?P<name>seq_length|train_samples) \.+ (?P<value>\d+)$")
 
 
@@ -29,7 +34,9 @@ class Step:
     step: int
     total: int
     values: dict[str, float]
-    """By Megatron's names: `lm loss`, `learning rate`, `grad norm`, `elapsed time per iteration (ms)`, ..."""
+    """By their names in the log: `lm loss`, `learning rate`, `grad norm`, `elapsed time per iteration (ms)`, ..."""
+    time_left: str | None = None
+    """What the log itself says of it."""
 
 
 @dataclass
@@ -46,23 +53,32 @@ class History:
     train_samples: int | None = None
     """Samples of the whole run, where it is counted in samples."""
 
-    bad_steps: list[str] = field(default_factory=list)
-    """What ended a start of the run: steps with a loss or gradients that are not finite."""
+    bits_per_byte: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Of each validation set by step, as `validation_sets`."""
+
+    notices: list[str] = field(default_factory=list)
+    """Loss spikes, skipped steps, and what ended a start of the run: a loss or gradients that are not finite."""
+    marked: set[int] = field(default_factory=set)
+    """The steps of spikes and of skipped steps."""
 
     def add(self, line: str) -> Step | None:
         """Take in one line of the log; the step it reports, where it reports one."""
         if match := _STEP.search(line):
             values = {name.strip(): float(value) for name, value in _VALUE.findall(match["values"])}
-            step = Step(int(match["step"]), int(match["total"]), values)
+            left = _TIME_LEFT.search(line)
+            step = Step(int(match["step"]), int(match["total"]), values, left and left[1])
             self.steps[step.step] = step
             return step
         if match := _VALIDATION.search(line):
             name = (match["name"] or "").removeprefix("-")
             self.validation_sets.setdefault(name, {})[int(match["step"])] = float(match["loss"])
+            if bits := _BITS_PER_BYTE.search(line):
+                self.bits_per_byte.setdefault(name, {})[int(match["step"])] = float(bits[1])
         elif match := _PROBE.search(line):
             self.retrieval[int(match["step"])] = float(match["accuracy"]), float(match["chance"])
-        elif match := _BAD_STEP.match(line):
-            self.bad_steps.append(match["found"])
+        elif match := _NOTICE.match(line):
+            self.notices.append(match["bad"] or line.strip(" |"))
+            self.marked |= {int(match["step"])} if match["step"] else set()
         elif match := _ARGUMENT.match(line):
             setattr(self, match["name"], int(match["value"]))
         return None
@@ -71,6 +87,11 @@ class History:
     def validation(self) -> dict[int, float]:
         """Validation loss by step; that of the first set, where there are several."""
         return next(iter(self.validation_sets.values()), {})
+
+    def tokens(self, step: int) -> float:
+        """Tokens consumed up to a step that was logged; of other steps those of the nearest."""
+        nearest = self.steps[min(self.steps, key=lambda each: abs(each - step))]
+        return nearest.values["consumed samples"] * (self.seq_length or 0) * step / nearest.step
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one logged quantity; steps that did not report it are left out."""
@@ -107,16 +128,24 @@ def progress_line(history: History, step: Step) -> str:
             loss += f" (masked inputs {values[MASKED_LOSS]:.3f}, clean {values[CLEAN_LOSS]:.3f})"
         parts.append(loss)
     for name, losses in history.validation_sets.items():
+        bits = list(history.bits_per_byte.get(name, {}).values())[-1:]
         parts.append(f"validation{' ' * bool(name)}{name} {list(losses.values())[-1]:.3f}")
+        parts[-1] += "".join(f" ({each:.3f} bits per byte)" for each in bits)
     if history.retrieval:
         accuracy, chance = list(history.retrieval.values())[-1]
         parts.append(f"retrieval {accuracy:.0f}% (chance {chance:.0f}%)")
     if seconds and history.seq_length:
         parts.append(f"{values['global batch size'] * history.seq_length / seconds:,.0f} tokens/s")
+    if MFU in values:
+        parts.append(f"MFU {values[MFU]:.1f}%")
     if seconds:
-        left = round(_steps_left(history, step) * seconds)
-        parts.append(f"ETA {left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}")
+        parts.append(f"ETA {step.time_left or _time(_steps_left(history, step) * seconds)}")
     return " | ".join(parts)
+
+
+def _time(seconds: float) -> str:
+    left = round(seconds)
+    return f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}"
 
 
 def _steps_left(history: History, step: Step) -> float:
@@ -127,70 +156,41 @@ def _steps_left(history: History, step: Step) -> float:
     return max(0.0, history.train_samples - values["consumed samples"]) / values["global batch size"]
 
 
-def follow(path: Path, done: Iterator[bool], history: History | None = None, start: int = 0) -> Iterator[str]:
-    """Progress lines of a log that is still being written.
+class Reader:
+    """Reads a log that is still being written; what it has read is in `history`."""
+
+    def __init__(self, path: Path, history: History | None = None, start: int = 0) -> None:
+        """`start` is a position in the file, in bytes; the file may not exist yet."""
+        self.path = path
+        self.history = history if history is not None else History()
+        self._position, self._rest = start, ""
+
+    def news(self) -> Iterator[str]:
+        """What has happened since the last call: a progress line, and the lines that stand for themselves."""
+        if not self.path.exists():
+            return
+        with open(self.path, errors="replace") as file:
+            file.seek(self._position)
+            text = self._rest + file.read()
+            self._position = file.tell()
+        *lines, self._rest = text.split("\n")
+        before = len(self.history.notices)
+        steps = [step for step in map(self.history.add, lines) if step is not None]
+        if steps:
+            yield progress_line(self.history, steps[-1])
+        yield from self.history.notices[before:]
+
+
+def follow(readers: dict[str, Reader], done: Iterator[bool]) -> Iterator[str]:
+    """News of logs that are still being written, each with its run's name before it.
 
     Args:
-        path: the log; it may not exist yet.
-        done: asked before every look at the file; when it says True what is left is read and the iteration ends.
-        history: also takes in everything read.
-        start: position in the file to begin at, in bytes.
+        readers: by the names of the runs; the empty name is not written.
+        done: asked before every look; when it says True what is left is read and the iteration ends.
     """
-    history = history if history is not None else History()
-    position, rest = start, ""
     for finished in done:
-        if path.exists():
-            with open(path, errors="replace") as file:
-                file.seek(position)
-                text = rest + file.read()
-                position = file.tell()
-            *lines, rest = text.split("\n")
-            before = len(history.bad_steps)
-            steps = [step for step in map(history.add, lines) if step is not None]
-            if steps:
-                yield progress_line(history, steps[-1])
-            yield from history.bad_steps[before:]
+        for name, reader in readers.items():
+            yield from (f"{name}: {line}" if name else line for line in reader.news())
         if finished:
             return
         time.sleep(0.5)
-
-
-def plot(history: History, path: Path, unigram: float | None = None) -> None:
-    """Draw the loss curves as a picture: masked and clean inputs, validation, and the unigram entropy as a floor.
-
-    Args:
-        history: the run.
-        path: file to write; its suffix is the format.
-        unigram: entropy of the corpus' token distribution in nats, what a model without context can reach.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:] not in formats:
-        raise UsageError(f"{path}: no picture has that ending; use one of .{', .'.join(sorted(formats))}")
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for name, label, color in (
-        (MASKED_LOSS, "training, own input masked", "tab:red"),
-        (CLEAN_LOSS, "training, own input clean", "tab:blue"),
-    ):
-        steps, values = history.curve(name)
-        axes.plot(steps, values, color=color, label=label, linewidth=1.2)
-    if not history.curve(CLEAN_LOSS)[0]:
-        axes.plot(*history.curve("lm loss"), color="tab:blue", label="training", linewidth=1.2)
-    for number, (name, losses) in enumerate(history.validation_sets.items()):
-        label = f"validation{' ' * bool(name)}{name} (clean inputs)"
-        points = sorted(losses.items())
-        axes.plot(*zip(*points, strict=True), "o-", color="black", alpha=0.4**number, markersize=4, label=label)
-    if unigram is not None:
-        axes.axhline(unigram, color="gray", linestyle="--", linewidth=1, label="unigram entropy of the corpus")
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title="MEAP pretraining")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

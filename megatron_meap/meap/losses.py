@@ -1,5 +1,7 @@
 """The loss at noised and at clean inputs, reported apart: plain next-token prediction is what is trained on."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,9 @@ CLEAN_SAMPLE_LOSS = "lm loss clean samples"
 COPY_LOSS = "lm loss noised copies"
 NOISED_INPUTS = "noised inputs"
 """The share of the inputs that are noised."""
+
+BITS_PER_BYTE = "bits per byte"
+"""The loss in bits over the bytes of the text, which does not depend on the tokenizer."""
 
 
 def next_token_loss(
@@ -59,3 +64,18 @@ def next_token_loss(
         report[names[1]] = whole - report[names[0]]
         report[NOISED_INPUTS] = torch.stack([masked.float().sum(), torch.ones_like(flat).sum()])
     return loss, report["lm loss"][1], report
+
+
+def bits_per_byte(losses: Tensor, loss_mask: Tensor, labels: Tensor, text_bytes: Tensor) -> Tensor:
+    """The bits and the bytes [2] of the labels that stand for text; the others, as EOD, count in neither.
+
+    Args:
+        losses: cross-entropies [b, s] in nats.
+        loss_mask: [b, s], 1 where the label counts.
+        labels: [b, s], token ids; where they do not count they may be anything.
+        text_bytes: [ids], how many bytes of text each stands for.
+    """
+    known = (labels >= 0) & (labels < len(text_bytes))
+    sizes = text_bytes[torch.where(known, labels, 0)].reshape(-1) * (known & (loss_mask > 0)).reshape(-1)
+    bits = losses.detach().reshape(-1).float() / math.log(2)
+    return torch.stack([(bits * (sizes > 0)).sum(), sizes.sum().float()])

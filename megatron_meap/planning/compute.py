@@ -9,29 +9,9 @@ from dataclasses import dataclass
 
 from megatron.training.training import num_floating_point_operations
 
+from megatron_meap.backend.peak import GPU
 from megatron_meap.errors import UsageError
 from megatron_meap.trainer import batch_sizes
-
-
-@dataclass(frozen=True)
-class GPU:
-    """A kind of GPU: speed from its maker's data sheet, memory as its driver reports it."""
-
-    name: str
-    tflops: float
-    """Dense bf16 matrix products, 10^12 operations a second."""
-    memory: float
-    """GiB (2^30 bytes), rounded down."""
-
-
-GPUS = {
-    "a100-40": GPU("A100 40GB", 312, 39),
-    "a100": GPU("A100 80GB", 312, 79),
-    "h100": GPU("H100 SXM", 989, 79),
-    "h200": GPU("H200 SXM", 989, 139),
-    "b200": GPU("B200", 2250, 178),
-    "l40s": GPU("L40S", 362, 44),
-}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from megatron_meap.planning.compute import GPU
+from megatron_meap.backend.peak import GPU
 from megatron_meap.planning.layouts import Plan
 from megatron_meap.planning.memory import StageMemory
 from megatron_meap.trainer import batch_sizes, data_use

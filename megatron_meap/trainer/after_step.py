@@ -27,15 +27,19 @@ def whole_parameters(args: Namespace, model: list[Any], optimizer: Any) -> Itera
 
 def publish(name: str, line: str, values: dict[str, float], iteration: int) -> None:
     """Write a line to the log, and values to TensorBoard and W&B as `name/...`, all from the last rank."""
-    from megatron.training import get_tensorboard_writer, get_wandb_writer
     from megatron.training.utils import is_last_rank
 
-    if not is_last_rank():
-        return
-    print(f" {name} at iteration {iteration} | {line}", flush=True)
-    writer, wandb = get_tensorboard_writer(), get_wandb_writer()
-    for key, value in values.items():
-        if writer:
-            writer.add_scalar(f"{name}/{key}", value, iteration)
-        if wandb:
-            wandb.log({f"{name}/{key}": value}, iteration)
+    if is_last_rank():
+        print(f" {name} at iteration {iteration} | {line}", flush=True)
+        write({f"{name}/{key}": value for key, value in values.items()}, iteration)
+
+
+def write(values: dict[str, float], iteration: int) -> None:
+    """Write values to TensorBoard and W&B, where this rank has them."""
+    from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+    if writer := get_tensorboard_writer():
+        for key, value in values.items():
+            writer.add_scalar(key, value, iteration)
+    if wandb := get_wandb_writer():
+        wandb.log(values, iteration)

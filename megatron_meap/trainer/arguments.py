@@ -20,6 +20,7 @@ from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft import flags as sft
 from megatron_meap.sft.flags import BadLineSettings, SFTSettings
 from megatron_meap.trainer import batch_sizes, blend, wandb_run, writable
+from megatron_meap.trainer.log_line import LogSettings
 from megatron_meap.trainer.official import OfficialSettings
 from megatron_meap.trainer.probe import ProbeSettings
 from megatron_meap.trainer.refusals import explained
@@ -61,7 +62,7 @@ GROUPS: tuple[tuple[Any, ...], ...] = (
     ("MEAP", "mask-enhanced autoregressive prediction (arXiv 2502.07490)", MaskSettings, ProbeSettings),
     ("MEAP, training as the paper's code", "docs/recipes.md", OfficialSettings),
     ("MEAP fine-tuning", "conversations in JSON lines (docs/finetuning.md)", SFTSettings, BadLineSettings),
-    ("MEAP, the run", "docs/training.md", RunSettings, CheckpointSettings, ConnectionSettings),
+    ("MEAP, the run", "docs/training.md", RunSettings, CheckpointSettings, ConnectionSettings, LogSettings),
 )
 """This project's flags as `--help` shows them: title, description, and the components that declare them."""
 
@@ -233,6 +234,7 @@ def _validate_meap(args: Namespace) -> None:
     CheckpointSettings.of(args).check(args)
     wandb_run.check(args)
     ProbeSettings.of(args).check(args)
+    LogSettings.of(args).check()
     OfficialSettings.of(args).check(args)
     if args.sft:
         raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; use --meap-sft")

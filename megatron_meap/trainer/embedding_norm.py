@@ -6,10 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_meap.trainer.after_step import publish, whole_parameters
-
-EMBEDDING_NORM = "embedding norm"
-"""Its name in the log, TensorBoard and W&B."""
+from megatron_meap.trainer.after_step import whole_parameters
 
 
 def has_mask_token(args: Namespace) -> bool:
@@ -32,32 +29,23 @@ def sums(weight: Tensor, first: int, vocab_size: int, mask_id: int) -> Tensor:
     return torch.stack([norms[mask].sum(), norms[~mask].sum(), (~mask).sum().double()])
 
 
-class EmbeddingNorm:
-    """Reports both norms whenever the trainer logs, on all ranks."""
+def embedding_norms(args: Namespace, model: list[Any], optimizer: Any) -> dict[str, float]:
+    """Both norms by name, on all ranks, which call it together."""
+    with whole_parameters(args, model, optimizer):
+        mask, others, count = _reduced(args, model).tolist()
+    return {"mask token": mask, "mean of the others": others / count}
 
-    def __init__(self, args: Namespace) -> None:
-        self.args = args
 
-    def after_step(self, model: list[Any], optimizer: Any, iteration: int) -> None:
-        """Called by the trainer after every step; as `RetrievalProbe.after_step`."""
-        if iteration % self.args.log_interval:
-            return
-        with whole_parameters(self.args, model, optimizer):
-            mask, others, count = self._reduced(model).tolist()
-        values = {"mask token": mask, "mean of the others": others / count}
-        line = " | ".join(f"{name}: {value:.6E}" for name, value in values.items())
-        publish(EMBEDDING_NORM, f"{line} |", values, iteration)
+def _reduced(args: Namespace, model: list[Any]) -> Tensor:
+    """`sums` over the tensor-parallel ranks of the first pipeline stage, known to all stages."""
+    from megatron.core import mpu
+    from megatron.core.utils import unwrap_model
 
-    def _reduced(self, model: list[Any]) -> Tensor:
-        """`sums` over the tensor-parallel ranks of the first pipeline stage, known to all stages."""
-        from megatron.core import mpu
-        from megatron.core.utils import unwrap_model
-
-        total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-        chunk = unwrap_model(model[0])
-        if chunk.pre_process:
-            table = chunk.embedding.word_embeddings
-            vocab_size = max(self.args.meap_tokenizer_vocab_size, self.args.meap_mask_token_id + 1)
-            total += sums(table.weight, table.vocab_start_index, vocab_size, self.args.meap_mask_token_id)
-        torch.distributed.all_reduce(total, group=mpu.get_model_parallel_group())
-        return total
+    total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    chunk = unwrap_model(model[0])
+    if chunk.pre_process:
+        table = chunk.embedding.word_embeddings
+        vocab_size = max(args.meap_tokenizer_vocab_size, args.meap_mask_token_id + 1)
+        total += sums(table.weight, table.vocab_start_index, vocab_size, args.meap_mask_token_id)
+    torch.distributed.all_reduce(total, group=mpu.get_model_parallel_group())
+    return total

@@ -31,11 +31,13 @@ from megatron_meap.cluster.signals import EXIT_STOPPED, StopRequest
 from megatron_meap.errors import UsageError, causes, note_status, one_line
 from megatron_meap.files import is_disk_full
 from megatron_meap.meap.dataset import COPY, NOISED
-from megatron_meap.meap.losses import next_token_loss
+from megatron_meap.meap.losses import BITS_PER_BYTE, bits_per_byte, next_token_loss
 from megatron_meap.tokenization.mask_token import special_token_ids
-from megatron_meap.trainer import bad_steps, carried, data_use, embedding_norm, preflight, refusals, wandb_run
+from megatron_meap.tokenization.text_bytes import text_bytes
+from megatron_meap.trainer import bad_steps, carried, data_use, log_line, preflight, refusals, wandb_run
 from megatron_meap.trainer.arguments import parse_arguments
 from megatron_meap.trainer.batches import datasets_provider, get_batch
+from megatron_meap.trainer.log_line import LogLine
 from megatron_meap.trainer.model import embedding_ranks, model_config
 from megatron_meap.trainer.output import LOG, Output
 from megatron_meap.trainer.probe import RetrievalProbe
@@ -75,7 +77,10 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
         megatron_patches.after_each_save(
             partial(latest.prune, Path(args.save), args.meap_keep_last, args.meap_keep_every)
         )
-    megatron_patches.after_each_step(*_watchers(args))
+    if args.meap_probe_interval is not None:
+        megatron_patches.after_each_step(RetrievalProbe(args, special_token_ids(get_tokenizer())).after_step)
+    log = LogLine(args)
+    megatron_patches.around_log(log.begin, log.see, log.rewrite)
     if args.rank == 0:
         _announce(args)
         for line in remarks(args):
@@ -93,14 +98,6 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
         sys.exit(EXIT_STOPPED)
 
 
-def _watchers(args: Namespace) -> Iterator[Callable[[Any, Any, int], None]]:
-    """What looks at the model between the steps of this run."""
-    if args.meap_probe_interval is not None:
-        yield RetrievalProbe(args, special_token_ids(get_tokenizer())).after_step
-    if embedding_norm.has_mask_token(args):
-        yield embedding_norm.EmbeddingNorm(args).after_step
-
-
 def _heading(args: Namespace) -> str:
     """What begins this start's part of the log file."""
     return f"=== {datetime.now():%Y-%m-%d %H:%M:%S}, rank 0 of {args.world_size}: {shlex.join(sys.argv)}"
@@ -108,7 +105,7 @@ def _heading(args: Namespace) -> str:
 
 def _announce(args: Namespace) -> None:
     """Say in a few lines what is about to run."""
-    print(*description.describe(args), *data_use.lines(args), sep="\n")
+    print(*description.describe(args), *data_use.lines(args), *log_line.lines(args), sep="\n")
     loads = args.pretrained_checkpoint or (args.load and latest.pointer(Path(args.load)))
     if args.meap_sft and not loads:
         print("warning: no --pretrained-checkpoint: the fine-tuning starts from random weights")
@@ -248,7 +245,8 @@ def forward_step(
     inputs = batch["tokens"], batch["position_ids"], batch["attention_mask"]
     targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
     copies = model.training and args.meap_copy_weight is not None
-    loss = partial(loss_func, batch["loss_mask"], batch["noise"], copies=copies)
+    evaluated = None if model.training else batch["labels"]
+    loss = partial(loss_func, batch["loss_mask"], batch["noise"], copies=copies, evaluated=evaluated)
     with stimer:
         if return_schedule_plan:
             return model.build_schedule_plan(*inputs, **targets), loss
@@ -282,7 +280,12 @@ def _packed_seq_params(batch: dict[str, Any], args: Namespace) -> PackedSeqParam
 
 
 def loss_func(
-    loss_mask: torch.Tensor, noise: torch.Tensor | None, output_tensor: torch.Tensor, *, copies: bool = False
+    loss_mask: torch.Tensor,
+    noise: torch.Tensor | None,
+    output_tensor: torch.Tensor,
+    *,
+    copies: bool = False,
+    evaluated: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Next-token loss over all positions, and its parts at noised and at clean inputs (or answers, in fine-tuning).
 
@@ -291,6 +294,7 @@ def loss_func(
         noise: [b, s], as `get_batch` gives it; None for no such report.
         output_tensor: losses [b, s].
         copies: some samples are noised copies of others.
+        evaluated: labels [b, s] whose bits per byte are reported too.
 
     Returns:
         The summed loss, the number of tokens it is over, and the report: for each name [sum, count], which Megatron
@@ -300,4 +304,7 @@ def loss_func(
     copied = (noise & COPY).bool() if copies and noise is not None else None
     loss, count, report = next_token_loss(output_tensor, loss_mask, noised, answers=get_args().meap_sft, copies=copied)
     bad_steps.refuse(loss)
+    if evaluated is not None and (sizes := text_bytes(get_tokenizer())) is not None:
+        table = torch.from_numpy(sizes).to(evaluated.device)
+        report[BITS_PER_BYTE] = bits_per_byte(output_tensor, loss_mask, evaluated, table)
     return loss, count.detach().to(torch.int), report

@@ -1,6 +1,7 @@
 """The same training whatever the layout: real launches on CPU under gloo, all from the same initial weights."""
 
 import itertools
+import math
 import re
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def runs(corpus: Corpus, folder: Path) -> dict[str, Run]:
 
     def checkpointed(name: str, layout: str) -> dict[str, list[str]]:
         saved = str(folder / name)
-        flags = [*common, *layout.split(), "--save", saved, "--save-interval", "10"]
+        flags = [*common, *layout.split(), "--save", saved, "--save-interval", "10", "--eval-iters", "1"]
         return {name: [*flags, *start], f"{name}-resumed": [*flags, "--load", saved, "--ckpt-step", "10"]}
 
     def bf16(name: str, layout: str) -> dict[str, list[str]]:
@@ -51,7 +52,7 @@ def runs(corpus: Corpus, folder: Path) -> dict[str, Run]:
     )
     two = [checkpointed(name, layout) for name, layout in LAYOUTS.items()]
     whole = dict(itertools.chain.from_iterable(each.items() for each in two))
-    whole["pp2"] += ["--tensorboard-dir", str(folder / "tensorboard")]
+    whole["pp2"] += ["--tensorboard-dir", str(folder / "tensorboard"), "--meap-peak-tflops", "0.5"]
     whole |= bf16("tp2-bf16", LAYOUTS["tp2-sp"])
     done |= launch_many(2, whole, folder)
     return done
@@ -70,10 +71,8 @@ def test_layout_follows_one_process(runs: dict[str, Run], name: str, value: str)
 
 def embedding_norms(run: Run) -> list[tuple[float, float]]:
     """Norm of the mask token's embedding and mean norm of the others, by step."""
-    lines = re.findall(
-        r"embedding norm at iteration \d+ \| mask token: (\S+) \| mean of the others: (\S+) \|", run.output
-    )
-    return [(float(mask), float(others)) for mask, others in lines]
+    names = ("embedding norm mask token", "embedding norm mean of the others")
+    return list(zip(*map(run.losses, names), strict=True))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -83,6 +82,29 @@ def test_the_norms_of_the_embeddings_are_those_of_one_process(runs: dict[str, Ru
     assert one.shape == (20, 2)
     assert np.ptp(one[:, 0]) > 10 * TOLERANCE  # it is learned
     np.testing.assert_allclose(embedding_norms(runs[name]), one, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_bits_per_byte_are_those_of_one_process(runs: dict[str, Run], name: str) -> None:
+    """They are as many bits as the loss says, over a few bytes a token."""
+    one, other = (
+        re.findall(r"lm loss value: (\S+) .* bits per byte value: (\S+) \| $", runs[each].output, re.MULTILINE)
+        for each in ("one", name)
+    )
+    (loss, bits), (other_loss, other_bits) = (map(float, each[-1]) for each in (one, other))
+    assert (other_loss, other_bits) == pytest.approx((loss, bits), abs=TOLERANCE)
+    assert 1.2 < loss / math.log(2) / bits < 2.5
+
+
+def test_the_log_says_how_fast(runs: dict[str, Run]) -> None:
+    """A step has 8 samples of 64 tokens, on two ranks."""
+    for values in runs["pp2"].steps.values():
+        seconds = values["elapsed time per iteration (ms)"] / 1000
+        assert values["tokens/s"] == pytest.approx(8 * 64 / seconds, rel=0.01)
+        assert values["tokens/s/rank"] == pytest.approx(values["tokens/s"] / 2, rel=0.001)
+        assert values["MFU (%)"] == pytest.approx(100 * values["model TFLOP/s/rank"] / 0.5, rel=0.001)
+    assert "MFU (%)" not in runs["dp2"].steps[20]
+    assert runs["pp2"].output.count(" ETA: 0:0") == 19
 
 
 @pytest.mark.parametrize("name", ["one", *LAYOUTS])
@@ -109,7 +131,9 @@ def test_tensorboard_gets_the_losses(runs: dict[str, Run], folder: Path) -> None
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = event_accumulator.EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    assert len(events.Scalars("embedding norm/mask token")) == 20
+    for name in ("embedding norm/mask token", "tokens/s", "MFU (%)", "noised inputs"):
+        assert len(events.Scalars(name)) == 20
+    assert len(events.Scalars("bits per byte validation")) == 1
     for name in ("lm loss", "lm loss masked inputs", "lm loss clean inputs"):
         written = {event.step: event.value for event in events.Scalars(name)}
         del written[2]  # the log's second line is the mean of the first two steps, TensorBoard's value is not

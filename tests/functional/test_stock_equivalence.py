@@ -26,10 +26,9 @@ def test_ratio_zero_is_the_stock_pipeline(corpus: Corpus, tmp_path: Path) -> Non
     assert len(stock_batches) == len(our_batches) == 6 * 4 + (2 + 2 + 2) * 4  # training, and three evaluations
     assert all(torch.equal(a, b) for a, b in zip(stock_batches, our_batches, strict=True))
     assert sorted(ours) == list(range(1, 7))
-    for step, values in ours.items():
+    for step, values in stock.items():
         values.pop("elapsed time per iteration (ms)")
-        stock[step].pop("elapsed time per iteration (ms)")
-        assert values == stock[step]
+        assert {name: ours[step][name] for name in values} == values
     masked_batches, masked = run(tmp_path / "ours-masked.pt", corpus)
     assert not all(torch.equal(a, b) for a, b in zip(stock_batches, masked_batches, strict=True))
     assert masked[6]["lm loss"] != ours[6]["lm loss"]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface.selfcheck import SAMPLES
@@ -22,6 +23,7 @@ from megatron_meap.tokenization.huggingface import (
     save_tokenizer,
     tokenizer_of,
 )
+from megatron_meap.tokenization.text_bytes import text_bytes
 from tests.conftest import Corpus
 from tests.unit.preprocessing import write_manifest
 
@@ -48,6 +50,13 @@ def arguments(kind: str, model: str, tokens: int, mask_id: int) -> Namespace:
         tokenizer_type=kind, tokenizer_model=model, vocab_file=None, merge_file=None, meap_mask_token="[MASK]",
         meap_tokenizer_vocab_size=tokens, meap_mask_token_id=mask_id, padded_vocab_size=1024, data_path=None,
     )  # fmt: skip
+
+
+class Megatrons:
+    """As much of Megatron's tokenizer as counting bytes needs."""
+
+    def __init__(self, library: str, inner: object) -> None:
+        self.library, self._tokenizer = library, Namespace(tokenizer=inner)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +90,10 @@ def test_sentencepiece_gives_the_same_ids(trained: Callable[[str], Path], corpus
         assert ids == reference.encode(text)
         if reference.unk_id() not in ids:
             assert tokenizer.decode(ids) == reference.decode(ids)
+            size = len(reference.decode(ids).encode())
+            for table in (text_bytes(tokenizer), text_bytes(Megatrons("sentencepiece", reference))):
+                assert table[ids].sum() - size in (0, 1)  # the space before the text is none of it
+    assert text_bytes(tokenizer)[tokenizer.all_special_ids].sum() == 0
 
 
 def test_mask_token_is_kept_or_appended(trained: Callable[[str], Path], tmp_path: Path) -> None:
@@ -150,6 +163,10 @@ def test_huggingface_directory(huggingface_folder: Path) -> None:
     tokenizer = tokenizer_of(arguments("HuggingFaceTokenizer", str(huggingface_folder), 600, 600))
     assert len(tokenizer) == 601
     assert tokenizer.mask_token_id == 600
+    for text in SAMPLES:
+        ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+        assert text_bytes(tokenizer)[ids].sum() == len(text.encode())
+    assert text_bytes(tokenizer)[tokenizer.all_special_ids].sum() == 0
 
 
 def test_tiktoken(tmp_path: Path) -> None:
@@ -175,6 +192,16 @@ def test_tiktoken(tmp_path: Path) -> None:
         ids = tokenizer(text, split_special_tokens=True)["input_ids"]
         assert ids == reference.tokenizer.encode_ordinary(text)
         assert tokenizer.decode(ids) == reference.ids_to_text(ids) == text
+        for table in (text_bytes(tokenizer), text_bytes(Megatrons("tiktoken", reference.tokenizer))):
+            assert table[ids].sum() == len(text.encode())
+
+
+def test_tokens_of_an_unknown_kind_have_no_bytes() -> None:
+    """WordPiece does not keep its spaces."""
+    pieces = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    pieces.decoder = decoders.WordPiece()
+    assert text_bytes(PreTrainedTokenizerFast(tokenizer_object=pieces)) is None
+    assert text_bytes(Megatrons("null", None)) is None
 
 
 @pytest.mark.parametrize(

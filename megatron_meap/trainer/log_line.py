@@ -1,0 +1,186 @@
+"""What is added to the lines that Megatron logs: speed, share of the peak, time left; spikes and skipped steps."""
+
+import collections
+import math
+import re
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_meap.backend import device
+from megatron_meap.backend.megatron_patches import Step
+from megatron_meap.backend.peak import GPUS, matrix_peak
+from megatron_meap.errors import UsageError
+from megatron_meap.flags import Settings, flag
+from megatron_meap.meap.losses import BITS_PER_BYTE
+from megatron_meap.trainer import batch_sizes
+from megatron_meap.trainer.after_step import publish, write
+from megatron_meap.trainer.embedding_norm import embedding_norms, has_mask_token
+from megatron_meap.trainer.log_names import EMBEDDING_NORM, MFU, RANK_TOKENS, SKIPPED, SPIKE, TFLOPS, TOKENS
+
+MEASURED = "measured"
+SPIKE_WINDOW, FEWEST = 1000, 50
+"""Steps before that a loss is compared with: as in OLMo 2 (arXiv 2501.00656); none is while there are fewer."""
+SMALLEST = 0.01
+"""Standard deviation in nats that a loss has at least: what moves less is no spike."""
+
+_STEP = re.compile(r"elapsed time per iteration \(ms\): (?P<ms>[\d.]+) \|.* global batch size: +(?P<batch>\d+) \|")
+_NO_PERPLEXITY = re.compile(rf"{BITS_PER_BYTE} PPL: \S+ \| ")
+
+
+@dataclass(frozen=True)
+class LogSettings(Settings):
+    """What the log says of speed and of spikes."""
+
+    peak_tflops: str | None = flag(
+        None,
+        f"log MFU, the model's own operations as a share of this peak of a rank (a GPU): TFLOP/s, a kind of GPU "
+        f"for its bf16 data sheet ({', '.join(GPUS)}), or {MEASURED}, its fastest matrix product at the start "
+        "(default: no MFU)",
+        metavar="PEAK",
+    )
+    loss_spike: float = flag(
+        7.0,
+        f"say so in a line of its own where a step's loss lies so many standard deviations above the mean of the last "
+        f"{SPIKE_WINDOW} steps; 0 never (default: %(default)s)",
+        metavar="DEVIATIONS",
+    )
+
+    def check(self) -> None:
+        """Refuse what is no peak and no number of deviations.
+
+        Raises:
+            UsageError: names the flag.
+        """
+        if self.loss_spike < 0 or not math.isfinite(self.loss_spike):
+            raise UsageError(f"--meap-loss-spike {self.loss_spike}: must be 0 or more")
+        self.peak()
+
+    def peak(self) -> float | None:
+        """The peak in TFLOP/s; None where there is none, or it is to be measured."""
+        if self.peak_tflops in (None, MEASURED):
+            return None
+        if self.peak_tflops in GPUS:
+            return GPUS[self.peak_tflops].tflops
+        try:
+            found = float(self.peak_tflops or "")
+        except ValueError:
+            found = 0.0
+        if not 0 < found < math.inf:
+            raise UsageError(
+                f"--meap-peak-tflops {self.peak_tflops}: expected a number above 0, {MEASURED}, or one of "
+                f"{', '.join(GPUS)}"
+            )
+        return found
+
+
+def lines(args: Namespace) -> list[str]:
+    """What MFU is measured against, in one line; none where it is not logged."""
+    settings = LogSettings.of(args)
+    if settings.peak_tflops is None:
+        return []
+    peak = settings.peak()
+    of = "the fastest matrix product measured at the start" if peak is None else f"{peak:g} TFLOP/s a rank"
+    kind = settings.peak_tflops
+    return [f"MFU           against {of}{f' ({GPUS[kind].name}, bf16)' if kind in GPUS else ''}"]
+
+
+class LogLine:
+    """Rewrites Megatron's lines, on all ranks; the arguments are of the run."""
+
+    def __init__(self, args: Namespace) -> None:
+        settings = LogSettings.of(args)
+        self.args = args
+        self.peak = settings.peak()
+        self._measure = settings.peak_tflops == MEASURED
+        self._spikes = Spikes(settings.loss_spike)
+        self._total = sum(phase.steps * phase.batch_size for phase in batch_sizes.phases(args))
+        self._since: tuple[float, int] | None = None
+
+    def begin(self) -> None:
+        """Measure the peak, if asked: all ranks at once, as they compute at once."""
+        if not self._measure:
+            return
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        torch.distributed.barrier()
+        peak = torch.tensor([1e-12 * matrix_peak(dtype, device.is_cpu())], device=torch.cuda.current_device())
+        torch.distributed.all_reduce(peak)
+        self.peak = peak.item() / self.args.world_size
+        if self.args.rank == 0:
+            print(f"MFU: the peak is {self.peak:.4g} TFLOP/s a rank, the fastest product in {dtype}", flush=True)
+
+    def see(self, step: Step) -> None:
+        """Say in a line of its own that a step was skipped, or that its loss is a spike."""
+        if step.skipped:
+            what = f"gradients that are not finite, nothing learned | loss scale: {step.loss_scale:.1f} |"
+            publish(SKIPPED, what, {"loss scale": step.loss_scale}, step.iteration)
+        elif self._spikes.limit and self.args.rank == self.args.world_size - 1:  # as it logs
+            self._see_loss(step.losses["lm loss"].item(), step.iteration)
+
+    def _see_loss(self, loss: float, iteration: int) -> None:
+        if (found := self._spikes.add(loss)) is not None:
+            mean, deviations = found
+            line = f"lm loss: {loss:.6E} | mean before: {mean:.6E} | standard deviations above it: {deviations:.1f} |"
+            publish(SPIKE, line, {"standard deviations": deviations}, iteration)
+
+    def rewrite(self, line: str, step: Step | None) -> str:
+        """A line as it is to be logged."""
+        match = _STEP.search(line)
+        if match is None or step is None:
+            return _NO_PERPLEXITY.sub("", line)
+        values = self._speed(float(match["ms"]) / 1000, int(match["batch"]), step)
+        added = "".join(
+            f" {name}: {value:.4g} |" if value < 1000 else f" {name}: {value:.0f} |" for name, value in values.items()
+        )
+        added += self._time_left()
+        if has_mask_token(self.args):
+            norms = embedding_norms(self.args, step.model, step.optimizer)
+            added += "".join(f" {EMBEDDING_NORM} {name}: {value:.6E} |" for name, value in norms.items())
+            values |= {f"{EMBEDDING_NORM}/{name}": value for name, value in norms.items()}
+        write(values, step.iteration)
+        return line + added
+
+    def _speed(self, seconds: float, batch: int, step: Step) -> dict[str, float]:
+        """By name. Tokens are positions of the batch, padding and noised copies too; FLOPs are Megatron's count."""
+        from megatron.training.training import num_floating_point_operations
+
+        if not seconds:
+            return {}
+        tokens = batch * self.args.seq_length / seconds
+        flops = num_floating_point_operations(self.args, batch, **step.lengths)
+        tflops = 1e-12 * flops / seconds / self.args.world_size
+        values = {TOKENS: tokens, RANK_TOKENS: tokens / self.args.world_size, TFLOPS: tflops}
+        return values | ({MFU: 100 * tflops / self.peak} if self.peak else {})
+
+    def _time_left(self) -> str:
+        """Until the last step, evaluations and checkpoints included, at the pace since the first line of this start."""
+        now, done = time.monotonic(), self.args.consumed_train_samples
+        if self._since is None:
+            self._since = now, done
+        began, samples = self._since
+        if done == samples:
+            return ""
+        left = round(max(0, self._total - done) * (now - began) / (done - samples))
+        return f" ETA: {left // 3600}:{left // 60 % 60:02}:{left % 60:02} |"
+
+
+class Spikes:
+    """Finds losses that stand out from those of the steps before."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self._before: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
+
+    def add(self, loss: float) -> tuple[float, float] | None:
+        """Take in a loss; where it is a spike, the mean before it and how many standard deviations it lies above."""
+        if not math.isfinite(loss):
+            return None
+        before = np.fromiter(self._before, float)
+        self._before.append(loss)
+        if len(before) < FEWEST:
+            return None
+        mean, deviation = float(before.mean()), max(float(before.std()), SMALLEST)
+        return (mean, (loss - mean) / deviation) if loss - mean > self.limit * deviation else None
