@@ -62,16 +62,33 @@ check_nodes() {
 
 # run_step COMMAND...: run it, pass the signals on, and end the job as its outcome asks for.
 run_step() {
-  local status
+  local status watcher=''
   "$@" &
   step=$!
+  if [ -n "${HANG_MINUTES:-}" ]; then
+    watch_heartbeat "$step" &
+    watcher=$!
+  fi
   [ -z "$asked" ] || kill "-$asked" "$step" || true # it came while the nodes were checked
   while true; do # a signal ends `wait`, but not the step
     status=0
     wait "$step" || status=$?
     kill -0 "$step" 2>/dev/null || break
   done
+  [ -z "$watcher" ] || kill "$watcher" 2>/dev/null || true
   finish "$status" "$asked"
+}
+
+# watch_heartbeat PROCESS: end it once the run, having begun, has given no sign of life for HANG_MINUTES.
+watch_heartbeat() {
+  while kill -0 "$1" 2>/dev/null; do
+    if [ -n "$(find "$MEAP_HEARTBEAT" -mmin "+$HANG_MINUTES" 2>/dev/null)" ]; then
+      echo "job $SLURM_JOB_ID: no sign of life for HANG_MINUTES=$HANG_MINUTES minutes; its ranks are ended"
+      kill -TERM "$1" || true # torchrun gives them its --shutdown-timeout, then kills them
+      return
+    fi
+    sleep 15 >/dev/null 2>&1
+  done
 }
 
 # heed SIGNAL: pass it on to the step, if there is one, and remember it.
@@ -118,6 +135,6 @@ trap 'heed USR1' USR1
 trap 'heed TERM' TERM
 RESTART=${SLURM_RESTART_COUNT:-0}
 LOGS=${LOGS:-$PWD/runs/logs}/$SLURM_JOB_ID
-export RANK_LOGS=$LOGS/restart-$RESTART
+export RANK_LOGS=$LOGS/restart-$RESTART MEAP_HEARTBEAT=$LOGS/restart-$RESTART/heartbeat
 mkdir -p "$RANK_LOGS" || stop "LOGS: $RANK_LOGS cannot be made"
 echo "job $SLURM_JOB_ID, restart $RESTART, on $SLURM_JOB_NODELIST; its ranks write to $RANK_LOGS"

@@ -5,6 +5,7 @@ All are for 0.19 (written for 0.19.2); where no upstream issue is named, none is
 longer needs the patch, which is deleted here and nowhere else.
 """
 
+import contextlib
 import copy
 import logging
 import os
@@ -198,6 +199,24 @@ def after_each_save(follow_up: Callable[[], object]) -> None:
             follow_up()
 
     replace(training, "save_checkpoint", lambda _: save_and_follow_up)
+
+
+def save_on_request(poll: Callable[[], bool], done: Callable[[], None]) -> None:
+    """After each step let `poll`, which all ranks call, decide whether to save a checkpoint; then call `done`.
+
+    Megatron has no hook there, and knows checkpoints at fixed intervals alone.
+    """
+    from megatron.training import get_args, training
+
+    decide = original_of(training, "checkpoint_and_decide_exit")
+
+    def decide_on_request(*args: Any) -> bool:
+        with replaced(get_args(), "save_interval", 1) if poll() else contextlib.nullcontext():
+            leaving = decide(*args)
+        done()
+        return leaving
+
+    replace(training, "checkpoint_and_decide_exit", lambda _: decide_on_request)
 
 
 def after_each_step(*follow_ups: Callable[[Any, Any, int], None]) -> None:

@@ -1,4 +1,4 @@
-"""Stopping a job from outside: a signal to any rank, or to the launcher, makes all ranks save and leave together."""
+"""Stopping a job from outside: a signal to any rank or to the launcher, or a file, makes all ranks save together."""
 
 import ctypes
 import os
@@ -9,6 +9,8 @@ import threading
 import time
 
 import torch
+
+from megatron_meap.cluster.run_files import Requests
 
 EXIT_STOPPED = 75
 """Exit status of a rank stopped by a signal, after its checkpoint is saved (EX_TEMPFAIL: run it again later)."""
@@ -27,12 +29,15 @@ class StopRequest:
     one, later than ten seconds after it, ends the process at once with status 128 + signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, requests: Requests) -> None:
+        """`requests` are the files that ask the same; only rank 0's counts."""
         self.received: int | None = None
         """The signal that came to this rank."""
 
-        self.stopping = False
-        """Whether the job stops because some rank received one."""
+        self.stopping = self.stop_asked = self.save_asked = False
+        """What all ranks know since the last `poll`: whether the job stops, a file asks it to, or asks to save."""
+
+        self._requests = requests
 
         self._received_at = 0.0
 
@@ -67,12 +72,23 @@ class StopRequest:
         elif now - self._received_at > _SAME_REQUEST_S:
             os._exit(128 + number)
 
-    def signals_received(self) -> list[int]:
-        """The largest number of a signal that came to any rank, 0 for none; all ranks call this together."""
-        largest = torch.tensor([self.received or 0], dtype=torch.int32, device=torch.cuda.current_device())
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        number = int(largest.item())
-        self.stopping = number > 0
-        if self.stopping and self.received is None:
+    def poll(self) -> bool:
+        """Let all ranks, which call this together, know of signals and files; whether a file asks for a checkpoint."""
+        save, stop = self._requests.asked()
+        news = torch.tensor([self.received or 0, save, stop], dtype=torch.int32, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(news, op=torch.distributed.ReduceOp.MAX)
+        number, *asked = news.tolist()
+        self.save_asked, self.stop_asked = map(bool, asked)
+        self.stopping = number > 0 or self.stop_asked
+        if number and self.received is None:
             self.received = number
-        return [number]
+        return self.save_asked
+
+    def honoured(self) -> None:
+        """What the files asked for is done."""
+        if torch.distributed.get_rank() == 0 and (self.save_asked or self.stop_asked):
+            self._requests.remove()
+
+    def signals_received(self) -> list[bool]:
+        """What Megatron asks for: whether to save and leave."""
+        return [self.stopping]

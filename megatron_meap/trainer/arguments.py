@@ -12,6 +12,7 @@ from megatron_meap.backend import device
 from megatron_meap.checkpoint import model_arguments
 from megatron_meap.checkpoint.latest import CheckpointSettings
 from megatron_meap.checkpoint.reader import open_checkpoint
+from megatron_meap.cluster import hangs
 from megatron_meap.cluster.connections import ConnectionSettings
 from megatron_meap.errors import UsageError
 from megatron_meap.flags import Settings, add_group, flag, refuse_in_one_line
@@ -235,6 +236,7 @@ def _validate_meap(args: Namespace) -> None:
     wandb_run.check(args)
     ProbeSettings.of(args).check(args)
     LogSettings.of(args).check()
+    hangs.check(args)
     OfficialSettings.of(args).check(args)
     if args.sft:
         raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; use --meap-sft")

@@ -14,7 +14,7 @@ from megatron.training import get_tokenizer
 
 from megatron_meap.backend import megatron_patches
 from megatron_meap.checkpoint.latest import HashFiles
-from megatron_meap.cluster import meeting
+from megatron_meap.cluster import meeting, run_files
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.index import read_index
 from megatron_meap.preprocessing.manifest import check_manifest
@@ -90,6 +90,7 @@ def look(args: Namespace, data_only: bool = False, hash_files: HashFiles | None 
     args.meap_record = found["record"] = describe(args, get_tokenizer())
     if data_only:
         return found | {"iteration": args.ckpt_step, "warnings": []}
+    run_files.refuse_a_stop(args.save)
     if args.dry_run:
         _look_at_save_directory(args)
     else:

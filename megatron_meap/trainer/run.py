@@ -1,6 +1,7 @@
 """The seam to Megatron's trainer: the model's configuration, the forward step, the loss and its report."""
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import shlex
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_meap.backend import description, device, megatron_patches, optimizer_step
 from megatron_meap.checkpoint import integrity, latest
 from megatron_meap.cluster import connections
+from megatron_meap.cluster.run_files import STOP, Heartbeat, Requests
 from megatron_meap.cluster.signals import EXIT_STOPPED, StopRequest
 from megatron_meap.errors import UsageError, causes, note_status, one_line
 from megatron_meap.files import is_disk_full
@@ -68,9 +70,11 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
     output.open_log(args.save, _heading(args) if args.rank == 0 else None)
     wandb_run.begin(args)
     atexit.register(_end_workers)
-    stop = StopRequest().install()
+    stop = StopRequest(Requests(args.save if args.rank == 0 else None)).install()
     global_vars._GLOBAL_SIGNAL_HANDLER = stop
     args.exit_signal_handler = True  # the trainer asks it after every step
+    megatron_patches.save_on_request(stop.poll, stop.honoured)
+    heartbeat = Heartbeat(args.save) if args.rank == 0 else None
     files = carried.collect(args) if args.rank == 0 and args.save else {}
     megatron_patches.save_checkpoints_by(lambda save: integrity.recorded_by_all_ranks(carried.beside(save, files)))
     if args.meap_keep_last is not None:
@@ -86,7 +90,8 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
         for line in remarks(args):
             print(line, flush=True)
     try:
-        _pretrain(args, store, output)
+        with heartbeat.alive() if heartbeat else contextlib.nullcontext():
+            _pretrain(args, store, output, heartbeat)
     except SystemExit as end:  # Megatron's own way out of the training loop
         if isinstance(end.code, int) and end.code in bad_steps.STATUSES:
             bad_steps.end(args, end.code, bad_steps.found_in(end.__cause__))
@@ -94,6 +99,8 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
             raise
         if args.rank == 0:
             output.say(_how_it_stopped(args, cause))
+        if stop.stop_asked:
+            sys.exit(0)
         note_status(EXIT_STOPPED)
         sys.exit(EXIT_STOPPED)
 
@@ -133,10 +140,14 @@ def prepare(data_only: bool = False) -> tuple[Namespace, torch.distributed.Store
     return args, preflight.check(args, data_only)
 
 
-def _pretrain(args: Namespace, store: torch.distributed.Store | None, output: Output) -> None:
+def _pretrain(
+    args: Namespace, store: torch.distributed.Store | None, output: Output, heartbeat: Heartbeat | None
+) -> None:
     """Hand over to Megatron's trainer."""
 
     def step(*inputs: Any, **options: Any) -> Any:
+        if heartbeat is not None:
+            heartbeat.beat(args.curr_iteration)
         result = forward_step(*inputs, **options)
         output.quiet = False
         return result
@@ -206,8 +217,10 @@ def _run_alone_without_launcher() -> None:
 
 def _cause(args: Namespace, stop: StopRequest) -> str | None:
     """What has ended the training before its last step and is no end that the command line names by a step."""
-    if stop.stopping:
-        return signal.Signals(stop.received or 0).name
+    if stop.stop_asked:
+        return f"the file {Path(args.save) / STOP}"
+    if stop.received is not None:
+        return signal.Signals(stop.received).name
     step = args.curr_iteration + 1
     if args.exit_duration_in_mins and step < args.train_iters and (not args.exit_interval or step % args.exit_interval):
         return f"--exit-duration-in-mins {args.exit_duration_in_mins}"

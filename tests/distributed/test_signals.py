@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ import torch
 
 from megatron_meap.checkpoint import latest
 from megatron_meap.checkpoint.reader import open_checkpoint
+from megatron_meap.cluster import run_files
+from megatron_meap.errors import UsageError
 from tests.conftest import Corpus
-from tests.launch import ENTRY, MODEL, REPOSITORY, TRAINING, environment, parse, torchrun
+from tests.launch import ENTRY, MODEL, REPOSITORY, TRAINING, environment, launch, parse, torchrun
 
 STOPPED = 75  # the ranks' exit status, as documented
 
@@ -164,6 +167,51 @@ def test_the_job_saves_and_ends(flags: list[str], tmp_path: Path, processes: int
         )  # lines before the first step
     if not piped or way in ("Ctrl-C", "closed pipe"):  # else the reader has it
         assert shown[-1] == line
+
+
+def test_files_save_and_stop(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks save at the same step; the files go when they are honoured; one that is left refuses a start."""
+    run, script = tmp_path / "run", tmp_path / "seen-by-a-script"
+    monkeypatch.setenv("MEAP_HEARTBEAT", str(script))
+
+    def wait_for(true: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not true():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    with ThreadPoolExecutor(1) as background:
+        job = background.submit(launch, 2, flags)
+        wait_for(lambda: job.done() or (run / "heartbeat").exists())
+        assert run_files.state_of(run)[0] == run_files.TRAINING
+        (run / "save").touch()
+        wait_for(lambda: job.done() or not (run / "save").exists())
+        first = int(latest.pointer(run) or 0)
+        assert not job.done()
+        (run / "stop").touch()
+        ended = job.result()
+    last = int(latest.pointer(run) or 0)
+    assert 0 < first < last
+    assert latest.iterations(run) == [first, last]
+    assert ended.returncode == 0
+    assert f"stopped by the file {run / 'stop'} after iteration {last}: checkpoint in {run}" in ended.output
+    assert not (run / "stop").exists()
+    assert script.read_text() == (run / "heartbeat").read_text()
+    assert run_files.state_of(run)[0] == run_files.ENDED
+    (run / "stop").touch()
+    with pytest.raises(UsageError, match="asks this run to stop; remove it to train"):
+        run_files.refuse_a_stop(str(run))
+
+
+def test_a_file_that_cannot_be_removed_is_heeded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "save").mkdir()  # root can remove any file
+    requests = run_files.Requests(str(tmp_path))
+    assert requests.asked() == (True, False)
+    assert requests.asked() == (False, False)  # a moment later
+    monkeypatch.setattr(run_files, "_LOOK_S", 0.0)
+    requests.remove()
+    assert "save: cannot be removed" in capsys.readouterr().out
+    assert requests.asked() == (False, False)
 
 
 def test_a_second_signal_ends_it_at_once(flags: list[str], tmp_path: Path) -> None:

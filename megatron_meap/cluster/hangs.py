@@ -1,0 +1,30 @@
+"""`--enable-ft-package`: hangs are found by NVIDIA's Resiliency Extension (NVRx), where it can work."""
+
+import inspect
+import os
+from argparse import Namespace
+
+from megatron_meap.errors import UsageError
+
+FLAG = "--enable-ft-package"
+_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # by which its launcher lets a rank find its monitor
+
+
+def check(args: Namespace) -> None:
+    """Refuse what Megatron would fail over after it has started.
+
+    Raises:
+        UsageError: NVRx is not there or too old, the run was not started by its launcher, or has no `--save`.
+    """
+    if not args.enable_ft_package:
+        return
+    if args.save is None:
+        raise UsageError(f"{FLAG}: keeps its times in --save; name one")
+    try:
+        from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
+    except ImportError as error:
+        raise UsageError(f"{FLAG}: needs NVRx (pip install nvidia-resiliency-ext), or drop the flag") from error
+    if "num_warmup_iters" not in inspect.signature(RankMonitorClient.init_workload_monitoring).parameters:
+        raise UsageError(f"{FLAG}: this nvidia-resiliency-ext is too old for megatron-core 0.19; install a newer one")
+    if _SOCKET not in os.environ and not args.dry_run:
+        raise UsageError(f"{FLAG}: needs ft_launcher in the place of torchrun; NVRx comes with it")
