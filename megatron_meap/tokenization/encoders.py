@@ -95,7 +95,8 @@ def gigatoken_encoder(reference: Reference) -> GigatokenEncoder:
             _refuse_inexact_sentencepiece(definition)
             return _from_json(definition)
         if reference.library in ("huggingface", "megatron") and hasattr(reference.model, "backend_tokenizer"):
-            return _from_json(json.loads(reference.model.backend_tokenizer.to_str()))
+            known = getattr(reference.model, "definition", None)  # to write a large one again takes a while
+            return _from_json(json.loads(known or reference.model.backend_tokenizer.to_str()))
         if reference.library == "tiktoken":
             return _from_tiktoken(reference)
     except _NotPossibleError:
@@ -121,7 +122,7 @@ def _from_json(definition: dict[str, Any]) -> GigatokenEncoder:
     added = [token for token in definition.get("added_tokens") or [] if not token["special"]]
     if any(token["single_word"] for token in added):
         raise _NotPossibleError("is not exact with added tokens that only match whole words")
-    stripped = json.dumps({**definition, "added_tokens": added})
+    stripped = json.dumps({**definition, "added_tokens": added, "truncation": None, "padding": None})
     return GigatokenEncoder(lambda: gigatoken.Tokenizer.from_json(stripped))
 
 

@@ -209,6 +209,8 @@ _MEGATRON_DEFAULTS = {
 
 def _huggingface_encode(model: Any) -> Callable[[str], Sequence[int]]:
     """Encode as the Hugging Face tokenizer does, but special tokens in the text are text."""
+    if isinstance(model, without_torch.FastModel):
+        return model.plain
     backend = getattr(model, "backend_tokenizer", None)
     if backend is None:
         return lambda text: model(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

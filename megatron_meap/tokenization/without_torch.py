@@ -24,9 +24,11 @@ class FastModel:
         """From the contents of a tokenizer.json."""
         from tokenizers import Tokenizer
 
+        self.definition = definition
         self.backend_tokenizer = Tokenizer.from_str(definition)
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
+        self.backend_tokenizer.encode_special_tokens = True  # no text becomes one
         self.get_vocab = self.backend_tokenizer.get_vocab
 
     @property
@@ -37,6 +39,10 @@ class FastModel:
     def __call__(self, text: str) -> dict[str, list[int]]:
         """Ids of a text, and of what the post-processor puts around it."""
         return {"input_ids": self.backend_tokenizer.encode(text).ids}
+
+    def plain(self, text: str) -> list[int]:
+        """Ids of a text alone."""
+        return self.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def load(args: argparse.Namespace) -> Any | None:
