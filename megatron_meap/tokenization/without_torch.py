@@ -28,7 +28,6 @@ class FastModel:
         self.backend_tokenizer = Tokenizer.from_str(definition)
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
-        self.backend_tokenizer.encode_special_tokens = True  # no text becomes one
         self.get_vocab = self.backend_tokenizer.get_vocab
 
     @property
@@ -38,10 +37,12 @@ class FastModel:
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         """Ids of a text, and of what the post-processor puts around it."""
+        self.backend_tokenizer.encode_special_tokens = False
         return {"input_ids": self.backend_tokenizer.encode(text).ids}
 
     def plain(self, text: str) -> list[int]:
-        """Ids of a text alone."""
+        """Ids of a text alone, in which special tokens are text."""
+        self.backend_tokenizer.encode_special_tokens = True
         return self.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
