@@ -15,13 +15,13 @@ from megatron_meap.trainer import run
 
 
 def conversations(documents: list[str], count: int, seed: int = 0, longest: int = 40) -> list[dict]:
-    """Generated conversations in all three shapes: one to three turns, answers of none to `longest` words."""
+    """Generated conversations in all three shapes: one to three turns, answers of one to `longest` words."""
     draw = random.Random(seed)
     words = " ".join(documents).split()
 
     def text(most: int) -> str:
         start = draw.randrange(len(words) - most)
-        return " ".join(words[start : start + draw.randint(0 if most > 8 else 1, most)])
+        return " ".join(words[start : start + draw.randint(1, most)])
 
     made: list[dict] = []
     for number in range(count):

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface import card
-from megatron_meap.huggingface.generation_config import ending_ids
+from megatron_meap.huggingface.generation_config import ending_ids, kept
 from megatron_meap.huggingface.memory import PeakMemory
 from megatron_meap.huggingface.output import new_directory
 from megatron_meap.huggingface.training_data import trained_tokenizer
@@ -117,18 +117,21 @@ def _write_shard(path: Path, tensors: Iterator[tuple[str, Tensor]], names: list[
 def _write_tokenizer(directory: Path, source: Source, tokenizer: Any | None, args: Namespace) -> None:
     """Write the tokenizer and the generation config; without a tokenizer say that there is none."""
     mask_id = getattr(source.checkpoint.args, "meap_mask_token_id", None)
-    ids: dict[str, Any] = {}
+    settings: dict[str, Any] = kept(Path(args.tokenizer_model)) if args.tokenizer_model else {}
+    if sampling := [name for name in settings if not name.endswith(("token_id", "suppress_tokens"))]:
+        print(f"note: the generation config beside the tokenizer is kept: {', '.join(sampling)}", flush=True)
     if tokenizer is None:
         print("note: trained without a tokenizer (NullTokenizer), so the export has none", flush=True)
     else:
         save_tokenizer(tokenizer, directory, source.model.max_positions)
         mask_id = tokenizer.mask_token_id
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        named = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        settings |= {name: value for name, value in named.items() if value is not None}
         if len(ends := ending_ids(args, tokenizer)) > 1:
-            ids["eos_token_id"] = ends
-    known = {name: value for name, value in ids.items() if value is not None}
-    suppressed = {} if mask_id is None else {"suppress_tokens": [mask_id]}
-    write_json(directory / "generation_config.json", known | suppressed)
+            settings["eos_token_id"] = ends
+    if mask_id is not None:
+        settings["suppress_tokens"] = list(dict.fromkeys([*settings.get("suppress_tokens", []), mask_id]))
+    write_json(directory / "generation_config.json", settings)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What ends a text, for the `generation_config.json` of an export and for generation itself."""
+"""What ends a text and how one is sampled, for the `generation_config.json` of an export and for generation itself."""
 
 import contextlib
 import json
@@ -6,9 +6,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from megatron_meap.records import read_json
 from megatron_meap.sft.turns import TurnEncoder
 
 _FILE = "generation_config.json"
+_SHAPE = {"eos_token_id?": int | list | None, "suppress_tokens?": list | None}
+_OF_TRANSFORMERS = {"transformers_version", "_from_model_config"}
 
 
 def ending_ids(args: Namespace, tokenizer: Any) -> list[int]:
@@ -20,22 +23,32 @@ def ending_ids(args: Namespace, tokenizer: Any) -> list[int]:
     """
     ids = [tokenizer.eos_token_id]
     if args.tokenizer_model is not None:
-        ids += _kept(Path(args.tokenizer_model))
+        ends = kept(Path(args.tokenizer_model)).get("eos_token_id", [])
+        ids += ends if isinstance(ends, list) else [ends]
     if getattr(args, "meap_sft", False) and tokenizer.chat_template and tokenizer.eos_token_id is not None:
         ids.append(TurnEncoder(tokenizer, None).end)
     return [index for index in dict.fromkeys(ids) if index is not None]
 
 
-def keep_endings(model: Path, tokenizer: Path) -> None:
-    """Put a model's own list of EOS ids beside its tokenizer, where a later export finds it."""
-    if ids := _kept(model):
-        (tokenizer / _FILE).write_text(json.dumps({"eos_token_id": ids}) + "\n")
+def keep(model: Path, tokenizer: Path) -> None:
+    """Put what a model's directory says of generation beside its tokenizer, where a later export finds it.
+
+    Raises:
+        UsageError: its generation config cannot be read.
+    """
+    if settings := kept(model):
+        (tokenizer / _FILE).write_text(json.dumps(settings) + "\n")
 
 
-def _kept(folder: Path) -> list[int]:
-    """EOS ids in a directory's generation config, or in its config, where transformers looks without one."""
-    for name in (_FILE, "config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            ids = json.loads((folder / name).read_text()).get("eos_token_id")
-            return [each for each in (ids if isinstance(ids, list) else [ids]) if isinstance(each, int)]
-    return []
+def kept(folder: Path) -> dict[str, Any]:
+    """A directory's generation config: how to sample, and EOS ids; without one those in its config, as transformers.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    for name in (_FILE, "config.json") if folder.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):
+            found = read_json(folder / name, _SHAPE, "correct it, or take it away")
+            wanted = found.keys() - _OF_TRANSFORMERS if name == _FILE else {"eos_token_id"}
+            return {key: value for key, value in found.items() if key in wanted and value is not None}
+    return {}

@@ -26,7 +26,7 @@ from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface.architecture import Architecture, megatron_flags
 from megatron_meap.huggingface.export import DTYPES
-from megatron_meap.huggingface.generation_config import keep_endings
+from megatron_meap.huggingface.generation_config import keep
 from megatron_meap.huggingface.mapping import Weight, layer_weights, outer_weights
 from megatron_meap.huggingface.memory import PeakMemory
 from megatron_meap.huggingface.output import new_directory
@@ -72,7 +72,7 @@ def import_model(job: ImportJob) -> None:
     size = dtype.itemsize * sum(math.prod(source.shape(name)) for name in source.places)
     with new_directory(output, source=folder, overwrite=job.overwrite, mark=FLAGS_FILE, needed=size) as directory:
         save_tokenizer(tokenizer, directory / "tokenizer", source.model.max_positions)
-        keep_endings(folder, directory / "tokenizer")
+        keep(folder, directory / "tokenizer")
         flags = _model_flags(source.model, directory / "tokenizer", job)
         args = _megatron_args(flags, dtype)
         args.tokenizer_model = str(output.resolve() / "tokenizer")

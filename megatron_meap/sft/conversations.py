@@ -26,6 +26,11 @@ class Conversation:
     unused: frozenset[str] = frozenset()
     """Names of fields that change nothing."""
 
+    @property
+    def ends_unanswered(self) -> bool:
+        """Whether a question without an answer stands at the end, which is not trained on."""
+        return self.messages[-1]["role"] != "assistant"
+
 
 def read_conversations(path: str, bad: Callable[[UsageError], None]) -> Iterator[Conversation]:
     """Conversations of a file: JSON lines or one JSON list, plain or compressed (gz, zst, xz, bz2), or Parquet rows.

@@ -5,6 +5,7 @@ with `completion`. A field that changes the conversation is honoured or refused 
 """
 
 import json
+import re
 from typing import Any
 
 Message = dict[str, Any]
@@ -28,6 +29,8 @@ _ROLES = {
 _SHAPES = "'messages', 'conversations', 'prompt' and 'completion', or Alpaca's 'instruction' and 'output'"
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _WEIGHTS = ("weight", "train", "loss", "trainable")
+_THINKING = re.compile(r"\s*<think>.*?(</think>|\Z)", re.DOTALL)
+_NOTHING = "which would teach to say nothing; leave it out, or make it context with a weight of 0"
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _REFUSED_IN_RECORD = (*_MEDIA, *_WEIGHTS, *_THOUGHTS, "mask", "documents", "chat_template_kwargs", "history")
 _REFUSED_IN_MESSAGE = (*_MEDIA, "mask", "refusal", "prefix", "tools")
@@ -206,7 +209,7 @@ def _alpaca(record: dict) -> list[Message]:
     """A question and its answer, Alpaca's or Dolly's; its parts stay apart for the template that wants them so."""
     answer_name = "response" if "output" not in record and "response" in record else "output"
     given_name = "context" if record.get("input") is None and "context" in record else "input"
-    instruction, answer = _text(record, "instruction"), _text(record, answer_name)
+    instruction, answer = _text(record, "instruction"), _answer(record, answer_name)
     given = _text(record, given_name) if record.get(given_name) is not None else ""
     messages: list[Message] = []
     for pair in record.get("history") or []:
@@ -225,9 +228,9 @@ def _completion(record: dict) -> list[Message]:
         before = [message | {"learned": False} for message in _listed(record, "prompt")]
         before = [message if message["role"] == "assistant" else _without(message, "learned") for message in before]
         if not isinstance(record.get(name), list):
-            return [*before, {"role": "assistant", "content": _text(record, name)}]
+            return [*before, {"role": "assistant", "content": _answer(record, name)}]
         return before + _listed(record, name)
-    question, answer = _text(record, "prompt"), _text(record, name)
+    question, answer = _text(record, "prompt"), _answer(record, name)
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -270,6 +273,18 @@ def _text(fields: dict, name: str) -> str:
     return fields[name]
 
 
+def _answer(fields: dict, name: str) -> str:
+    answer = _text(fields, name)
+    if _says_nothing(answer):
+        raise BadConversation(f"has an empty {name!r}, {_NOTHING}")
+    return answer
+
+
+def _says_nothing(answer: str) -> bool:
+    """Whether an answer is empty, its thoughts aside."""
+    return not _THINKING.sub("", answer, count=1).strip()
+
+
 def _json(text: str, name: str) -> Any:
     try:
         return json.loads(text)
@@ -278,8 +293,9 @@ def _json(text: str, name: str) -> Any:
 
 
 def _check_order(messages: list[Message]) -> None:
-    """A system prompt or none, a greeting or none, then user and assistant in turn, an answer last.
+    """A system prompt or none, a greeting or none, then user and assistant in turn, with something in each answer.
 
+    What stands behind the last answer is not trained on, so that it may be a question (or a tool's result).
     Between an assistant's call of tools and its next message stand the tools' results.
     """
     first = 1 if messages and messages[0]["role"] == "system" else 0
@@ -297,10 +313,15 @@ def _check_order(messages: list[Message]) -> None:
         previous = message
     if len(messages) == first:
         raise BadConversation("holds no question and answer")
-    if messages[-1]["role"] != "assistant":
+    answers = {number: each for number, each in enumerate(messages[start:], start + 1) if each["role"] == "assistant"}
+    if not answers:
         raise BadConversation("ends with a question that has no answer")
-    if not any(each["role"] == "assistant" and each.get("learned", True) for each in messages[start:]):
+    learned = {number: each for number, each in answers.items() if each.get("learned", True)}
+    if not learned:
         raise BadConversation("has no answer that is to be trained on: all have the weight 0")
+    for number, each in learned.items():
+        if not each.get("tool_calls") and _says_nothing(each["content"]):
+            raise BadConversation(f"has an empty answer as message {number}, {_NOTHING}")
 
 
 def _expected(previous: Message | None) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import json
 from argparse import Namespace
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def _build(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bool)
 def _tokenize(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bool) -> None:
     """Write the turns of all conversations, in order."""
     bad: list[str] = []
-    unused: set[str] = set()
+    notes = _Notes()
 
     def skip(error: UsageError) -> None:
         if not skip_bad:
@@ -160,7 +160,7 @@ def _tokenize(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bo
     source = (conversation for name in files for conversation in read_conversations(name, skip))
     bar = tqdm(source, desc="tokenizing", unit=" conversations", disable=None, mininterval=1)
     with open(folder / "ids.bin", "wb") as output:
-        for batch in _batches(_rendered(bar, encoder, skip, unused)):
+        for batch in _batches(_rendered(bar, encoder, skip, notes)):
             turns = encoder.encode([rendered for _, rendered in batch])
             for (conversation, _), turn in zip(batch, turns, strict=True):
                 turn.ids.tofile(output)
@@ -168,15 +168,27 @@ def _tokenize(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bo
                 tokens += len(turn.ids)
     if not table:
         raise UsageError(f"{files[0]}: holds no conversation to train on ({len(bad)} bad lines skipped)")
-    if unused:
-        print(f"note: fields that are not used: {', '.join(sorted(unused))}", flush=True)
+    if notes.unanswered:
+        print(f"note: {notes.unanswered:,} conversations end with a question, which is left out", flush=True)
+    if notes.unused:
+        print(f"note: fields that are not used: {', '.join(sorted(notes.unused))}", flush=True)
     np.save(folder / "turns.npy", np.frombuffer(table, np.int64).reshape(-1, 4))
     facts = {"conversations": table[-1] + 1, "skipped": len(bad), "turns": len(table) // 4, "tokens": tokens}
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
+@dataclass
+class _Notes:
+    """What people should know of conversations that were read."""
+
+    unused: set[str] = field(default_factory=set)
+    """Names of fields that change nothing."""
+    unanswered: int = 0
+    """Conversations that end with a question."""
+
+
 def _rendered(
-    conversations: Iterable[Conversation], encoder: TurnEncoder, bad: Callable[[UsageError], None], unused: set[str]
+    conversations: Iterable[Conversation], encoder: TurnEncoder, bad: Callable[[UsageError], None], notes: _Notes
 ) -> Iterator[tuple[int, Rendered]]:
     """The turns of all conversations that the template can render, with the conversation's number among them."""
     number = 0
@@ -186,7 +198,8 @@ def _rendered(
         except BadConversation as error:
             bad(_refused(conversation, error))
             continue
-        unused |= conversation.unused
+        notes.unused |= conversation.unused
+        notes.unanswered += conversation.ends_unanswered
         yield from ((number, turn) for turn in turns)
         number += 1
 

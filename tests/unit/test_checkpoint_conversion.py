@@ -261,7 +261,11 @@ def test_vocabularies_of_other_sizes_than_the_weights(rows: int, huggingface_fol
     config = LlamaConfig(**SMALL, vocab_size=len(known) + rows)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "original")
     known.save_pretrained(tmp_path / "original")
-    (tmp_path / "original" / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    ours = tmp_path / "original" / "generation_config.json"
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05}
+    ours.write_text(
+        json.dumps(sampling | {"eos_token_id": [5, 7], "suppress_tokens": [9], "transformers_version": "4"})
+    )
     import_model(ImportJob(str(tmp_path / "original"), str(tmp_path / "imported")))
     export(ExportJob(str(tmp_path / "imported"), str(tmp_path / "exported")))
     before, after = (
@@ -273,6 +277,13 @@ def test_vocabularies_of_other_sizes_than_the_weights(rows: int, huggingface_fol
     assert len(after) == len(known) + 1
     settings = json.loads((tmp_path / "exported" / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [known.eos_token_id, 5, 7]
+    assert settings["suppress_tokens"] == [9, len(known)]
+    assert sampling.items() <= settings.items()
+    assert "transformers_version" not in settings
+    for damaged in ("{", "[]", '{"eos_token_id": "</s>"}'):
+        ours.write_text(damaged)
+        with pytest.raises(UsageError, match=r"generation_config\.json: cannot be read: .*; correct it"):
+            import_model(ImportJob(str(tmp_path / "original"), str(tmp_path / "again")))
     encoder = TurnEncoder(AutoTokenizer.from_pretrained(tmp_path / "exported"), None)
     assert encoder.template == TEMPLATES["chatml"]
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from megatron_meap.sft.conversations import read_conversations
 from megatron_meap.sft.records import BadConversation, parse, tools_of, unused
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+GREETING = {"role": "assistant", "content": ""}
 SYSTEM = {"role": "system", "content": "s"}
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
 
@@ -21,10 +23,12 @@ GOOD = {
     "conversations": ({"conversations": [HUMAN, GPT]}, [USER, ASSISTANT]),
     "conversations with a system field": ({"conversations": [HUMAN, GPT], "system": "s"}, [SYSTEM, USER, ASSISTANT]),
     "the official field": ({"conversations": [HUMAN, GPT], "system_prompt": "s"}, [SYSTEM, USER, ASSISTANT]),
-    "an empty answer": (
-        {"messages": [USER, {"role": "assistant", "content": ""}]},
-        [USER, ASSISTANT | {"content": ""}],
+    "an empty answer as context": (
+        {"messages": [USER, ASSISTANT | {"content": "", "weight": 0}, USER, ASSISTANT]},
+        [USER, ASSISTANT | {"content": "", "learned": False}, USER, ASSISTANT],
     ),
+    "an empty greeting": ({"messages": [GREETING, USER, ASSISTANT]}, [GREETING, USER, ASSISTANT]),
+    "a question at the end": ({"conversations": [HUMAN, GPT, HUMAN]}, [USER, ASSISTANT, USER]),
     "alpaca": (
         {"instruction": "i", "input": "x", "output": "a"},
         [{"role": "user", "content": "i\n\nx", "instruction": "i", "input": "x"}, ASSISTANT],
@@ -100,7 +104,8 @@ BAD = {
     "an answer first": ({"messages": [ASSISTANT, USER]}, "out of order: message 1 is of assistant, expected user"),
     "two questions": ({"messages": [USER, USER, ASSISTANT]}, "out of order: message 2 is of user"),
     "a late system prompt": ({"messages": [USER, ASSISTANT, SYSTEM]}, "out of order: message 3 is of system"),
-    "no answer at the end": ({"messages": [USER, ASSISTANT, USER]}, "ends with a question"),
+    "no answer at all": ({"messages": [SYSTEM, USER]}, "ends with a question that has no answer"),
+    "two questions at the end": ({"messages": [USER, ASSISTANT, USER, USER]}, "out of order: message 4 is of user"),
     "an unknown role": (
         {"messages": [{"role": "narrator", "content": "x"}]},
         "message 1 has the unknown role 'narrator'",
@@ -144,6 +149,30 @@ def test_bad_records_say_what_is_wrong(name: str) -> None:
     record, message = BAD[name]
     with pytest.raises(BadConversation, match=message):
         parse(record)
+
+
+@pytest.mark.parametrize(
+    "nothing", ["", " ", "\n\t\r\u3000", "<think>\nr\n</think>\n\n", "<think>cut off", [{"text": " "}]]
+)
+def test_an_answer_without_text_is_refused_by_its_name(nothing: Any) -> None:
+    """In every shape, the first answer or a later one: it would teach to say nothing."""
+    empty = ASSISTANT | {"content": nothing}
+    records: dict[str, Any] = {
+        "message 2": {"messages": [USER, empty, USER, ASSISTANT]},
+        "message 4": {"messages": [USER, ASSISTANT, USER, empty | {"reasoning_content": "r"}]},
+        "message 2 ": {"prompt": [USER], "completion": [empty]},
+    }
+    if isinstance(nothing, str):
+        records |= {
+            "message 3": {"system": "s", "conversations": [HUMAN, GPT | {"value": nothing}]},
+            "'output'": {"instruction": "i", "input": "x", "output": nothing},
+            "'response'": {"instruction": "i", "response": nothing},
+            "'completion'": {"prompt": "q", "completion": nothing},
+            " message 2": {"instruction": "i", "output": "a", "history": [["q", nothing]]},
+        }
+    for name, record in records.items():
+        with pytest.raises(BadConversation, match=rf"has an empty .*{name.strip()}, which"):
+            parse(record)
 
 
 def test_bad_lines_are_named_and_passed_over(tmp_path: Path) -> None:
