@@ -27,11 +27,14 @@ COLORS = {
 }
 SIGNS = {"noised": "⟦{}⟧", "learned": "«{}»", "noised learned": "«⟦{}⟧»"}
 """Where there are no colours; what is not learned is plain."""
-LEGEND = (
-    '<span class="noised">noised input</span> shown by its clean text (→ what stands there, where it is not the mask '
-    'token), <span class="unlearned">no loss</span>; in fine-tuning <span class="learned">learned</span>, '
-    '<span class="noised learned">learned where it is noised</span>'
-)
+_CLEAN = "shown by its clean text (→ what stands there, where it is not the mask token)"
+LEGENDS = {
+    False: f'<span class="noised">noised input</span> {_CLEAN}, <span class="unlearned">no loss</span>; a line parts '
+    "two documents.",
+    True: '<span class="learned">learned</span>, <span class="noised learned">learned where it is masked</span> '
+    f'{_CLEAN}, <span class="unlearned">context</span>; ↵ is a line end that is learned; a line parts two rows.',
+}
+"""What the colours of a page mean, in pretraining and of rows of fine-tuning."""
 _SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens")
 
 
@@ -135,7 +138,7 @@ class View:
             if number > last:
                 parts.append(f"\n----- next {'row' if self.rows else 'document'} -----\n")
             last = number
-            text = "".join(text for _, (_, text) in tokens)
+            text = "".join(_visible(kind, text) if colors else text for _, (_, text) in tokens)
             parts.append(styles.get(kind, "{}").replace("{}", text))
         return f"{self.heading}\n{''.join(parts)}\n"
 
@@ -145,9 +148,14 @@ class View:
         for position, (kind, text) in enumerate(self._shown()):
             if position in self.borders:
                 parts.append("<hr>")
-            escaped = html.escape(text)
+            escaped = html.escape(_visible(kind, text))
             parts.append(f'<span class="{kind}" title="{position}">{escaped}</span>' if kind else escaped)
         return f"<h2>{html.escape(self.heading)}</h2>\n<pre>{''.join(parts)}</pre>\n"
+
+
+def _visible(kind: str, text: str) -> str:
+    """Text of a token to be coloured, of which a line end has nothing that takes a colour."""
+    return text if kind in ("", "unlearned") else text.replace("\n", "↵\n")
 
 
 def has_colors() -> bool:
@@ -217,14 +225,14 @@ def page(views: list[View], statistics: str, source: str) -> str:
     style = (
         "body{font-family:sans-serif;max-width:60em;margin:2em auto}pre{white-space:pre-wrap;line-height:1.6;"
         "background:#f6f6f6;padding:1em}.noised{background:#c33;color:#fff;"
-        "border-right:1px solid #fff}.learned{background:#cec;border-right:1px solid #fff}.unlearned{color:#999}"
+        "border-right:1px solid #fff}.learned{background:#cec;border-right:1px solid #fff}.unlearned{color:#767676}"
         ".noised.learned{background:#c33;border-bottom:3px solid #393}h2{font-size:1em}"
     )
     sections = "\n".join(each.for_html() for each in views)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Batches</title><style>{style}</style>\n'
         f"<h1>What the model sees</h1>\n<p>{html.escape(source)}</p>\n"
-        f"<p>{LEGEND}; a line parts two documents.</p>\n"
+        f"<p>{LEGENDS[views[0].rows]}</p>\n"
         f"<pre>{html.escape(statistics)}</pre>\n"
         f"{sections}</html>\n"
     )

@@ -97,8 +97,9 @@ class Streams:
     def _source(self) -> str:
         """Which data it is, and what is masked of it."""
         args = self.args
+        what = "answer tokens" if args.meap_sft else "input tokens"
         names = args.data_path or args.train_data_path or [args.data_args_path or "mock data"]
-        return f"{' '.join(names)}: {MaskSettings.of(args).words('input tokens')}"
+        return f"{' '.join(names)}: {MaskSettings.of(args).words(what)}"
 
 
 def _exact(args: Namespace) -> bool:

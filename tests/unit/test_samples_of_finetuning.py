@@ -1,5 +1,6 @@
 """What `inspect_batches.py` shows of a sample of fine-tuning: each token by whether it is itself learned."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,6 +54,18 @@ def test_colours_signs_and_a_page(shown: samples.View, monkeypatch: pytest.Monke
     assert page.count('class="learned"') == 5
     assert page.count('class="unlearned"') == 9
     assert "\033[2mABC\033[0m\033[32mKLMN<eod>\033[0m" in colored
+    whole = samples.page([shown], "", "")
+    assert "a line parts two rows" in whole
+    assert "documents" not in whole
     assert not samples.has_colors()
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert samples.has_colors()
+
+
+def test_line_ends_show_whether_they_are_learned(shown: samples.View) -> None:
+    """A colour needs a character; what is no label is left as it is."""
+    shown = replace(shown, texts=["\n" if text in "BM" else text for text in shown.texts])
+    learned = int(shown.learned[[i for i, text in enumerate(shown.texts) if text == "\n"]].sum())
+    assert learned
+    assert shown.for_html().count("↵\n</span>") == shown.for_terminal().count("↵\n") == learned
+    assert "↵" not in shown.for_terminal(colors=False)
