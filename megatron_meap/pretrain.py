@@ -23,7 +23,7 @@ def main() -> None:
 
         return help.show(everything="--help-all" in sys.argv)
     if "--dry-run" in sys.argv:
-        device.prepare_to_look()
+        device.prepare_to_look(here=True)
         from megatron_meap.inspection import dry_run
 
         return dry_run.run()

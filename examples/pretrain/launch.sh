@@ -91,6 +91,7 @@ launch() {
       *) words+=("$word") ;;
     esac
   done
+  export MEAP_DEVICE=${MEAP_DEVICE:-cuda} # a node whose PyTorch cannot use its GPUs must not train on its processor
   if [ -n "$look" ]; then
     _check_gpus look
     export RANK=0 LOCAL_RANK=0 WORLD_SIZE=$((NNODES * GPUS_PER_NODE))
@@ -102,7 +103,6 @@ launch() {
     need NODE_RANK "the number of this node, 0 to $((NNODES - 1))" 0
     nodes=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
   fi
-  export MEAP_DEVICE=${MEAP_DEVICE:-cuda} # a node whose PyTorch cannot use its GPUs must not train on its processor
   if [ -z "$NUMA_BINDING" ] && _binds_to_numa; then NUMA_BINDING=node; fi
   case $NUMA_BINDING in '' | none) ;; *) nodes+=(--numa-binding "$NUMA_BINDING") ;; esac
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron overlaps communication so

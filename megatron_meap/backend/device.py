@@ -37,14 +37,17 @@ def prepare() -> bool:
     return True
 
 
-def prepare_to_look() -> None:
+def prepare_to_look(here: bool = False) -> None:
     """Make Megatron importable without using a GPU, to look at a run rather than to do it.
 
-    The run is one for GPUs, whatever this machine has, unless `MEAP_DEVICE=cpu` says that a CPU will train.
+    Args:
+        here: the run is what this machine would do, as in training: on a CPU where there is no GPU. Otherwise it is one
+            for GPUs, whatever this machine has. `MEAP_DEVICE=cpu` and `=cuda` settle it in both cases.
     """
     global _plans_for_gpu
     megatron_patches.silence_known_warnings()
-    _plans_for_gpu = os.environ.get("MEAP_DEVICE", "auto") != "cpu"
+    choice = os.environ.get("MEAP_DEVICE", "auto")
+    _plans_for_gpu = choice == "cuda" or (choice == "auto" and (not here or torch.cuda.is_available()))
     from megatron_meap.backend import cpu
 
     cpu.install()

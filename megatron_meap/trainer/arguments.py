@@ -273,7 +273,8 @@ def _refuse_what_this_device_cannot(args: Namespace) -> None:
         from megatron_meap.backend.cpu import unsupported
 
         for flag, reason in unsupported(args):
-            raise UsageError(f"{flag}: cannot work on a CPU: {reason}; drop it, or train on a GPU")
+            look = " (to look at such a run: MEAP_DEVICE=cuda)" if args.dry_run else ""
+            raise UsageError(f"{flag}: cannot work on a CPU: {reason}; drop it, or train on a GPU{look}")
     if args.context_parallel_size > 1 and args.transformer_impl == "local":
         raise UsageError(
             f"--context-parallel-size {args.context_parallel_size}: needs Transformer Engine, whose attention reaches "

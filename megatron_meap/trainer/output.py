@@ -18,8 +18,10 @@ _CLOSED = (errno.EPIPE, errno.EIO, errno.EBADF)
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _LIBRARIES = ("megatron.", "logging.", "warnings.", "torch.")
 _WARNING = re.compile(r"\s*warning\b", re.IGNORECASE)
+# For the log file alone, whenever it is said; no memory is allocated on a device that is not there.
 _NO_NEWS = re.compile(
     r"one_logger|RerunStateMachine|could not find the metadata file|rerun_state_machine|Result validation enabled"
+    r"|memory \(MB\) \| allocated: 0\.00 |compute_activation_memory|async save is deprecated"
 )
 
 
@@ -27,7 +29,8 @@ class Output:
     """Takes the place of `sys.stdout` and `sys.stderr`.
 
     A reader that goes away (`| head`, `| tee` at a Ctrl-C, a closed terminal) does not end a training: it continues
-    without one. What Megatron tells of itself before the first step is for the log file alone.
+    without one. What Megatron tells of itself before the first step, and what it estimates of memory (`plan_run.py`
+    counts it), is for the log file alone.
     """
 
     def __init__(self) -> None:
@@ -113,9 +116,12 @@ class _Stream(io.TextIOBase):
     def _send(self, text: str, caller: types.FrameType | None) -> None:
         self._output.record(text)
         module = "" if caller is None else caller.f_globals.get("__name__", "")
-        if self._output.quiet and f"{module}.".startswith(_LIBRARIES):
-            lines = text.splitlines(keepends=True)
-            text = "".join(line for line in lines if _WARNING.match(line) and not _NO_NEWS.search(line))
+        if module.startswith("megatron.training.theoretical_memory_usage"):
+            return
+        if f"{module}.".startswith(_LIBRARIES):
+            lines = [line for line in text.splitlines(keepends=True) if not _NO_NEWS.search(line)]
+            text = "".join(line for line in lines if not self._output.quiet or _WARNING.match(line))
+            text = text if text.strip() else ""
         self.show(text)
 
     def show(self, text: str) -> bool:

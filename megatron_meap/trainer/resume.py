@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_meap.checkpoint import latest, model_arguments
 from megatron_meap.errors import UsageError
-from megatron_meap.trainer import schedule
+from megatron_meap.trainer import batch_sizes, schedule
 from megatron_meap.trainer.record import ALLOW, Verdict, differences
 
 
@@ -30,6 +30,7 @@ def choose_start(args: Namespace, hash_files: latest.HashFiles | None) -> dict[s
         if choice is not None:
             warnings = [] if choice.warning is None else [choice.warning]
             warnings += _compare("--load", choice.path, args)
+            warnings += nothing_left(choice, args)
             return {"iteration": _settle(choice, args), "start": str(choice.path), "warnings": warnings}
         if args.save is None or Path(args.load).resolve() != Path(args.save).resolve():
             raise UsageError(f"--load {args.load}: holds no checkpoint; check the path, or drop the flag to start anew")
@@ -43,6 +44,16 @@ def choose_start(args: Namespace, hash_files: latest.HashFiles | None) -> dict[s
         warnings = _compare("--pretrained-checkpoint", choice.path, args)
         return {"iteration": args.ckpt_step, "start": str(choice.path), "warnings": warnings}
     return {"iteration": args.ckpt_step, "start": None, "warnings": []}
+
+
+def nothing_left(choice: latest.Choice, args: Namespace) -> list[str]:
+    """A line where the checkpoint has all the steps that are asked for."""
+    steps = sum(phase.steps for phase in batch_sizes.phases(args))
+    if args.finetune or args.skip_train or choice.iteration < steps:
+        return []
+    return [
+        f"{choice.path}: has all {steps:,} steps, nothing is left to train; docs/first_runs.md says how to train longer"
+    ]
 
 
 def _keep_checkpoints(args: Namespace) -> None:

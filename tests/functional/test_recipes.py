@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import warm
 from tests.conftest import Corpus
@@ -97,12 +98,13 @@ def results(desk: Desk) -> dict[str, dict]:
     commands = {}
     for name, (recipe, variables) in RECIPES.items():
         asked = desk.asked(recipe, "--dry-run", **variables)
+        assert asked["environment"]["MEAP_DEVICE"] == "cuda"  # a run for GPUs, wherever it is looked at
         flags = without_checkpoint(asked["command"][2:])
         commands[name] = {"world": asked["environment"]["WORLD_SIZE"], "flags": flags, "shorter": SHORTER}
     listing = desk.folder / "commands.json"
     listing.write_text(json.dumps(commands))
     command = [REPOSITORY / "tests" / "dry_run_many.py", listing]
-    done = warm.run(command, environment() | {"MEAP_DEVICE": "auto"}, desk.folder, timeout=400)
+    done = warm.run(command, environment() | {"MEAP_DEVICE": "cuda"}, desk.folder, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.split("results: ")[-1])
 
@@ -174,8 +176,8 @@ def test_big_recipes_have_their_layouts(results: dict) -> None:
 def test_a_dry_run_leaves_nothing_and_refuses_what_the_run_would(corpus: Corpus, tmp_path: Path) -> None:
     flags = [*MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(tmp_path / "cache")]
 
-    def dry_run(*more: str) -> subprocess.CompletedProcess[str]:
-        return warm.run([ENTRY, "--dry-run", *flags, *more], environment(), tmp_path)
+    def dry_run(*more: str, device: str = "cpu") -> subprocess.CompletedProcess[str]:
+        return warm.run([ENTRY, "--dry-run", *flags, *more], environment() | {"MEAP_DEVICE": device}, tmp_path)
 
     logging = [f"--tensorboard-dir={tmp_path / 'board'}", "--wandb-project", "any", "--save-interval", "5"]
     done = dry_run(*logging, "--save", str(tmp_path / "run"))
@@ -184,6 +186,9 @@ def test_a_dry_run_leaves_nothing_and_refuses_what_the_run_would(corpus: Corpus,
     refused = dry_run("--save-interval", "5", "--save", "/dev/null/run")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --save /dev/null/run: cannot be written")
+    for device, where in {"cpu": "on 1 CPU process", "auto": "on 1 CPU process", "cuda": "on 1 GPU"}.items():
+        if device != "auto" or not torch.cuda.is_available():
+            assert where in dry_run(device=device).stdout
 
 
 def test_torchrun_is_asked_for_the_nodes(desk: Desk) -> None:

@@ -1,16 +1,18 @@
 """Steps and batch sizes of a run: as Megatron counts them, and refused where a run would stop or count wrong."""
 
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from megatron.core import num_microbatches_calculator as calculator
 from megatron.training import training
 
+from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError
 from megatron_meap.inspection.training_log import History, progress_line
 from megatron_meap.meap.settings import masking_of
 from megatron_meap.planning.memory import in_flight
-from megatron_meap.trainer import batch_sizes
+from megatron_meap.trainer import batch_sizes, resume
 
 
 def arguments(**changes) -> Namespace:
@@ -108,3 +110,14 @@ def test_the_time_left_follows_the_samples() -> None:
     step = history.add(line)
     assert step is not None
     assert progress_line(history, step).endswith("ETA 0:00:02")
+
+
+@pytest.mark.parametrize(("iteration", "is_said"), [(9, False), (10, True), (12, True)])
+def test_a_run_that_has_all_its_steps_says_so(iteration: int, is_said: bool) -> None:
+    for size in ({"train_iters": 10}, {"train_samples": 160}):
+        args = arguments(global_batch_size=16, finetune=False, skip_train=False, **size)
+        said = resume.nothing_left(latest.Choice(iteration, Path("saved"), None), args)
+        assert bool(said) == is_said
+    assert (
+        resume.nothing_left(latest.Choice(12, Path("saved"), None), Namespace(**vars(args) | {"finetune": True})) == []
+    )
