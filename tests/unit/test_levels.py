@@ -31,6 +31,7 @@ LEVELS = {
     "pretrain": 9,
     "study": 9,
     "cli": 10,
+    "__main__": 11,
 }
 """Level of every room: imports go down, or stay within a room."""
 
