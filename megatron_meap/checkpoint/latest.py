@@ -5,6 +5,7 @@ default) a SHA-256 of every file beside it. Here both are read *before* Megatron
 is named, and the newest good one is taken instead, or the start is refused.
 """
 
+import contextlib
 import errno
 import re
 import shutil
@@ -19,9 +20,12 @@ from megatron_meap.files import whole_file
 from megatron_meap.flags import Settings, flag
 
 POINTER = "latest_checkpointed_iteration.txt"
+HASHES = "integrity.json"
+"""In the directory of an iteration: Megatron's record of its files' hashes (`integrity.FILE`)."""
 HashFiles = Callable[[Sequence[Path]], dict[str, str]]
 """From files to their SHA-256, by path."""
 
+_DOOMED = ".pruned-"
 _DIRECTORY = re.compile(r"iter_(\d{7,})")
 
 
@@ -222,8 +226,13 @@ def prune(folder: Path, keep_last: int, keep_every: int | None) -> list[int]:
     newest = pointer(folder)
     if newest is None or newest == "release":
         return []
+    for left in folder.glob(f"{_DOOMED}*"):  # by one that was killed
+        shutil.rmtree(left, ignore_errors=True)
     complete = [iteration for iteration in iterations(folder) if iteration <= int(newest)]
     old = [each for each in complete[:-keep_last] if not (keep_every and each % keep_every == 0)]
     for iteration in old:
-        shutil.rmtree(directory(folder, iteration), ignore_errors=True)
+        doomed = folder / f"{_DOOMED}{iteration}"
+        with contextlib.suppress(OSError):
+            directory(folder, iteration).rename(doomed)  # so that nobody finds half of it
+        shutil.rmtree(doomed, ignore_errors=True)
     return old

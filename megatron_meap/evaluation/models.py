@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import warnings
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,17 +103,30 @@ def _export(path: Path, iteration: int | None, name: str, cache: Path, tokenizer
         # In a process of its own: the export's self-check runs Megatron on the CPU, whatever this machine has.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             pool.submit(_export_here, str(path), str(directory), iteration, tokenizer).result()
-    samples = getattr(checkpoint.args, "consumed_train_samples", 0) or 0
-    tokens = samples * checkpoint.args.seq_length or None
     source = str(path) if iteration is None else f"{path}@{iteration}"
-    return Model(name, directory, source, name, tokens)
+    return Model(name, directory, source, name, trained_tokens(checkpoint.args))
+
+
+def trained_tokens(args: Namespace) -> int | None:
+    """Tokens that a checkpoint was trained on, by the arguments in it; None where they do not say."""
+    return (getattr(args, "consumed_train_samples", 0) or 0) * args.seq_length or None
 
 
 def _export_here(load: str, output: str, iteration: int | None, tokenizer: str | None) -> None:
+    prepare_export()
+    export_here(load, output, iteration, tokenizer)
+
+
+def prepare_export() -> None:
+    """Make this process one that exports and does nothing else: on the CPU, whatever this machine has, and quiet."""
     os.environ["MEAP_DEVICE"] = "cpu"
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     device.prepare()
+
+
+def export_here(load: str, output: str, iteration: int | None, tokenizer: str | None) -> None:
+    """Export a checkpoint, in the place of an earlier export; `prepare_export` comes first."""
     from megatron_meap.huggingface.export import ExportJob, export
 
     export(ExportJob(load=load, output=output, iteration=iteration, tokenizer=tokenizer, overwrite=True))

@@ -5,3 +5,6 @@ TFLOPS, MFU = "model TFLOP/s/rank", "MFU (%)"
 EMBEDDING_NORM = "embedding norm"
 SPIKE, SKIPPED = "loss spike", "skipped step"
 """Lines of their own, by how they begin."""
+
+WANDB_ID = "wandb_run_id"
+"""File in the directory given to `--save`: the id of the W&B run that its training is logged to."""

@@ -10,9 +10,7 @@ from megatron.training import global_vars
 
 from megatron_meap.errors import UsageError, one_line
 from megatron_meap.files import whole_file
-
-FILE = "wandb_run_id"
-"""In the directory given to `--save`: the id of the run that its training is logged to."""
+from megatron_meap.trainer.log_names import WANDB_ID
 
 
 def check(args: Namespace) -> None:
@@ -37,7 +35,7 @@ def begin(args: Namespace) -> None:
     if not args.wandb_project or args.rank != args.world_size - 1:
         return
     if args.save:
-        os.environ.setdefault("WANDB_RUN_ID", _id(Path(args.save) / FILE, _starts_anew(args)))
+        os.environ.setdefault("WANDB_RUN_ID", _id(Path(args.save) / WANDB_ID, _starts_anew(args)))
         os.environ.setdefault("WANDB_RESUME", "allow")
     # Megatron sets it in W&B's configuration later, which refuses another value than that of the run that it continues
     args.slurm_job_name = os.environ.get("SLURM_JOB_NAME", "N/A")

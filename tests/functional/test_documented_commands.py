@@ -95,7 +95,9 @@ def parse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         scripts = [word for word in words if word.endswith((".sbatch", ".sh"))]
         assert scripts
         assert all(Path(script).is_file() for script in scripts)
-        if scripts[0].endswith("preprocess.sbatch"):
+        if scripts[0].endswith("follow.sbatch"):
+            parse_tool("tools/follow_run.py", words[words.index(scripts[0]) + 1 :], monkeypatch)
+        elif scripts[0].endswith("preprocess.sbatch"):
             parse_tool("tools/preprocess_data.py", words[words.index(scripts[0]) + 1 :], monkeypatch)
     elif program not in OTHERS and words[0].endswith(".py"):
         assert Path(words[0]).is_file(), words[0]

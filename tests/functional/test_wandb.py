@@ -11,6 +11,7 @@ from megatron.training import global_vars
 
 from megatron_meap.errors import UsageError
 from megatron_meap.trainer import wandb_run
+from megatron_meap.trainer.log_names import WANDB_ID
 from tests.conftest import Corpus
 from tests.functional.test_record import flags_of
 from tests.launch import MODEL, TRAINING, launch
@@ -100,7 +101,7 @@ def test_wandb_itself_offline(corpus: Corpus, tmp_path: Path, monkeypatch: pytes
     for exit_at in ("2", "4"):
         done = launch(2, [*flags, "--exit-interval", exit_at])
         assert done.returncode == 0, done.output[-3000:]
-    id = (folder / wandb_run.FILE).read_text()
+    id = (folder / WANDB_ID).read_text()
     names = [path.name for path in (folder / "wandb/wandb").glob("offline-run-*")]
     assert len(names) == 2
     assert all(name.endswith(f"-{id}") for name in names)

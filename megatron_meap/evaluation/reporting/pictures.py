@@ -196,26 +196,37 @@ def _first(results: list[ModelResults], task: str) -> ModelResults:
 
 def _over_tokens(results: list[ModelResults], tasks: list[str], path: Path) -> Path:
     """A panel for each task: its metric over training tokens, one line a run."""
+    panels = []
+    for task in tasks:
+        metric = headline(_first(results, task), task) or ""
+        lines: dict[str, list[tuple[float, Any]]] = {}
+        for result in results:
+            if result.model.tokens:
+                points = lines.setdefault(result.model.run, [])
+                points += [(result.model.tokens, result.estimate(task, metric))] if task in result.samples else []
+        panels.append((task, metric, lines))
+    return over_tokens(panels, path)
+
+
+def over_tokens(panels: list[tuple[str, str, dict[str, list[tuple[float, Any]]]]], path: Path) -> Path:
+    """Draw panels: title, metric, and for each run by name its points, tokens and `Estimate` (or None)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter
 
-    columns = min(3, len(tasks))
-    lines = -(-len(tasks) // columns)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
-        lines, columns, figsize=(4.2 * columns, 3.2 * lines), squeeze=False, layout="constrained"
+        rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False, layout="constrained"
     )
-    for axis in axes.flat[len(tasks) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, task in zip(axes.flat, tasks, strict=False):
-        metric = headline(_first(results, task), task) or ""
-        for color, run in enumerate(dict.fromkeys(result.model.run for result in results if result.model.tokens)):
-            points = sorted(
-                (result.model.tokens, result.estimate(task, metric))
-                for result in results
-                if result.model.run == run and result.model.tokens and task in result.samples
-            )
-            _line(axis, label(run), f"C{color}", metric, points)
-        axis.set(title=task, xlabel="training tokens", ylabel=METRICS.get(metric, metric))
+    for axis, (title, metric, lines) in zip(axes.flat, panels, strict=False):
+        for color, (run, points) in enumerate(lines.items()):
+            _line(axis, label(run), f"C{color}", metric, sorted(points, key=lambda point: point[0]))
+        axis.set(title=title, xlabel="training tokens", ylabel=METRICS.get(metric, metric))
         axis.xaxis.set_major_formatter(EngFormatter())
         axis.grid(alpha=0.3)
         if is_share(metric):
