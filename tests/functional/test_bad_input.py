@@ -16,7 +16,7 @@ from megatron_meap.cluster import meeting
 from megatron_meap.errors import JobError, UsageError
 from megatron_meap.trainer import run as trainer
 from tests.conftest import Corpus
-from tests.launch import ENTRY, MODEL, TRAINING, environment, launch_many
+from tests.launch import ENTRY, MODEL, TRAINING, environment, launch_many, torchrun
 from tests.sft import prepare
 from tests.unit.preprocessing import write_manifest
 
@@ -303,9 +303,13 @@ class TestCheckpoints:
         assert not list(save.glob("iter_*"))
 
 
-def test_the_command_prints_one_line(flags: list[str]) -> None:
-    """No traceback, and no output of a refused run but the line."""
-    command = [sys.executable, str(ENTRY), *flags, "--meap-mask-ratio", "1.5"]
+@pytest.mark.parametrize("launcher", [[sys.executable], torchrun(2)], ids=["alone", "torchrun"])
+def test_the_command_prints_one_line(flags: list[str], launcher: list[str]) -> None:
+    """No traceback, and no output of a refused run but the line; at most the launcher's own words around it."""
+    command = [*launcher, str(ENTRY), *flags, "--meap-mask-ratio", "1.5"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: --meap-mask-ratio 1.5: must be at least 0 and below 1"
+    line = "error: --meap-mask-ratio 1.5: must be at least 0 and below 1"
+    said = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    assert said.count(line) == 1
+    assert len(said) <= (1 if launcher == [sys.executable] else 15), said

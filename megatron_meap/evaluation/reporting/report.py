@@ -59,8 +59,6 @@ def _row(results: list[ModelResults], comparisons: dict[tuple[str, str], Compari
     """A task's line in the table."""
     metric = headline(next(result for result in results if task in result.samples), task) or "-"
     found = [result.estimate(task, metric) if task in result.samples else None for result in results]
-    means = [one.mean for one in found if one]
-    best = max(means) if len(set(means)) > 1 else None
     scale, digits = (100, 1) if is_share(metric) else (1, 3)
     cells = []
     for result, one in zip(results, found, strict=True):
@@ -71,7 +69,6 @@ def _row(results: list[ModelResults], comparisons: dict[tuple[str, str], Compari
             else {
                 "mean": f"{scale * one.mean:.{digits}f}",
                 "interval": f"{scale * one.low:.{digits}f} to {scale * one.high:.{digits}f}",
-                "best": one.mean == best,
                 "difference": f"{scale * against.found.mean:+.{digits}f}" if against else None,
                 "p": f"{against.adjusted_p:.3g}" if against else None,
                 "significant": bool(against and against.adjusted_p < 0.05),
