@@ -1,5 +1,6 @@
 """Running the points of a study: as many at once as asked for, each finished one kept, the rest resumed later."""
 
+import contextlib
 import json
 import os
 import platform
@@ -91,7 +92,7 @@ class Runner:
         for slot in slots:
             self._free.put(slot)
         self._slots = len(slots)
-        self._running: set[subprocess.Popen] = set()
+        self._running: set[int] = set()  # their process ids
         self._stopping = threading.Event()
 
     def run(self, points: Sequence[Point]) -> None:
@@ -104,19 +105,21 @@ class Runner:
         todo = [point for point in points if point not in done]
         self._say(f"{len(points)} runs, {len(points) - len(todo)} of them done")
         self._texts.make(todo)
-        try:
-            with ThreadPoolExecutor(self._slots) as pool:
+        with ThreadPoolExecutor(self._slots) as pool:
+            try:
                 outcomes = list(pool.map(self._one, todo))
-        finally:
-            self.stop()
+            except BaseException:  # before the pool waits for what is running
+                self.stop()
+                raise
         if failed := [point.name for point, fine in zip(todo, outcomes, strict=True) if not fine]:
             raise JobError(f"{len(failed)} of {len(todo)} runs have no result yet, the first of them {failed[0]}")
 
     def stop(self) -> None:
         """End what is running; the next start resumes."""
         self._stopping.set()
-        for process in list(self._running):
-            process.send_signal(signal.SIGTERM)
+        for pid in list(self._running):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def _one(self, point: Point) -> bool:
         """Run a point; whether it has a result then."""
@@ -134,10 +137,12 @@ class Runner:
                     [sys.executable, *command[1:]] if command[0] == "python" else command,
                     env={**os.environ, **own, **slot}, stdout=output, stderr=subprocess.STDOUT,
                 )  # fmt: skip
-                self._running.add(process)
+                self._running.add(process.pid)
+                if self._stopping.is_set():  # since the question above
+                    process.terminate()
                 _, status, usage = os.wait4(process.pid, 0)  # for the processor time of this run alone
                 process.returncode = os.waitstatus_to_exitcode(status)
-                self._running.discard(process)
+                self._running.discard(process.pid)
         finally:
             self._free.put(slot)
         history = read_log(log) if process.returncode == 0 else History()

@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 import shlex
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +137,27 @@ def test_runs_are_resumed_and_only_those_without_a_result(tmp_path, grid, monkey
     assert Path("runs/data/train-t64-s9.bin").stat().st_size == 2 * 64  # exactly the tokens asked for
     write_results(Path("results.jsonl"), finished(runs))
     assert read_results(Path("results.jsonl")) == finished(runs)
+
+
+def test_a_signal_ends_what_runs_and_begins_nothing_else(tmp_path, grid, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pretrain_gpt_meap.py").write_text(
+        "import os, pathlib, time\npathlib.Path(f'began-{os.getpid()}').touch()\ntime.sleep(60)"
+    )
+
+    def interrupt():
+        while len(list(tmp_path.glob("began-*"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Runner(grid, texts(grid, tmp_path), Path("runs"), [{}, {}], print).run(grid.stages[0].points())
+    assert time.monotonic() - begun < 30
+    began = [int(path.name.removeprefix("began-")) for path in tmp_path.glob("began-*")]
+    assert len(began) == 2 < len(grid.stages[0].points())
+    assert not any(Path(f"/proc/{pid}").exists() for pid in began)
 
 
 def test_a_text_that_is_too_short_is_refused(tmp_path, grid):
