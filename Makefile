@@ -30,9 +30,9 @@ SMALL := runs/study-small
 study-small: .venv/installed
 	test -f $(SMALL)/texts/valid.jsonl || .venv/bin/python tools/build_corpus.py --train $(SMALL)/texts/train.jsonl \
 		--valid $(SMALL)/texts/valid.jsonl --max-mb 4 --overwrite
-	.venv/bin/python examples/study/study.py run --grid examples/study/small.toml --runs $(SMALL) --texts $(SMALL)/texts --jobs 2
-	.venv/bin/python examples/study/study.py page --grid examples/study/small.toml --runs $(SMALL) \
-		--results $(SMALL)/results.jsonl --page $(SMALL)/results.md
+	.venv/bin/python examples/study/study.py run --grid examples/study/small.toml --texts $(SMALL)/texts --jobs 2
+	.venv/bin/python examples/study/study.py page --grid examples/study/small.toml --results $(SMALL) \
+		--page $(SMALL)/results.md
 
 test: .venv/installed
 	.venv/bin/python -m pytest

@@ -14,7 +14,9 @@ from megatron_meap.preprocessing.inputs import STDIN, find_inputs
 from megatron_meap.preprocessing.readers import InputFile, InputOptions
 from megatron_meap.tokenization.mask_token import MASK_TOKEN
 
-_BYTES_AND_CONTROLS = 256 + 4  # UNK, BOS, EOS and the mask token
+SPECIALS = 4
+"""The first ids of a tokenizer without padding, which are no text: UNK, BOS, EOS and the mask token."""
+_BYTES_AND_CONTROLS = 256 + SPECIALS
 _LONGEST = 1 << 20  # bytes of a line: SentencePiece leaves longer ones out without a word
 # Always pieces, however rare: by its share of the text SentencePiece would leave out the digits of a novel.
 _REQUIRED = "".join(map(chr, range(ord("!"), ord("~") + 1)))

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ EFFECT = 0.01
 NO_EFFECT = 0.02
 """Nats per token within which a whole interval must lie to be called no effect."""
 LEVEL = 0.05
+COPIES = 1.0
+"""Nats per figure that a model must save where it could copy, to be said to copy."""
 RESAMPLES = 2000
 
 Results = dict[Point, dict[str, Any]]
@@ -31,7 +33,24 @@ def final_loss(result: dict[str, Any]) -> float:
     return list(result["validation"].values())[-1]
 
 
-METRICS = {"best": best_loss, "final": final_loss}
+def copying_begins(result: dict[str, Any]) -> float | None:
+    """Tokens trained on at the first evaluation that finds copying (`COPIES`); None where none does."""
+    steps = [int(step) for step, gain in result["copying"].items() if gain > COPIES]
+    return min(steps) * result["trained_tokens"] / result["steps"] if steps else None
+
+
+def _log_copying(result: dict[str, Any]) -> float:
+    return math.log(copying_begins(result) or result["trained_tokens"])
+
+
+METRICS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "best": best_loss,
+    "final": final_loss,
+    "begins": _log_copying,
+    "gain": lambda result: list(result["copying"].values())[-1],
+}
+"""What is compared: losses in nats per token; the logarithm of the tokens until copying; what copying saves at the end, in
+nats per figure."""
 
 
 def tuned(grid: Grid, stage: Stage, results: Results) -> dict[str, tuple[float, ...]]:
@@ -68,8 +87,8 @@ class Comparison:
     point: Point
     """The objective's runs, with the first seed."""
     seeds: tuple[int, ...]
-    loss: float
-    """Mean over the seeds."""
+    value: float
+    """Mean of the metric over the seeds."""
     difference: float
     """Mean paired difference to the baseline; negative is better."""
     low: float
@@ -89,7 +108,13 @@ class Comparison:
 
 
 def compare(points: Iterable[Point], results: Results, metric: str = "best") -> list[Comparison]:
-    """Each objective of a stage against the baseline at the same size; the baseline's own entry has no difference."""
+    """Each objective of a stage against the baseline at the same size; the baseline's own entry has no difference.
+
+    Args:
+        points: of the stage; those without a result are left out.
+        results: of all.
+        metric: of `METRICS`.
+    """
     measure = METRICS[metric]
     rows: dict[tuple, dict[int, Point]] = {}
     for point in points:

@@ -3,7 +3,7 @@
 import itertools
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,15 @@ POINT = {
 AXES = tuple(POINT)
 _COMMAND = {"launch?": str, "environment?": {str: str}, "flags": str, "seq_length": int, "batch": int}
 _SHAPE = {
-    "data": {"train": str, "valid": str, "vocabulary": int, "valid_documents": int, "valid_tokens": int},
+    "data": {
+        "folder": str, "train": str, "valid": str, "vocabulary": int, "valid_documents": int, "valid_tokens": int,
+        "planted?": {"pairs": int, "times": int, "pieces": int},
+    },
     "training": {**_COMMAND, "evaluations": int, "save_interval?": int},
     "models": {str: str},
     "objectives": {str: {"flags": str, "passes?": int, "tuned_as?": str}},
     "stage": [{"name?": str, "question?": str, "tuned_by?": str}],
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,10 @@ class Grid:
 
     path: Path
     data: dict[str, Any]
-    """`train`, `valid`: files of documents, below the folder of data; `vocabulary`: pieces of the tokenizer that is
-    trained on the former; `valid_documents`, `valid_tokens`: of the latter, and of the beginning of each."""
+    """`folder`: of its runs; `train`, `valid`: files of documents, below the folder of texts; `vocabulary`: pieces of
+    the tokenizer that is trained on the former; `valid_documents`, `valid_tokens`: of the latter, and of the beginning
+    of each; `planted`: what `planting.plant` puts into every sequence, where it does: so many `pairs`, `times`, of so
+    many `pieces`."""
     training: dict[str, Any]
     """`launch`: the command that runs a Python file; `environment`; `flags`; `seq_length`; `batch`: samples a step;
     `evaluations` of a run; `save_interval`: steps, for runs that take longer than a machine is lent."""
@@ -123,14 +128,14 @@ class Grid:
         """Samples a step, copies included."""
         return self.training["batch"] * self.objectives[point.objective].get("passes", 1)
 
-    def command(self, point: Point, folder: Path, train: Path, valid: Path, tokenizer: Path) -> list[str]:
+    def command(self, point: Point, folder: Path, train: Path, valid: Sequence[Path], tokenizer: Path) -> list[str]:
         """The command line of a run.
 
         Args:
             point: the run.
             folder: its own, for checkpoints where there are any.
             train: the prefix of its text.
-            valid: the prefix of the validation text.
+            valid: the prefixes of the validation texts.
             tokenizer: the SentencePiece model.
         """
         steps, length = self.steps(point), self.training["seq_length"]
@@ -139,7 +144,7 @@ class Grid:
             "global-batch-size": self.batch(point), "seed": point.seed, "weight-decay": point.weight_decay,
             "attention-dropout": point.dropout, "hidden-dropout": point.dropout,
             "tokenizer-type": "SentencePieceTokenizer", "tokenizer-model": tokenizer,
-            "train-data-path": train, "valid-data-path": valid, "eval-iters": 1,
+            "train-data-path": train, "eval-iters": 1,
             "eval-interval": steps // self.training["evaluations"],
         }  # fmt: skip
         if interval := self.training.get("save_interval"):
@@ -148,7 +153,7 @@ class Grid:
             *shlex.split(self.training.get("launch", "python")), "pretrain_gpt_meap.py",
             *shlex.split(self.models[point.model]), *shlex.split(self.training["flags"]),
             *itertools.chain.from_iterable((f"--{name}", str(value)) for name, value in flags.items()),
-            "--multiple-validation-sets", "--full-validation",
+            "--valid-data-path", *map(str, valid), "--multiple-validation-sets", "--full-validation",
             *shlex.split(self.objectives[point.objective]["flags"]),
         ]  # fmt: skip
 

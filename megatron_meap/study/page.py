@@ -1,82 +1,99 @@
 """The page of a study: tables and figures of what is finished, and what is missing."""
 
+import math
 import os
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megatron_meap.files import whole_file
-from megatron_meap.study.analysis import (
-    METRICS,
-    Comparison,
-    Results,
-    best_loss,
-    compare,
-    points_of,
-    worth,
-)
+from megatron_meap.study import figures
+from megatron_meap.study.analysis import Comparison, Results, best_loss, compare, copying_begins, points_of, worth
 from megatron_meap.study.grid import BASELINE, Grid, Point, Stage
+from megatron_meap.study.runs import NUMBERS
 
-COLORS = {"ntp": "black", "meap": "tab:red", "replace": "tab:blue", "uniform": "tab:green", "mir": "tab:orange"}
+
+@dataclass(frozen=True)
+class Written:
+    """A grid and what is known of its runs."""
+
+    grid: Grid
+    results: Results
+    again: Results
+    """Of runs that were made a second time."""
+    source: Path
+    """The file that the results are in."""
 
 
-def write_page(grid: Grid, results: Results, source: Path, page: Path) -> None:
-    """Write the page and, in `results/` beside it, its figures.
-
-    Args:
-        grid: the study.
-        results: what is finished.
-        source: the file that the results are in.
-        page: the Markdown file.
-    """
-    figures = page.with_suffix("")
-    stages = [(stage, points_of(grid, stage, results)) for stage in grid.stages]
-    parts = [_head(grid, results, lambda path: os.path.relpath(path, page.parent), source)]
-    for number, (stage, points) in enumerate(stages, 1):
-        done = [point for point in points if point in results]
-        parts.append(
-            f"## {stage.name}\n\n{stage.question[:1].upper()}{stage.question[1:]}? {_progress(stage, points, done)}"
-        )
-        if not done:
-            continue
-        if len({point.setting for point in done if point.objective == BASELINE}) > 1:
-            parts.append(_tuning_table(done, results))
-            continue
-        rows = {metric: compare(done, results, metric) for metric in METRICS}
-        parts.append(_comparison_table(rows))
-        curves, gaps = figures / f"{number}-curves.svg", figures / f"{number}-differences.svg"
-        draw_curves(grid, done, results, curves)
-        parts.append(f"![Validation loss over the epochs]({figures.name}/{curves.name})")
-        if any(len(row.seeds) > 1 and row.point.objective != BASELINE for row in rows["best"]):
-            draw_differences(rows["best"], gaps)
-            parts.append(f"![Paired differences to next-token prediction]({figures.name}/{gaps.name})")
-    parts += [_worth_table(stages, results), _missing(stages, results), _repeat(results)]
+def write_page(studies: Sequence[Written], page: Path) -> None:
+    """Write the page and, in the folder of its name beside it, its figures."""
+    folder = page.with_suffix("")
+    parts, panels = [_head(studies, page)], {}
+    for study in studies:
+        for number, stage in enumerate(study.grid.stages, 1):
+            text, rows = _section(study, stage, folder / f"{study.grid.path.stem}-{number}")
+            parts.append(text)
+            if stage.name.startswith("A") and any(
+                row.point.objective != BASELINE and len(row.seeds) > 2 for row in rows
+            ):
+                panels[stage.name] = rows
+    if panels:
+        overview = folder / "overview.svg"
+        figures.draw_differences(panels, overview)
+        parts.insert(1, f"![Differences to next-token prediction]({folder.name}/{overview.name})")
+    parts += [_worth_table(studies), _missing(studies), _repeat(studies)]
     with whole_file(page, "w") as file:
         file.write("\n\n".join(part for part in parts if part) + "\n")
 
 
-def _head(grid: Grid, results: Results, link: Callable[[Path], str], source: Path) -> str:
-    seconds = sum(result["cpu_seconds"] for result in results.values())
-    machines = ", ".join(sorted({result["machine"] for result in results.values()})) or "none yet"
+def _head(studies: Sequence[Written], page: Path) -> str:
+    def link(path: Path) -> str:
+        return os.path.relpath(path, page.parent)
+
+    files = ", ".join(f"[{study.source.name}]({link(study.source)})" for study in studies if study.results)
+    every = [result for study in studies for result in study.results.values()]
+    seconds = sum(result["cpu_seconds"] for result in every)
+    scale = "; ".join(_scale(study) for study in studies if study.results) or "nothing has been run"
+    rules = link(studies[0].grid.path.parent / "README.md")
+    machines = ", ".join(sorted({result["machine"] for result in every})) or "none yet"
     return f"""# Results: does input noise help?
 
-Drawn by `python examples/study/study.py page` from [{source.name}]({link(source)}), a line a run; not edited by hand.
-What is asked, and what counts as an effect, was [written down before]({link(grid.path.parent / "README.md")}).
+Drawn by `python examples/study/study.py page` from {files or "no results yet"}, a line a run; not edited by hand.
+What is asked, and what counts as an effect, was [written down before]({rules}).
 Losses are of clean text of other novels, in nats per token; *best* is the lowest of a run's evaluations, *final* the
 last. Differences are to next-token prediction with the same seed: negative is better. Intervals are of 95%.
 
-**Scale**: {_scale(grid, results)}. It says nothing about models and texts a thousand times larger.
-**Cost**: {len(results)} runs, {seconds / 60:.0f} minutes of processor time in all ({machines})."""
+**Scale**: {scale}. It says nothing about models and texts a thousand times larger.
+**Cost**: {len(every)} runs, {seconds / 60:.0f} minutes of processor time in all ({machines})."""
 
 
-def _scale(grid: Grid, results: Results) -> str:
-    if not results:
-        return "nothing has been run"
-    tokens, models = sorted({point.tokens for point in results}), sorted({point.model for point in results})
-    return f"models {', '.join(models)} of `{grid.path.name}`, {tokens[0]:,} to {tokens[-1]:,} unique tokens"
+def _scale(study: Written) -> str:
+    tokens, models = sorted({p.tokens for p in study.results}), sorted({p.model for p in study.results})
+    return f"models {', '.join(models)} of `{study.grid.path.name}`, {tokens[0]:,} to {tokens[-1]:,} unique tokens"
+
+
+def _section(study: Written, stage: Stage, figure: Path) -> tuple[str, list[Comparison]]:
+    """A stage's part of the page, and its comparisons of the best loss."""
+    points, results = points_of(study.grid, stage, study.results), study.results
+    done = [point for point in points if point in results]
+    parts = [f"## {stage.name}\n\n{stage.question[:1].upper()}{stage.question[1:]}? {_progress(stage, points, done)}"]
+    if not done:
+        return parts[0], []
+    if len({point.setting for point in done if point.objective == BASELINE}) > 1:
+        return "\n\n".join([*parts, _tuning_table(done, results)]), []
+    rows = compare(done, results, "best")
+    parts.append(_loss_table(rows, compare(done, results, "final")))
+    losses = figure.with_name(f"{figure.name}-losses.svg")
+    figures.draw_losses(study.grid, done, results, losses)
+    parts.append(f"![Clean validation loss over the epochs]({losses.parent.name}/{losses.name})")
+    if all(results[point].get("copying") for point in done):
+        copying = figure.with_name(f"{figure.name}-copying.svg")
+        figures.draw_copying(done, results, copying)
+        parts += [_copying_table(done, results), f"![What copying saves]({copying.parent.name}/{copying.name})"]
+    return "\n\n".join(parts), rows
 
 
 def _progress(stage: Stage, points: Sequence[Point], done: Sequence[Point]) -> str:
@@ -92,13 +109,15 @@ def _setting(point: Point) -> str:
     return f"weight decay {point.weight_decay:g}, dropout {point.dropout:g}"
 
 
+def _table(names: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    names = list(names)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), *rows))
+
+
 def _tuning_table(done: Sequence[Point], results: Results) -> str:
     """Best loss by objective and setting, the mean over seeds."""
     settings = sorted({point.setting for point in done})
-    lines = [
-        "| objective | " + " | ".join(f"wd {decay:g}, dropout {dropout:g}" for decay, dropout in settings) + " |",
-        "|---" * (len(settings) + 1) + "|",
-    ]
+    rows = []
     for name in dict.fromkeys(point.objective for point in done):
         cells = {}
         for setting in settings:
@@ -108,23 +127,45 @@ def _tuning_table(done: Sequence[Point], results: Results) -> str:
         shown = (
             "-" if np.isinf(loss) else f"**{loss:.3f}**" if loss == lowest else f"{loss:.3f}" for loss in cells.values()
         )
-        lines.append(f"| `{name}` | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+        rows.append([f"`{name}`", *shown])
+    return _table(["objective", *(f"wd {decay:g}, dropout {dropout:g}" for decay, dropout in settings)], rows)
 
 
-def _comparison_table(rows: dict[str, list[Comparison]]) -> str:
-    names = "objective", "unique tokens", "setting", "seeds", "best loss", "difference", "p", "verdict", "final loss"
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for best, final in zip(rows["best"], rows["final"], strict=True):
+def _loss_table(best_rows: Sequence[Comparison], final_rows: Sequence[Comparison]) -> str:
+    rows = []
+    for best, final in zip(best_rows, final_rows, strict=True):
         point, base = best.point, best.point.objective == BASELINE
-        cells = [
+        rows.append([
             f"`{point.objective}`", f"{point.tokens:,}", _setting(point), ", ".join(map(str, best.seeds)),
-            f"{best.loss:.3f}",
-            *(("-", "-", "baseline") if base else (_gap(best), f"{best.p_value:.3f}", f"**{best.verdict}**")),
-            f"{final.loss:.3f}" + ("" if base else f", {_gap(final)}"),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            f"{best.value:.3f}", *_judged(best),
+            f"{final.value:.3f}" + ("" if base else f", {_gap(final)}"),
+        ])  # fmt: skip
+    names = "objective", "unique tokens", "setting", "seeds", "best loss", "difference", "p", "verdict", "final loss"
+    return _table(names, rows)
+
+
+def _copying_table(done: Sequence[Point], results: Results) -> str:
+    """Tokens until copying (their geometric mean), and what it saves at the end."""
+    rows = []
+    for begins, gain in zip(compare(done, results, "begins"), compare(done, results, "gain"), strict=True):
+        name = begins.point.objective
+        own = [point for point in done if point.objective == name and point.seed in begins.seeds]
+        copy = sum(copying_begins(results[point]) is not None for point in own)
+        rows.append([
+            f"`{name}`", ", ".join(map(str, begins.seeds)), f"{copy} of {len(own)}", f"{math.exp(begins.value):,.0f}",
+            *_judged(begins), f"{gain.value:.2f}" + ("" if name == BASELINE else f", {_gap(gain)}"),
+        ])  # fmt: skip
+    names = (
+        "objective", "seeds", "copy", "tokens until copying", "difference of its logarithm", "p", "verdict",
+        "copying saves at the end",
+    )  # fmt: skip
+    return _table(names, rows)
+
+
+def _judged(row: Comparison) -> tuple[str, str, str]:
+    if row.point.objective == BASELINE:
+        return "-", "-", "baseline"
+    return _gap(row), f"{row.p_value:.3f}", f"**{row.verdict}**"
 
 
 def _gap(row: Comparison) -> str:
@@ -132,101 +173,53 @@ def _gap(row: Comparison) -> str:
     return f"{row.difference:+.3f}{interval}"
 
 
-def _worth_table(stages: Iterable[tuple[Stage, list[Point]]], results: Results) -> str:
+def _worth_table(studies: Sequence[Written]) -> str:
     title = "## Worth in unique tokens\n\n"
-    found = worth([point for stage, points in stages if stage.tuned_by for point in points], results)
-    if not found:
-        return title + "**Missing**: it takes three sizes that all objectives share."
-    lines = [
-        "`loss = a - b ln(tokens)`, a common `b`.",
-        "",
-        "| objective | worth so many times the tokens |",
-        "|---|---|",
-    ]
-    lines += [f"| `{name}` | {each.times:.2f} [{each.low:.2f}, {each.high:.2f}] |" for name, each in found.items()]
-    return title + "\n".join(lines)
+    for study in studies:
+        stages = [stage for stage in study.grid.stages if stage.tuned_by]
+        found = worth([p for stage in stages for p in points_of(study.grid, stage, study.results)], study.results)
+        if found:
+            rows = [
+                [f"`{name}`", f"{each.times:.2f} [{each.low:.2f}, {each.high:.2f}]"] for name, each in found.items()
+            ]
+            table = _table(["objective", "worth so many times the tokens"], rows)
+            return f"{title}`loss = a - b ln(tokens)`, a common `b`.\n\n{table}"
+    return title + "**Missing**: it takes three sizes that all objectives share."
 
 
-def _missing(stages: Iterable[tuple[Stage, list[Point]]], results: Results) -> str:
+def _missing(studies: Sequence[Written]) -> str:
     lines = []
-    for stage, points in stages:
-        missing = [point for point in points if point not in results]
-        if missing or not points:
-            lines.append(f"- {stage.name}: {f'{len(missing)} of {len(points)} runs' if points else 'all runs'}")
-    return "## What is missing\n\n" + ("\n".join(lines) if lines else "Nothing of the grid.")
+    for study in studies:
+        for stage in study.grid.stages:
+            points = points_of(study.grid, stage, study.results)
+            missing = [point for point in points if point not in study.results]
+            if missing or not points:
+                lines.append(f"- {stage.name}: {f'{len(missing)} of {len(points)} runs' if points else 'all runs'}")
+    return "## What is missing\n\n" + ("\n".join(lines) if lines else "Nothing of the grids.")
 
 
-def _repeat(results: Results) -> str:
-    if not results:
+def _repeat(studies: Sequence[Written]) -> str:
+    done = next((study.results for study in studies if study.results), None)
+    if done is None:
         return ""
-    result = results[min(results)]
+    result = done[min(done)]
     environment = " ".join(f"{name}={shlex.quote(value)}" for name, value in result["environment"].items())
+    again = [_same(point, study) for study in studies for point in sorted(study.again) if point in study.results]
     return f"""## Repeat it
 
 Every line of the results holds the command of its run. `python examples/study/study.py run --texts FOLDER` makes the
-texts and runs all of them; after that a single run is its recorded command again, as the first one:
+texts and runs all of them; `study.py again` makes one a second time from its recorded command, as the first one's:
 
 ```bash
 {environment} {result["command"]}
-```"""
+```
+
+{chr(10).join(again) or "No run was made a second time yet."}"""
 
 
-def draw_curves(grid: Grid, done: Sequence[Point], results: Results, path: Path) -> None:
-    """Clean validation loss over epochs, the mean over seeds; a panel for each size."""
-    sizes = sorted({(point.model, point.tokens) for point in done})
-    figure, panels = _figure(len(sizes))
-    for axes, (model, tokens) in zip(panels, sizes, strict=True):
-        own = [point for point in done if (point.model, point.tokens) == (model, tokens)]
-        for name in dict.fromkeys(point.objective for point in own):
-            runs = [results[point] for point in own if point.objective == name]
-            epochs = [int(step) / runs[0]["steps"] * own[0].epochs for step in runs[0]["validation"]]
-            curves = np.array([list(run["validation"].values()) for run in runs])
-            axes.plot(
-                epochs,
-                curves.mean(axis=0),
-                "o-",
-                markersize=3,
-                color=COLORS.get(name),
-                label=f"{name}, {len(runs)} seeds",
-            )
-        axes.set(title=f"{tokens:,} unique tokens", xlabel="epochs of the text", ylabel="clean validation loss (nats)")
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def draw_differences(rows: Sequence[Comparison], path: Path) -> None:
-    """Paired differences with their intervals, an objective a line; a panel for each size."""
-    sizes = sorted({(row.point.model, row.point.tokens) for row in rows})
-    figure, panels = _figure(len(sizes))
-    for axes, (model, tokens) in zip(panels, sizes, strict=True):
-        shown = [row for row in rows if (row.point.model, row.point.tokens) == (model, tokens) and len(row.seeds) > 1]
-        shown = [row for row in shown if row.point.objective != BASELINE][::-1]
-        for height, row in enumerate(shown):
-            color = COLORS.get(row.point.objective)
-            axes.plot([row.low, row.high], [height, height], color=color)
-            axes.plot(row.difference, height, "o", color=color)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(shown)), [f"{row.point.objective} ({row.verdict})" for row in shown])
-        axes.set(title=f"{tokens:,} unique tokens", xlabel="best loss minus that of ntp (nats); left is better")
-        axes.grid(alpha=0.3, axis="x")
-    _save(figure, path)
-
-
-def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams["svg.hashsalt"] = "study"  # the same results give the same file
-    figure, axes = pyplot.subplots(1, panels, figsize=(max(6.4, 4.8 * panels), 4), squeeze=False, layout="constrained")
-    return figure, axes[0]
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    with whole_file(path, "w") as file:
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+def _same(point: Point, study: Written) -> str:
+    first, second = study.results[point], study.again[point]
+    different = [name for name in NUMBERS if first.get(name, {}) != second.get(name, {})]
+    found = f"**differs** in {', '.join(different)}" if different else "gave the same numbers, digit for digit"
+    where = "on the same kind of machine" if first["machine"] == second["machine"] else f"on {second['machine']}"
+    return f"- `{point.name}`, made a second time from its recorded command and from texts made anew, {where}: {found}."

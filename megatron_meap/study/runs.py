@@ -26,20 +26,25 @@ from megatron_meap.study.grid import POINT, Grid, Point, axes_of, point_of
 from megatron_meap.study.texts import Texts
 
 RESULT = "result.json"
+AGAIN = "again.json"
+"""The result of a run that was made a second time, from its recorded command."""
+NUMBERS = ("validation", "train_loss", "retrieval", "copying")
+"""What a run that is made again must give again, digit for digit on the same kind of machine."""
 _SHAPE = POINT | {
     "steps": int,
     "validation": {str: int | float},
     "cpu_seconds": int | float,
     **dict.fromkeys(("machine", "command"), str),
     "environment": {str: str},
+    "copying?": {str: int | float},
 }
 """What is read of a result."""
 
 
-def finished(folder: Path) -> dict[Point, dict[str, Any]]:
-    """The results of the runs below a folder."""
+def finished(folder: Path, name: str = RESULT) -> dict[Point, dict[str, Any]]:
+    """The results of the runs below a folder; with `AGAIN`, of those that were made again."""
     remedy = "remove it, and the run is made again"
-    return by_point(read_json(path, _SHAPE, remedy) for path in sorted(folder.glob(f"*/{RESULT}")))
+    return by_point(read_json(path, _SHAPE, remedy) for path in sorted(folder.glob(f"*/{name}")))
 
 
 def read_results(path: Path) -> dict[Point, dict[str, Any]]:
@@ -121,14 +126,31 @@ class Runner:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
+    def again(self, record: dict[str, Any]) -> None:
+        """Make a run a second time from its recorded command, beside what it left.
+
+        Raises:
+            JobError: it failed.
+        """
+        point = point_of(record)
+        self._texts.make([point])
+        if not self._train(point, shlex.split(record["command"]), AGAIN):
+            raise JobError(f"{point.name}: it was not to be made again")
+
     def _one(self, point: Point) -> bool:
         """Run a point; whether it has a result then."""
         if self._stopping.is_set():
             return False
+        folder, texts = self._folder / point.name, self._texts
+        command = self._grid.command(point, folder, texts.train(point), texts.valid, texts.tokenizer)
+        return self._train(point, command, RESULT)
+
+    def _train(self, point: Point, command: list[str], result: str) -> bool:
+        """Run a command in a free slot and write what it gave; whether it came to its end."""
         folder = self._folder / point.name
         folder.mkdir(parents=True, exist_ok=True)
-        command = self._grid.command(point, folder, self._texts.train(point), self._texts.valid, self._texts.tokenizer)
-        own, log, slot = self._grid.training.get("environment", {}), folder / "log.txt", self._free.get()
+        own, slot = self._grid.training.get("environment", {}), self._free.get()
+        log = folder / f"{Path(result).stem}.log"
         resumes = "save_interval" in self._grid.training
         begun = time.monotonic()
         try:
@@ -155,7 +177,7 @@ class Runner:
         record = (
             axes_of(point) | _facts(self._grid, point, history) | cost | {"command": shlex.join(command), **_made_by()}
         )
-        with whole_file(folder / RESULT, "w") as file:
+        with whole_file(folder / result, "w") as file:
             file.write(json.dumps(record | {"environment": own}))
         self._say(f"{point.name}: {history.validation[steps]:.4f} in {cost['seconds']:.0f} s")
         return True
@@ -170,7 +192,17 @@ def _facts(grid: Grid, point: Point, history: History) -> dict[str, Any]:
         "validation": {str(step): loss for step, loss in sorted(history.validation.items())},
         "train_loss": last.get("lm loss clean samples", last.get("lm loss")),
         "retrieval": {str(step): accuracy for step, (accuracy, _) in sorted(history.retrieval.items())},
+        "copying": _copying(grid, history),
     }
+
+
+def _copying(grid: Grid, history: History) -> dict[str, float]:
+    """How much less a planted figure costs where it came before than where it is drawn anew, in nats, by step."""
+    if (planted := grid.data.get("planted")) is None:
+        return {}
+    _, as_trained, drawn_anew = history.validation_sets.values()
+    tokens_per_figure = grid.training["seq_length"] / (planted["pairs"] * (planted["times"] - 1))
+    return {str(step): (drawn_anew[step] - loss) * tokens_per_figure for step, loss in sorted(as_trained.items())}
 
 
 def _made_by() -> dict[str, str]:

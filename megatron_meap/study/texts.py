@@ -9,9 +9,10 @@ import numpy as np
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.index import read_index
 from megatron_meap.preprocessing.pipeline import Job, preprocess
-from megatron_meap.preprocessing.tokenizer_training import train_tokenizer
+from megatron_meap.preprocessing.tokenizer_training import SPECIALS, train_tokenizer
 from megatron_meap.preprocessing.writer import DatasetWriter
 from megatron_meap.study.grid import Grid, Point
+from megatron_meap.study.planting import plant
 from megatron_meap.tokenization.reference import add_tokenizer_flags
 
 
@@ -26,8 +27,12 @@ class Texts:
 
     def __init__(self, grid: Grid, source: Path, folder: Path) -> None:
         self._data, self._source, self._folder = grid.data, source, folder
+        self._length = grid.training["seq_length"]
         self.tokenizer = folder / "tokenizer.model"
-        self.valid = folder / "valid"
+        planted = ["valid-planted", "valid-drawn-anew"] if "planted" in self._data else []
+        self.valid = [folder / name for name in ("valid", *planted)]
+        """Prefixes of the validation texts: prose; and where pairs are planted, prose with them, once as in training
+        and once with every figure drawn anew."""
 
     def train(self, point: Point) -> Path:
         """The prefix of a run's training text: the same for all runs of a size and seed."""
@@ -40,21 +45,19 @@ class Texts:
             UsageError: the documents are missing, or too few.
         """
         missing = {self.train(point): point for point in points if not _is_there(self.train(point))}
-        if not missing and _is_there(self.valid):
+        if not missing and all(map(_is_there, self.valid)):
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         if not self.tokenizer.exists():
             train_tokenizer(
                 [str(self._file("train"))], self.tokenizer, vocab_size=self._data["vocabulary"], max_bytes=10_000_000
             )
-        if not _is_there(self.valid):
-            documents = self._documents("valid")
-            spread = np.linspace(0, len(documents) - 1, self._data["valid_documents"]).round().astype(int)
-            _write(self.valid, [documents[i][: self._data["valid_tokens"]] for i in spread])
+        if not all(map(_is_there, self.valid)):
+            self._make_valid(self._documents("valid"))
         if missing:
             documents = self._documents("train")
             for prefix, point in missing.items():
-                _write(prefix, _draw(documents, point))
+                _write(prefix, self._draw(documents, point))
 
     def _file(self, name: str) -> Path:
         path = self._source / self._data[name]
@@ -76,20 +79,47 @@ class Texts:
         tokens = np.memmap(dataset + ".bin", index.dtype, "r")
         return np.split(tokens, np.cumsum(index.lengths)[:-1])
 
+    def _make_valid(self, documents: list[np.ndarray]) -> None:
+        spread = np.linspace(0, len(documents) - 1, self._data["valid_documents"]).round().astype(int)
+        chosen = [documents[i][: self._data["valid_tokens"]] for i in spread]
+        _write(self.valid[0], chosen)
+        for prefix, consistent in zip(self.valid[1:], (True, False), strict=False):
+            _write(prefix, self._plant(np.concatenate(chosen), np.random.default_rng(0), consistent))
+
+    def _draw(self, documents: list[np.ndarray], point: Point) -> list[np.ndarray]:
+        """The documents of a run's training text, exactly as many tokens as asked for, rounded down to sequences where
+        pairs are planted."""
+        if "planted" not in self._data:
+            return _first(documents, point.tokens, point)
+        prose = _first(documents, point.tokens // self._length * self._prose, point)
+        return self._plant(np.concatenate(prose), np.random.default_rng(point.seed))
+
+    @property
+    def _prose(self) -> int:
+        """Tokens of prose in a sequence."""
+        return self._length - 2 * self._data["planted"]["pairs"] * self._data["planted"]["times"]
+
+    def _plant(self, prose: np.ndarray, random: np.random.Generator, consistent: bool = True) -> list[np.ndarray]:
+        """Documents of one sequence each, with pairs of the tokenizer's bytes, which prose hardly has."""
+        pairs, times, pieces = (self._data["planted"][name] for name in ("pairs", "times", "pieces"))
+        rows = prose[: len(prose) // self._prose * self._prose].reshape(-1, self._prose)
+        bytes_ = np.arange(SPECIALS, SPECIALS + pieces)
+        return [plant(row, pairs, times, bytes_, random, consistent) for row in rows]
+
 
 def _is_there(prefix: Path) -> bool:
     return Path(f"{prefix}.idx").exists()
 
 
-def _draw(documents: list[np.ndarray], point: Point) -> list[np.ndarray]:
+def _first(documents: list[np.ndarray], tokens: int, point: Point) -> list[np.ndarray]:
     """Documents in an order drawn from the seed, exactly as many tokens as asked for: the last one is cut."""
-    chosen, left = [], point.tokens
+    chosen, left = [], tokens
     for i in np.random.default_rng(point.seed).permutation(len(documents)):
         chosen.append(documents[i][:left])
         left -= len(chosen[-1])
         if not left:
             return chosen
-    raise UsageError(f"{point.name}: the training text has only {point.tokens - left:,} tokens")
+    raise UsageError(f"{point.name}: the training text has only {tokens - left:,} tokens")
 
 
 def _write(prefix: Path, documents: list[np.ndarray]) -> None:

@@ -1,0 +1,101 @@
+"""The figures of a study: curves of runs, and differences with their intervals."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_meap.files import whole_file
+from megatron_meap.study.analysis import Comparison, Results
+from megatron_meap.study.grid import BASELINE, Grid, Point
+
+COLORS = {"ntp": "black", "meap": "tab:red", "replace": "tab:blue", "uniform": "tab:green", "mir": "tab:orange"}
+
+
+def draw_losses(grid: Grid, done: Sequence[Point], results: Results, path: Path) -> None:
+    """Clean validation loss over epochs, the mean over seeds; a panel for each size."""
+
+    def epochs(point: Point, step: int) -> float:
+        return step / grid.steps(point) * point.epochs
+
+    _draw_curves(done, results, path, "validation", epochs, "epochs of the text", "clean validation loss (nats)")
+
+
+def draw_copying(done: Sequence[Point], results: Results, path: Path) -> None:
+    """What copying saves, over the tokens trained on."""
+
+    def tokens(point: Point, step: int) -> float:
+        return step / results[point]["steps"] * results[point]["trained_tokens"] / 1e6
+
+    _draw_curves(done, results, path, "copying", tokens, "million tokens trained on", "copying saves (nats per figure)")
+
+
+def _draw_curves(
+    done: Sequence[Point],
+    results: Results,
+    path: Path,
+    quantity: str,
+    place: Callable[[Point, int], float],
+    across: str,
+    up: str,
+) -> None:
+    """Each run thin, the mean over seeds thick."""
+    sizes = sorted({(point.model, point.tokens) for point in done})
+    figure, panels = _figure(len(sizes))
+    for axes, (model, tokens) in zip(panels, sizes, strict=True):
+        own = [point for point in done if (point.model, point.tokens) == (model, tokens)]
+        for name in dict.fromkeys(point.objective for point in own):
+            runs = [point for point in own if point.objective == name]
+            curves = np.array([list(results[point][quantity].values()) for point in runs])
+            places = [place(runs[0], int(step)) for step in results[runs[0]][quantity]]
+            axes.plot(places, curves.T, linewidth=0.6, alpha=0.5, color=COLORS.get(name))
+            axes.plot(
+                places, curves.mean(axis=0), linewidth=2, color=COLORS.get(name), label=f"{name}, {len(runs)} seeds"
+            )
+        axes.set(title=f"{tokens:,} tokens of text", xlabel=across, ylabel=up)
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_differences(panels: Mapping[str, Iterable[Comparison]], path: Path) -> None:
+    """Paired differences in best loss with their intervals, an objective a line.
+
+    Args:
+        panels: comparisons by title.
+        path: the SVG file.
+    """
+    figure, places = _figure(len(panels))
+    for axes, (title, rows) in zip(places, panels.items(), strict=True):
+        shown = [row for row in rows if row.point.objective != BASELINE and len(row.seeds) > 1][::-1]
+        for height, row in enumerate(shown):
+            color = COLORS.get(row.point.objective)
+            axes.plot([row.low, row.high], [height, height], color=color)
+            axes.plot(row.difference, height, "o", color=color)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(shown)), [f"{row.point.objective}\n({row.verdict})" for row in shown])
+        axes.set_ylim(-0.6, len(shown) - 0.4)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("loss minus that of ntp (nats); left is better")
+        axes.grid(alpha=0.3, axis="x")
+    _save(figure, path)
+
+
+def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "study"  # the same results give the same file
+    figure, axes = pyplot.subplots(1, panels, figsize=(max(6.4, 4.8 * panels), 4), squeeze=False, layout="constrained")
+    return figure, axes[0]
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    with whole_file(path, "w") as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
