@@ -49,8 +49,8 @@ METRICS: dict[str, Callable[[dict[str, Any]], float]] = {
     "begins": _log_copying,
     "gain": lambda result: list(result["copying"].values())[-1],
 }
-"""What is compared: losses in nats per token; the logarithm of the tokens until copying; what copying saves at the end, in
-nats per figure."""
+"""What is compared: losses in nats per token; the logarithm of the tokens until copying; what copying saves at the end,
+in nats per figure."""
 
 
 def tuned(grid: Grid, stage: Stage, results: Results) -> dict[str, tuple[float, ...]]:

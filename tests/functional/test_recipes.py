@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_meap.study import grid as grids
 from tests import warm
 from tests.conftest import Corpus
 from tests.launch import ENTRY, MODEL, REPOSITORY, TRAINING, environment
@@ -84,6 +85,21 @@ def desk(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     return Desk(tmp_path_factory.mktemp("desk"), corpus)
 
 
+def studies(corpus: Corpus) -> dict[str, list[str]]:
+    """The flags of a run of each model of the study's grids, by name."""
+    found = {}
+    for path in sorted((REPOSITORY / "examples" / "study").glob("*.toml")):
+        grid = grids.read(path)
+        data = Path(corpus.prefix), [Path(corpus.prefix)] * 3, corpus.tokenizer
+        for stage in grid.stages:
+            for point in stage.points(dict.fromkeys(grid.objectives, (0.1, 0.1))):
+                command = grid.command(point, Path("run"), *data)
+                found.setdefault(
+                    f"study-{path.stem}-{point.model}", command[command.index("pretrain_gpt_meap.py") + 1 :]
+                )
+    return found
+
+
 def without_checkpoint(flags: list[str]) -> list[str]:
     """There is no model of that size to start from here."""
     if "--pretrained-checkpoint" not in flags:
@@ -93,14 +109,17 @@ def without_checkpoint(flags: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def results(desk: Desk) -> dict[str, dict]:
-    """Arguments and dry run of every recipe, in one process."""
+def results(desk: Desk, corpus: Corpus) -> dict[str, dict]:
+    """Arguments and dry run of every recipe and every model of the study, in one process."""
     commands = {}
     for name, (recipe, variables) in RECIPES.items():
         asked = desk.asked(recipe, "--dry-run", **variables)
         assert asked["environment"]["MEAP_DEVICE"] == "cuda"  # a run for GPUs, wherever it is looked at
         flags = without_checkpoint(asked["command"][2:])
         commands[name] = {"world": asked["environment"]["WORLD_SIZE"], "flags": flags, "shorter": SHORTER}
+    for name, flags in studies(corpus).items():
+        shorter = ["--train-iters", "24", "--save-interval", "2"]
+        commands[name] = {"world": "1", "flags": flags, "shorter": shorter}
     listing = desk.folder / "commands.json"
     listing.write_text(json.dumps(commands))
     command = [REPOSITORY / "tests" / "dry_run_many.py", listing]
@@ -160,6 +179,18 @@ def test_a_dry_run_shows_the_run(results: dict, desk: Desk, name: str) -> None:
     if name == "finetune":
         assert "10% of the tokens of a copy of each answer of more than 50 tokens become [MASK]" in output
         assert "fine-tuning data (train)" in output
+
+
+def test_the_study_s_grids_can_be_run(results: dict) -> None:
+    studied = {name: each for name, each in results.items() if name.startswith("study-")}
+    assert len(studied) == 5
+    for each in studied.values():
+        assert each["output"].strip().endswith("nothing was trained or saved")
+    for size in ("0.1b", "0.3b"):
+        args = studied[f"study-gpu-paper-{size}"]["args"]
+        paper = results[f"paper-{size}"]["args"]
+        shape = "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "seq_length"
+        assert [args[name] for name in shape] == [paper[name] for name in shape]
 
 
 def test_big_recipes_have_their_layouts(results: dict) -> None:

@@ -15,16 +15,23 @@ import pytest
 
 from megatron_meap.errors import JobError, UsageError
 from megatron_meap.study import grid as grids
-from megatron_meap.study.analysis import compare, points_of, tuned, worth
+from megatron_meap.study.analysis import compare, copying_begins, points_of, tuned, worth
 from megatron_meap.study.grid import Point
-from megatron_meap.study.page import write_page
-from megatron_meap.study.runs import Runner, finished, read_results, write_results
+from megatron_meap.study.page import Written, write_page
+from megatron_meap.study.planting import plant
+from megatron_meap.study.runs import AGAIN, Runner, finished, read_results, write_results
 from megatron_meap.study.texts import Texts
 
 STUDY = Path(__file__).parents[2] / "examples" / "study"
 GRID = """
-data = { train = "train.jsonl", valid = "valid.jsonl", vocabulary = 400, valid_documents = 3, valid_tokens = 20 }
 models = { tiny = "--num-layers 1" }
+[data]
+folder = "study"
+train = "train.jsonl"
+valid = "valid.jsonl"
+vocabulary = 400
+valid_documents = 3
+valid_tokens = 20
 [training]
 launch = "python"
 seq_length = 8
@@ -57,13 +64,16 @@ objective = ["ntp", "meap", "mir"]
 TRAINER = """
 import pathlib, sys
 flags = dict(zip(sys.argv, sys.argv[1:]))
-assert pathlib.Path(flags["--train-data-path"] + ".bin").stat().st_size > 0
+for flag in "--train-data-path", "--valid-data-path":
+    assert pathlib.Path(flags[flag] + ".bin").stat().st_size > 0
+planted = 3 if pathlib.Path(pathlib.Path(flags["--train-data-path"]).parent, "valid-planted.bin").exists() else 1
 if pathlib.Path("broken").exists() and flags["--weight-decay"] == "1.0": sys.exit(3)
 steps = int(flags["--train-iters"])
 print(f" [x] iteration {steps}/ {steps} | consumed samples: 8 | lm loss: 5.0E+00 |")
 for step in range(int(flags["--eval-interval"]), steps + 1, int(flags["--eval-interval"])):
     loss = 6 - step / 100 - float(flags["--weight-decay"])
-    print(f" validation-0 loss at iteration {step} | lm loss value: {loss} | ")
+    for i in range(planted):
+        print(f" validation-{i} loss at iteration {step} | lm loss value: {loss + i * step} | ")
 """
 
 
@@ -80,9 +90,10 @@ def test_the_grids_that_are_shipped_are_commands_of_the_trainer():
         for stage in grid.stages:
             points = stage.points(dict.fromkeys(grid.objectives, (0.1, 0.0)))
             assert len({point.name for point in points}) == len(points) > 0
-            command = shlex.join(grid.command(points[0], Path("run"), Path("text"), Path("valid"), Path("tokenizer")))
+            command = shlex.join(grid.command(points[0], Path("run"), Path("text"), [Path("valid")], Path("tokenizer")))
             assert f"--seed {points[0].seed}" in command
-            assert "--train-data-path text --valid-data-path valid" in command
+            assert "--train-data-path text " in command
+            assert "--valid-data-path valid --" in command
 
 
 @pytest.mark.parametrize(
@@ -132,6 +143,8 @@ def test_runs_are_resumed_and_only_those_without_a_result(tmp_path, grid, monkey
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert "4 runs, 2 of them done" in said
     result = finished(runs)[points[0]]
+    Runner(grid, texts(grid, tmp_path), runs, [{}], said.append).again(result)
+    assert finished(runs, AGAIN)[points[0]]["validation"] == result["validation"]
     assert list(result["validation"].values()) == pytest.approx([5.89, 5.88, 5.87, 5.86])
     assert (result["steps"], result["trained_tokens"]) == (4, 64)
     assert Path("runs/data/train-t64-s9.bin").stat().st_size == 2 * 64  # exactly the tokens asked for
@@ -165,6 +178,40 @@ def test_a_text_that_is_too_short_is_refused(tmp_path, grid):
         texts(grid, tmp_path).make([Point("tiny", 10**6, 1, "ntp", 0.1, 0.0, 1)])
     with pytest.raises(UsageError, match=r"--texts .*: no train.jsonl there"):
         Texts(grid, tmp_path / "empty", tmp_path / "other").make([Point("tiny", 64, 1, "ntp", 0.1, 0.0, 1)])
+
+
+def test_what_copying_saves_is_measured_where_pairs_are_planted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pretrain_gpt_meap.py").write_text(TRAINER)
+    planted = "valid_tokens = 20\nplanted = { pairs = 1, times = 2, pieces = 8 }"
+    Path("grid.toml").write_text(GRID.replace("valid_tokens = 20", planted))
+    grid = grids.read(Path("grid.toml"))
+    points = grid.stages[0].points()
+    Runner(grid, texts(grid, tmp_path), Path("runs"), [{}], print).run(points[:1])
+    result = finished(Path("runs"))[points[0]]
+    # The third set costs 1 nat a token more than the second at step 1: 8 for the one known figure of 8 tokens.
+    assert result["copying"] == pytest.approx({"1": 8, "2": 16, "3": 24, "4": 32})
+    assert copying_begins(result) == 16  # at the first evaluation, after one step of 2 x 8 tokens
+    assert copying_begins(result | {"copying": {"1": 0.5, "2": 0.9}}) is None
+    text = np.memmap("runs/data/train-t64-s9.bin", np.uint16).reshape(-1, 8)
+    assert len(text) == 64 // 8
+    bytes_ = [row[(row >= 4) & (row < 12)] for row in text]  # a name and a figure, twice
+    assert all(len(each) == 4 and len(set(each)) == 2 for each in bytes_)
+
+
+def test_a_name_has_its_figure_wherever_it_comes_again():
+    prose, pieces = np.arange(1000, 1100), np.arange(4, 68)
+    text, anew = (plant(prose, 8, 5, pieces, np.random.default_rng(3), consistent) for consistent in (True, False))
+    assert len(text) == 100 + 2 * 8 * 5
+    assert np.array_equal(text[text >= 1000], prose)
+    for each, figures in ((text, 1), (anew, 2)):
+        planted = each[each < 68].reshape(-1, 2)
+        names = {name: planted[planted[:, 0] == name, 1] for name in set(planted[:, 0])}
+        assert len(names) == 8
+        assert all(len(found) == 5 and len(set(found)) >= figures for found in names.values())
+    assert all(len(set(found)) == 1 for found in (text[np.flatnonzero(text == n) + 1] for n in names))
+    assert sum(text != anew) > 30  # nearly all figures, and nothing else
+    assert set(np.flatnonzero(text != anew) - 1) <= set(np.flatnonzero(np.isin(text, list(names))))
 
 
 def made_up(points, effect=0.0, noise=0.0, slope=0.3):
@@ -226,20 +273,20 @@ def test_the_worth_in_tokens_is_what_the_losses_were_made_of():
 
 def test_the_page_says_what_is_found_and_what_is_missing(grid, tmp_path):
     tuning, comparison = grid.stages
-    page = tmp_path / "docs" / "results.md"
-    write_page(grid, {}, Path("results.jsonl"), page)
+    page, source = tmp_path / "docs" / "results.md", Path("results.jsonl")
+    write_page([Written(grid, {}, {}, source)], page)
     assert "**Not run**: it waits for" in page.read_text()
     results = made_up(tuning.points())
     points = points_of(grid, comparison, results)
     results |= made_up([point for point in points if point.tokens == 64], effect=-0.1, noise=0.001)
-    write_page(grid, results, Path("results.jsonl"), page)
+    write_page([Written(grid, results, {}, source)], page)
     text = page.read_text()
     assert "- comparison: 9 of 18 runs" in text
     assert "**better**" in text
-    picture = page.with_suffix("") / "2-differences.svg"
+    picture = page.with_suffix("") / "grid-2-losses.svg"
     drawn = picture.read_bytes()
-    write_page(grid, results, Path("results.jsonl"), page)
+    write_page([Written(grid, results, {}, source)], page)
     assert picture.read_bytes() == drawn  # the same results give the same files
     alone = {point: each for point, each in results.items() if point.objective == "ntp" or point in tuning.points()}
-    write_page(grid, {**alone, replace(points[1]): results[points[1]]}, Path("results.jsonl"), page)
+    write_page([Written(grid, {**alone, replace(points[1]): results[points[1]]}, {}, source)], page)
     assert "one seed" in page.read_text()
