@@ -66,7 +66,7 @@ def draw_differences(panels: Mapping[str, Iterable[Comparison]], path: Path) -> 
         panels: comparisons by title.
         path: the SVG file.
     """
-    figure, places = _figure(len(panels))
+    figure, places = _figure(len(panels), sharex=True)
     for axes, (title, rows) in zip(places, panels.items(), strict=True):
         shown = [row for row in rows if row.point.objective != BASELINE and len(row.seeds) > 1][::-1]
         for height, row in enumerate(shown):
@@ -78,18 +78,20 @@ def draw_differences(panels: Mapping[str, Iterable[Comparison]], path: Path) -> 
         axes.set_ylim(-0.6, len(shown) - 0.4)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("loss minus that of ntp (nats); left is better")
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3, axis="x")
     _save(figure, path)
 
 
-def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
+def _figure(panels: int, sharex: bool = False) -> tuple[Any, Sequence[Any]]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "study"  # the same results give the same file
-    figure, axes = pyplot.subplots(1, panels, figsize=(max(6.4, 4.8 * panels), 4), squeeze=False, layout="constrained")
+    size = max(6.4, 4.8 * panels), 4
+    figure, axes = pyplot.subplots(1, panels, figsize=size, squeeze=False, sharex=sharex, layout="constrained")
     return figure, axes[0]
 
 

@@ -36,10 +36,9 @@ def write_page(studies: Sequence[Written], page: Path) -> None:
         for number, stage in enumerate(study.grid.stages, 1):
             text, rows = _section(study, stage, folder / f"{study.grid.path.stem}-{number}")
             parts.append(text)
-            if stage.name.startswith("A") and any(
-                row.point.objective != BASELINE and len(row.seeds) > 2 for row in rows
-            ):
-                panels[stage.name] = rows
+            if any(row.point.objective != BASELINE and len(row.seeds) > 2 for row in rows):
+                setting = "each objective tuned" if stage.tuned_by else f"all with {_setting(rows[0].point)}"
+                panels[f"{stage.name}\n{setting}"] = rows
     if panels:
         overview = folder / "overview.svg"
         figures.draw_differences(panels, overview)
@@ -64,7 +63,8 @@ def _head(studies: Sequence[Written], page: Path) -> str:
 Drawn by `python examples/study/study.py page` from {files or "no results yet"}, a line a run; not edited by hand.
 What is asked, and what counts as an effect, was [written down before]({rules}).
 Losses are of clean text of other novels, in nats per token; *best* is the lowest of a run's evaluations, *final* the
-last. Differences are to next-token prediction with the same seed: negative is better. Intervals are of 95%.
+last. Differences are to next-token prediction with the same seed: negative is better. Intervals are of 95%, of each
+comparison alone; p and the verdict are corrected for the number of comparisons in a table.
 
 **Scale**: {scale}. It says nothing about models and texts a thousand times larger.
 **Cost**: {len(every)} runs, {seconds / 60:.0f} minutes of processor time in all ({machines})."""
