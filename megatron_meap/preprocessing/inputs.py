@@ -31,7 +31,7 @@ class Found:
 
     sparks: int = 0
     repeated: int = 0
-    """Files that are another one's link."""
+    """Files that another name stands for, too: a link, or a glob that matches a folder and what is in it."""
 
     def left_out(self) -> str:
         """In words, for people; empty where nothing was."""
@@ -39,7 +39,7 @@ class Found:
             "hidden": self.hidden,
             "of a dataset or an unfinished job": self.outputs,
             "of Spark's own": self.sparks,
-            "links to files that are read already": self.repeated,
+            "names of files that are read already": self.repeated,
         }
         return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 

@@ -108,11 +108,14 @@ def _compatible_manifests(prefixes: list[str]) -> list[dict[str, Any]] | None:
         for name in _COMMON:
             if name != "tokenizer" and manifest[name] != other[name]:
                 raise UsageError(f"{prefix}: {name} {manifest[name]}, but {other[name]} in {first}; cannot be merged")
-    held = {manifest["files"][".bin"]["sha256"]: prefix for prefix, manifest in manifests.items()}
-    for prefix, manifest in manifests.items():
-        for part in manifest["inputs"]:  # of a merged dataset, datasets
-            if "files" in part and (again := held.get(part["files"][".bin"]["sha256"])) is not None:
-                raise UsageError(f"{prefix}: holds the documents of {again} already; leave one of the two out")
+    parts = {prefix: [part for part in manifest["inputs"] if "files" in part] for prefix, manifest in manifests.items()}
+    held: dict[str, str] = {}  # by the hash of a dataset, which holds it: itself, or what was merged of it and others
+    for prefix in sorted(manifests, key=lambda prefix: len(parts[prefix])):
+        for each in (manifests[prefix], *parts[prefix]):
+            again = held.setdefault(each["files"][".bin"]["sha256"], prefix)
+            if again != prefix:
+                some = "documents that are in" if parts[again] else "the documents of"
+                raise UsageError(f"{prefix}: holds {some} {again} already; leave one of the two out")
     return list(manifests.values()) if len(manifests) == len(prefixes) else None
 
 

@@ -21,12 +21,18 @@ _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _UNREADABLE = {
     (".csv", ".tsv"): "a table: convert it to Parquet or JSON lines, or give --input-format text if each such file is "
     "one document",
+    (".dvc",): "the pointer that DVC leaves, not the file; fetch it with `dvc pull`",
     (".zip", ".7z", ".tar", ".lz4", ".lzma", ".lzo", ".br", ".z", ".snappy"): "not unpacked here: unpack it, or "
     "compress it with gzip, zstd, xz or bzip2",
 }
 _WEB_PAGE = re.compile(rb"(<\?xml[^>]*>\s*)?<(!doctype\s+html|html|error)\b", re.IGNORECASE)  # `error`: object storage
 _PAGE_SUFFIXES = (".html", ".htm", ".xhtml", ".xml")
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTERS = {  # what stands in a checkout in place of a large file, and how to fetch that
+    b"version https://git-lfs.github.com/spec/": "Git LFS leaves, not the file; fetch it with `git lfs pull`",
+    b"/annex/objects/": "git-annex leaves, not the file; fetch it with `git annex get`",
+    b"# xet version": "Git Xet leaves, not the file; fetch it with `git xet checkout`",
+}
+_PAGES = (b"%PDF-", b"%!PS", b"{\\rtf")
 
 
 def check_compression(name: str, compression: str | None, empty: bool) -> None:
@@ -49,8 +55,9 @@ def recognise(name: str, head: bytes, *, asked: Kind | None = None, default: Kin
     Raises:
         UsageError: it is not what its name claims, or cannot be read at all.
     """
-    if head.startswith(_LFS_POINTER):
-        raise UsageError(f"{name}: the pointer that Git LFS leaves, not the file; fetch it with `git lfs pull`")
+    for beginning, left in _POINTERS.items():
+        if head.startswith(beginning):
+            raise UsageError(f"{name}: the pointer that {left}")
     kind = asked or _recognise(name, head, default)
     if kind == "jsonl":
         _check_json_lines(name, head)
@@ -82,6 +89,8 @@ def _recognise(name: str, head: bytes, default: Kind | None) -> Kind:
             f"{name}: a web page, as a download that failed leaves it; fetch it again, or give --input-format text if "
             "pages are meant"
         )
+    if default is None and head.startswith(_PAGES):
+        raise UsageError(f"{name}: PDF, PostScript or RTF; convert it to text (pdftotext, pandoc)")
     if default is None and b"\0" in head:
         raise UsageError(f"{name}: binary data; expected JSON lines, text (UTF-8) or Parquet")
     return default or "text"

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -159,6 +160,13 @@ def test_merging_again_never_doubles_a_document(datasets, tmp_path, monkeypatch)
         assert made["documents"] == len(TEXTS) + 4
     with pytest.raises(UsageError, match="all: holds the documents of a_text_document already"):
         merge_datasets(find_datasets(["."], "again"), "again")
+    for suffix in (".bin", ".idx", ".manifest.json"):
+        shutil.copy(f"b_text_document{suffix}", f"copy{suffix}")
+    with pytest.raises(UsageError, match="copy: holds the documents of b_text_document already"):
+        merge_datasets(["a_text_document", "b_text_document", "copy"], "again")
+    merge_datasets(["b_text_document"], "other")
+    with pytest.raises(UsageError, match="all: holds (the documents of|documents that are in) other already"):
+        merge_datasets(["all", "other"], "again")
 
 
 def test_more_datasets_than_a_process_may_open(tmp_path):

@@ -163,7 +163,7 @@ def test_what_is_read_is_said(args, tmp_path, capfd):
     (tmp_path / "link.jsonl").symlink_to("a.jsonl")
     run_job([tmp_path], tmp_path / "out", args)
     said = capfd.readouterr().err
-    assert "input: 3 files, 0.0 MB: 1 plain text, 1 JSON lines, 1 Parquet; left out: 1 hidden, 1 links to" in said
+    assert "input: 3 files, 0.0 MB: 1 plain text, 1 JSON lines, 1 Parquet; left out: 1 hidden, 1 names of" in said
     assert "warning: a mixture: " in said
     assert "plain text, each of which becomes a document: " in said
 
@@ -175,6 +175,9 @@ NOT_WHAT_THEY_CLAIM = {
     "a pointer to lines": ("a.jsonl", POINTER, "the pointer that Git LFS leaves"),
     "a pointer to what is packed": ("a.jsonl.gz", POINTER, "the pointer that Git LFS leaves"),
     "a pointer to text": ("a.txt", POINTER, "the pointer that Git LFS leaves"),
+    "a pointer of git-annex": ("a.txt", "/annex/objects/SHA256E-s12--0a.txt\n", "the pointer that git-annex leaves"),
+    "a pointer of DVC": ("a.jsonl.dvc", "outs:\n- md5: 0a\n  path: a.jsonl\n", "the pointer that DVC leaves"),
+    "a document to print": ("a.txt", "%PDF-1.4\n1 0 obj", "PDF, PostScript or RTF; convert it"),
     "a page": ("a.parquet", PAGE, "its name says Parquet, but it begins with '<!DOCTYPE html>"),
     "a packed page": ("a.jsonl.zst", PAGE, "its name says zstd, but it is not compressed"),
     "a page for text": ("a.txt", f"\ufeff \n{PAGE.lower()}", "a web page, as a download that failed leaves it"),
