@@ -82,7 +82,7 @@ def parse_args() -> argparse.Namespace:
 
 def _unescaped(separator: str | None) -> str | None:
     r"""A separator as typed, with \n, \r and \t for newline, carriage return and tab, and \\ for a backslash."""
-    if not separator:
+    if separator is None:
         return None
     known = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
     return re.sub(r"\\[nrt\\]", lambda match: known[match.group()], separator)

@@ -120,7 +120,9 @@ def _prepare_outputs(job: Job, inputs: list[str]) -> None:
         raise UsageError("--resume: standard input cannot be read again; give files")
     if len(set(job.options.keys)) < len(job.options.keys):
         raise UsageError(f"--json-keys {' '.join(job.options.keys)}: a key is named twice")
-    folder = os.path.dirname(os.path.abspath(job.output_prefix))
+    if job.options.separator == "":
+        raise UsageError("--text-separator '': is empty; leave it out, and each file is one document")
+    folder = os.path.dirname(job.output_prefix) or os.curdir
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:

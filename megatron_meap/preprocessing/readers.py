@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import BinaryIO
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, shown
 from megatron_meap.preprocessing import parquet
 from megatron_meap.preprocessing.inputs import STDIN
 from megatron_meap.preprocessing.recognition import BYTE_ORDER_MARK, HEAD_BYTES, Kind, check_compression, recognise
@@ -118,16 +118,22 @@ class InputFile:
 
     def _separated(self, blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
         """The blocks of a text, of which a file with Windows line ends would be one where a separator has newlines."""
-        windows, found, elsewhere = separator.replace(b"\n", b"\r\n"), False, False
+        windows = separator.replace(b"\n", b"\r\n")
+        found, elsewhere = False, 0
         for block in blocks:
             found = found or separator in block
-            elsewhere = elsewhere or (not found and windows in block)
+            elsewhere += 0 if separator in windows else block.count(windows)
             yield block
         if elsewhere and not found:
             raise UsageError(
                 f"{self.name}: its lines end in \\r\\n, so that --text-separator never occurs in it; "
                 f"give {windows.decode()!r}, or convert the file"
             )
+        if elsewhere:
+            line = (
+                f"warning: {self.name}: in {elsewhere:,} places --text-separator has \\r\\n for \\n, and cuts nothing"
+            )
+            print(shown(line), file=sys.stderr)
 
     def _advance(self, share: float) -> None:
         self._counted.position = int(self.size * share)

@@ -58,6 +58,8 @@ class Sources:
             parts.append(f"{count:,} {KINDS[kind]}" + (f" ({inside})" if inside else ""))
         files = "standard input" if self._stdin else f"{len(self.paths):,} files, {self.total_bytes / 1e6:.1f} MB"
         print(f"input: {files}: {', '.join(parts)}" + (f"; left out: {left_out}" if left_out else ""), file=sys.stderr)
+        if self._options.separator and "text" not in kinds:
+            print("note: --text-separator changes nothing: there is no plain text among the inputs", file=sys.stderr)
         main = max(kinds, key=lambda kind: (kind != "text", kinds[kind]))
         for kind, count in kinds.items() if len(kinds) > 1 else ():
             if kind == main:

@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import shutil
-import shutil
 import tracemalloc
 
 import numpy as np

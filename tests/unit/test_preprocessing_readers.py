@@ -144,3 +144,18 @@ def test_plain_text_has_no_keys(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UsageError, match="plain text has one key only"):
         list(InputFile(str(tmp_path / "a.txt"), InputOptions(("a", "b"))).blocks())
+
+
+def test_line_ends_that_keep_a_separator_from_cutting(tmp_path, capfd):
+    """Throughout a file: refused. In places: said. Where the separator is there all the same: nothing to say."""
+    path = tmp_path / "a.txt"
+
+    def read(content: bytes, separator: str) -> str:
+        path.write_bytes(content)
+        list(InputFile(str(path), InputOptions(separator=separator)).blocks())
+        return capfd.readouterr().err
+
+    with pytest.raises(UsageError, match=r"never occurs in it; give '\\r\\n\\r\\n'"):
+        read(b"a\r\n\r\nb", "\n\n")
+    assert "in 2 places --text-separator has" in read(b"a\n\nb\r\n\r\nc\r\n\r\nd", "\n\n")
+    assert read(b"a\r\n\r\nb", "\r\n\r\n") == read(b"a\r\nb", "\n") == read(b"a\n\nb", "\n\n") == ""
