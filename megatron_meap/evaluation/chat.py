@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from megatron_meap.sft.records import BadConversation, Message
+from megatron_meap.sft.fields import BadConversation
+from megatron_meap.sft.records import Message
 from megatron_meap.sft.turns import TurnEncoder
 
 

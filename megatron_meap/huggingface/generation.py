@@ -19,7 +19,8 @@ from megatron_meap.errors import UsageError, one_line
 from megatron_meap.huggingface.generation_config import ending_ids
 from megatron_meap.huggingface.training_data import trained_tokenizer
 from megatron_meap.huggingface.weights import Source, inspect
-from megatron_meap.sft.records import BadConversation, Message
+from megatron_meap.sft.fields import BadConversation
+from megatron_meap.sft.records import Message
 from megatron_meap.sft.turns import TurnEncoder
 from megatron_meap.tokenization.huggingface import load_directory, moved
 from megatron_meap.trainer import carried

@@ -9,7 +9,9 @@ import orjson
 
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.streams import DamagedError, decompressed
-from megatron_meap.sft.records import BadConversation, Message, parse, tools_of, unused
+from megatron_meap.sft.fields import BadConversation
+from megatron_meap.sft.records import Message, parse, unused
+from megatron_meap.sft.tools import tools_of
 
 FIX_OR_SKIP = "fix it, or skip such lines with --skip-bad-lines"
 

@@ -4,9 +4,11 @@
 with `completion`. A field that changes the conversation is honoured or refused by name; others are reported.
 """
 
-import json
 import re
 from typing import Any
+
+from megatron_meap.sft.fields import BadConversation, kind, text
+from megatron_meap.sft.tools import calls_of
 
 Message = dict[str, Any]
 """`role` (system, user, assistant or tool) and `content`; further, where they are given, `reasoning_content`,
@@ -23,21 +25,23 @@ _ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "tool": "tool",
+    "function": "tool",
     "observation": "tool",
     "function_call": "assistant",
 }
 _SHAPES = "'messages', 'conversations', 'prompt' and 'completion', or Alpaca's 'instruction' and 'output'"
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_WEIGHTS = ("weight", "train", "loss", "trainable")
+_WEIGHTS = ("weight", "train", "training", "loss", "trainable")
+_MASKS = ("mask", "masked", "loss_mask", "train_detail", "train_on_input")
 _THINKING = re.compile(r"\s*<think>.*?(</think>|\Z)", re.DOTALL)
 _NOTHING = "which would teach to say nothing; leave it out, or make it context with a weight of 0"
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-_REFUSED_IN_RECORD = (*_MEDIA, *_WEIGHTS, *_THOUGHTS, "mask", "documents", "chat_template_kwargs", "history")
-_REFUSED_IN_MESSAGE = (*_MEDIA, "mask", "refusal", "prefix", "tools")
-
-
-class BadConversation(ValueError):
-    """A conversation that cannot be trained on; the message says why, without file and line."""
+_REFUSED_IN_RECORD = (
+    *(*_MEDIA, *_WEIGHTS, *_THOUGHTS, *_MASKS, "documents", "history", "rejected"),
+    *("chat_template", "chat_template_kwargs", "enable_thinking"),
+)
+_REFUSED_IN_MESSAGE = (*_MEDIA, *_MASKS, "refusal", "prefix", "tools", "channel", "recipient", "reasoning_details")
+_NOT_EVEN_FALSE = ("enable_thinking",)
 
 
 def parse(record: Any) -> list[Message]:
@@ -48,7 +52,7 @@ def parse(record: Any) -> list[Message]:
             would change the conversation and is not supported.
     """
     if not isinstance(record, dict):
-        raise BadConversation(f"expected an object with {_SHAPES}, got {_kind(record)}")
+        raise BadConversation(f"expected an object with {_SHAPES}, got {kind(record)}")
     read = next((reader for name, reader in _READERS.items() if record.get(name) is not None), None)
     if read is None:
         if named := [name for name in _READERS if name in record]:
@@ -61,28 +65,11 @@ def parse(record: Any) -> list[Message]:
     return messages
 
 
-def tools_of(record: dict) -> list[Any] | None:
-    """The tools that a record offers to the assistant, as templates take them; None where it has none.
-
-    Raises:
-        BadConversation: they are not a list of objects, or JSON text of one.
-    """
-    tools = record.get("tools") or None
-    if isinstance(tools, str):
-        tools = _json(tools, "tools") or None
-    if tools is None and record.get("functions"):
-        functions = record["functions"]
-        functions = _json(functions, "functions") if isinstance(functions, str) else functions
-        tools = [{"type": "function", "function": each} for each in functions]
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(each, dict) for each in tools)):
-        raise BadConversation(f"has {_kind(tools)} as 'tools', not a list of objects")
-    return tools
-
-
 def unused(record: dict) -> set[str]:
     """Names of the fields, of the record and of its messages, that change nothing; to be told to people."""
-    known = {*_READERS, *_REFUSED_IN_RECORD, "output", "response", "input", "context", "completion", "system"}
-    found = {name for name in record if name not in known | {"system_prompt", "tools", "functions"}}
+    shape = next((name for name in _READERS if record.get(name) is not None), "")
+    known = {shape, *_FIELDS.get(shape, ()), *_REFUSED_IN_RECORD, "system", "system_prompt", "tools", "functions"}
+    found = {name for name in record if name not in known and not (name in _READERS and record[name] is None)}
     entries = record.get("messages") or record.get("conversations") or []
     of_messages = {*_REFUSED_IN_MESSAGE, *_WEIGHTS, *_THOUGHTS, "role", "content", "from", "value", "name"}
     of_messages |= {"tool_calls", "tool_call_id", "function_call"}
@@ -101,7 +88,7 @@ def _listed(record: dict, field: str) -> list[Message]:
     """Messages of a list of objects."""
     entries = record[field]
     if not isinstance(entries, list):
-        raise BadConversation(f"'{field}' is {_kind(entries)}, not a list")
+        raise BadConversation(f"'{field}' is {kind(entries)}, not a list")
     if not entries:
         raise BadConversation(f"'{field}' is empty")
     messages = []
@@ -121,13 +108,13 @@ def _names(entry: Any) -> tuple[str, str]:
 def _message(entry: Any, role_key: str, content_key: str) -> Message:
     """One message of a list."""
     if not isinstance(entry, dict):
-        raise BadConversation(f"is {_kind(entry)}, not an object")
-    said = _text(entry, role_key)
+        raise BadConversation(f"is {kind(entry)}, not an object")
+    said = text(entry, role_key)
     if said.lower() not in _ROLES:
         raise BadConversation(f"has the unknown {role_key} {said!r}; known are {', '.join(_ROLES)}")
     role = _ROLES[said.lower()]
     _refuse(entry, _REFUSED_IN_MESSAGE)
-    calls = _calls(entry, said, content_key)
+    calls = calls_of(entry, said, content_key)
     if calls and role != "assistant":
         raise BadConversation(f"of {said} has 'tool_calls', which only an assistant makes")
     message: Message = {"role": role}
@@ -139,12 +126,12 @@ def _message(entry: Any, role_key: str, content_key: str) -> Message:
         message["tool_calls"] = calls
     for name in ("name", "tool_call_id"):
         if entry.get(name) is not None:
-            message[name] = _text(entry, name)
+            message[name] = text(entry, name)
     for name in _THOUGHTS:
         if entry.get(name):
             if role != "assistant" or "reasoning_content" in message:
                 raise BadConversation(f"has {name!r}, which only an assistant has, and once")
-            message["reasoning_content"] = _text(entry, name)
+            message["reasoning_content"] = text(entry, name)
     if not _learned(entry, role):
         message["learned"] = False
     return message
@@ -153,41 +140,14 @@ def _message(entry: Any, role_key: str, content_key: str) -> Message:
 def _content(entry: dict, name: str) -> str:
     """A message's text, which may come in parts."""
     if not isinstance(entry.get(name), list):
-        return _text(entry, name)
+        return text(entry, name)
     texts = []
     for part in entry[name]:
         if not isinstance(part, dict) or part.get("type", "text") != "text":
-            kind = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise BadConversation(f"has a part of the type {kind!r} in {name!r}; only text can be trained on")
-        texts.append(_text(part, "text"))
+            found = part.get("type") if isinstance(part, dict) else kind(part)
+            raise BadConversation(f"has a part of the type {found!r} in {name!r}; only text can be trained on")
+        texts.append(text(part, "text"))
     return "".join(texts)
-
-
-def _calls(entry: dict, said: str, content_key: str) -> list[Any]:
-    """The tools that a message calls, in OpenAI's form, with their arguments as objects, as templates want them."""
-    calls = entry.get("tool_calls") or []
-    if isinstance(calls, str):
-        calls = _json(calls, "tool_calls")
-    if entry.get("function_call"):
-        calls = [{"type": "function", "function": entry["function_call"]}]
-    elif said == "function_call":
-        made = _json(_text(entry, content_key), content_key)
-        calls = [{"type": "function", "function": each} for each in (made if isinstance(made, list) else [made])]
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise BadConversation("has 'tool_calls' that are not a list of objects")
-    return [_call(call) for call in calls]
-
-
-def _call(call: dict) -> dict:
-    """One call: a function's name and its arguments."""
-    function = call.get("function", call)
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadConversation("calls a tool without the 'name' of its function")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = _json(arguments or "{}", "arguments")
-    kept = {name: value for name, value in call.items() if name == "id" and value is not None}
-    return {**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _learned(entry: dict, role: str) -> bool:
@@ -209,14 +169,14 @@ def _alpaca(record: dict) -> list[Message]:
     """A question and its answer, Alpaca's or Dolly's; its parts stay apart for the template that wants them so."""
     answer_name = "response" if "output" not in record and "response" in record else "output"
     given_name = "context" if record.get("input") is None and "context" in record else "input"
-    instruction, answer = _text(record, "instruction"), _answer(record, answer_name)
-    given = _text(record, given_name) if record.get(given_name) is not None else ""
+    instruction, answer = text(record, "instruction"), _answer(record, answer_name)
+    given = text(record, given_name) if record.get(given_name) is not None else ""
     messages: list[Message] = []
     for pair in record.get("history") or []:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(each, str) for each in pair)):
             raise BadConversation("has a 'history' that is not a list of pairs of strings, question and answer")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    content = f"{instruction}\n\n{given}" if given else instruction
+    content = "\n\n".join(filter(None, (instruction, given)))
     question = {"role": "user", "content": content, "instruction": instruction, "input": given}
     return [*messages, question, {"role": "assistant", "content": answer}]
 
@@ -224,13 +184,15 @@ def _alpaca(record: dict) -> list[Message]:
 def _completion(record: dict) -> list[Message]:
     """A prompt and its completion: two strings, or two lists of messages, of which the second is trained on."""
     name = "response" if record.get("completion") is None and "response" in record else "completion"
+    if record.get("label") is False:
+        raise BadConversation("has 'label' false: a completion that is not wanted; leave it out")
     if isinstance(record["prompt"], list):
         before = [message | {"learned": False} for message in _listed(record, "prompt")]
         before = [message if message["role"] == "assistant" else _without(message, "learned") for message in before]
         if not isinstance(record.get(name), list):
             return [*before, {"role": "assistant", "content": _answer(record, name)}]
         return before + _listed(record, name)
-    question, answer = _text(record, "prompt"), _answer(record, name)
+    question, answer = text(record, "prompt"), _answer(record, name)
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -244,12 +206,17 @@ _READERS = {
     "instruction": _alpaca,
     "prompt": _completion,
 }
+_FIELDS = {
+    "instruction": ("output", "response", "input", "context", "history"),
+    "prompt": ("completion", "response"),
+}
+"""What belongs to a shape beside the field that tells it."""
 _TEXTS = ("instruction", "prompt")
 
 
 def _put_system(record: dict, messages: list[Message]) -> None:
     """A system prompt that is a field of its own becomes the first message."""
-    given = {name: _text(record, name) for name in ("system", "system_prompt") if record.get(name)}
+    given = {name: text(record, name) for name in ("system", "system_prompt") if record.get(name)}
     for name, content in given.items():
         if messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": content})
@@ -261,35 +228,22 @@ def _refuse(fields: dict, names: Any) -> None:
     """Refuse fields that would change the conversation, where they hold something."""
     for name in names:
         value = fields.get(name)
-        if value not in (None, 1) if name in _WEIGHTS else value:
+        says = value not in (None, 1) if name in _WEIGHTS else value or (name in _NOT_EVEN_FALSE and value is not None)
+        if says:
             raise BadConversation(f"has {name!r}, which is not supported here; take it out if it is not meant")
 
 
-def _text(fields: dict, name: str) -> str:
-    if name not in fields:
-        raise BadConversation(f"has no {name!r}")
-    if not isinstance(fields[name], str):
-        raise BadConversation(f"has {_kind(fields[name])} as {name!r}, not a string")
-    return fields[name]
-
-
 def _answer(fields: dict, name: str) -> str:
-    answer = _text(fields, name)
+    answer = text(fields, name)
     if _says_nothing(answer):
         raise BadConversation(f"has an empty {name!r}, {_NOTHING}")
     return answer
 
 
 def _says_nothing(answer: str) -> bool:
-    """Whether an answer is empty, its thoughts aside."""
-    return not _THINKING.sub("", answer, count=1).strip()
-
-
-def _json(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise BadConversation(f"has {name!r} that is not JSON") from None
+    """Whether an answer holds nothing that can be seen, its thoughts aside."""
+    said = _THINKING.sub("", answer, count=1)
+    return not any(each.isprintable() and not each.isspace() for each in said)
 
 
 def _check_order(messages: list[Message]) -> None:
@@ -331,9 +285,3 @@ def _expected(previous: Message | None) -> tuple[str, ...]:
     if previous is not None and previous["role"] == "tool":
         return ("assistant", "tool")
     return ("user",) if previous is None else ("assistant",)
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, for people."""
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
-    return kinds.get(type(value), "a number")

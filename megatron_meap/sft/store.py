@@ -17,7 +17,7 @@ from megatron_meap.errors import UsageError, one_line
 from megatron_meap.files import CannotWriteError, whole_directory
 from megatron_meap.records import read_json
 from megatron_meap.sft.conversations import FIX_OR_SKIP, Conversation, read_conversations
-from megatron_meap.sft.records import BadConversation
+from megatron_meap.sft.fields import BadConversation
 from megatron_meap.sft.templates import Rendered
 from megatron_meap.sft.turns import Turn, TurnEncoder
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meap.errors import UsageError
+from megatron_meap.sft.fields import BadConversation
 from megatron_meap.sft.marks import Marked, Thoughts, holds_marks, mark, unmark
 from megatron_meap.sft.published import TEMPLATES
-from megatron_meap.sft.records import BadConversation, Message
+from megatron_meap.sft.records import Message
 
 _THINK = "<think>"
 _THOUGHTS = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)", re.DOTALL)

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_meap.errors import UsageError
+from megatron_meap.sft.fields import BadConversation
 from megatron_meap.sft.marks import Marked
-from megatron_meap.sft.records import BadConversation, Message
+from megatron_meap.sft.records import Message
 from megatron_meap.sft.templates import ChatTemplate, Rendered
 
 Ids = npt.NDArray[np.int32]

@@ -33,8 +33,11 @@ def resolve_mask_token(tokenizer: Any, text: str = MASK_TOKEN) -> MaskToken:
         text: how the token is written.
 
     Raises:
-        UsageError: the tokenizer has that token as an ordinary one, which text can produce, or for another purpose.
+        UsageError: the text is empty; or the tokenizer has that token as an ordinary one, which text can produce, or
+            for another purpose.
     """
+    if not text.strip():
+        raise UsageError(f"--meap-mask-token {text!r}: is empty; name a token, such as {MASK_TOKEN}")
     found, special = _look_up(tokenizer, text)
     if found is None:
         return MaskToken(text, vocabulary_size(tokenizer), added=True)

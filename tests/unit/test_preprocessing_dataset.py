@@ -164,7 +164,7 @@ def test_merging_again_never_doubles_a_document(datasets, tmp_path, monkeypatch)
     with pytest.raises(UsageError, match="copy: holds the documents of b_text_document already"):
         merge_datasets(["a_text_document", "b_text_document", "copy"], "again")
     merge_datasets(["b_text_document"], "other")
-    with pytest.raises(UsageError, match="all: holds (the documents of|documents that are in) other already"):
+    with pytest.raises(UsageError, match=r"all: holds documents that are in other already"):
         merge_datasets(["all", "other"], "again")
 
 

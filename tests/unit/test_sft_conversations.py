@@ -9,7 +9,9 @@ import pytest
 
 from megatron_meap.errors import UsageError
 from megatron_meap.sft.conversations import read_conversations
-from megatron_meap.sft.records import BadConversation, parse, tools_of, unused
+from megatron_meap.sft.fields import BadConversation
+from megatron_meap.sft.records import parse, unused
+from megatron_meap.sft.tools import tools_of
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 GREETING = {"role": "assistant", "content": ""}
@@ -68,6 +70,14 @@ GOOD = {
     "fields that say nothing": (
         {"messages": [USER | {"tool_calls": None}, ASSISTANT | {"weight": 1, "refusal": None}], "images": []},
         [USER, ASSISTANT],
+    ),
+    "an empty instruction": (
+        {"instruction": "", "input": "q", "output": "a"},
+        [USER | {"instruction": "", "input": "q"}, ASSISTANT],
+    ),
+    "a weight of axolotl's": (
+        {"messages": [USER, ASSISTANT | {"training": False}, USER, ASSISTANT]},
+        [USER, ASSISTANT | {"learned": False}, USER, ASSISTANT],
     ),
     "weights": (
         {"messages": [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"train": True}]},
@@ -134,6 +144,12 @@ BAD = {
         "message 3 is of user, expected tool",
     ),
     "a call of nothing": ({"messages": [USER, ASSISTANT | {"tool_calls": [{}]}]}, "message 2 calls a tool without the"),
+    "masks beside": ({"messages": [USER, ASSISTANT], "loss_mask": [0, 1]}, "has 'loss_mask', which is not supported"),
+    "masks of parts": ({"messages": [USER, ASSISTANT | {"train_detail": [{}]}]}, "message 2 has 'train_detail'"),
+    "a switch that is off": ({"messages": [USER, ASSISTANT], "enable_thinking": False}, "has 'enable_thinking', which"),
+    "a pair of preference": ({"messages": [USER, ASSISTANT], "rejected": "b"}, "has 'rejected', which is not"),
+    "a completion that is not wanted": ({"prompt": "q", "completion": "a", "label": False}, "has 'label' false"),
+    "functions that are none": ({"messages": [USER, ASSISTANT], "functions": 5}, "has a number as 'functions'"),
     "a system prompt of another kind": ({"messages": [USER, ASSISTANT], "system": 5}, "a number as 'system'"),
 }
 
@@ -148,7 +164,7 @@ def test_shapes(name: str) -> None:
 def test_bad_records_say_what_is_wrong(name: str) -> None:
     record, message = BAD[name]
     with pytest.raises(BadConversation, match=message):
-        parse(record)
+        _ = parse(record), tools_of(record)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +235,8 @@ def test_parquet_is_read_like_json(tmp_path: Path) -> None:
 def test_fields_that_change_nothing_are_told() -> None:
     record = {"messages": [USER | {"id": 1}, ASSISTANT], "category": "x", "prompt_id": 5, "tools": []}
     assert unused(record) == {"category", "prompt_id", "messages' id"}
+    assert unused(record | {"prompt": "q", "instruction": None, "output": "a"}) >= {"prompt", "output"}
+    assert "instruction" not in unused(record | {"instruction": None})
     assert tools_of(record) is None
 
 

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_meap.sft.records import BadConversation, parse, tools_of
+from megatron_meap.sft.fields import BadConversation
+from megatron_meap.sft.records import parse
 from megatron_meap.sft.templates import TEMPLATES
+from megatron_meap.sft.tools import tools_of
 from megatron_meap.sft.turns import TurnEncoder
 from megatron_meap.tokenization.huggingface import add_mask_token
 from tests.templates import CHAT_TOKENS, GPT_OSS, MISTRAL, QWEN3, R1, R1_FIRST

@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_meap.errors import UsageError
-from megatron_meap.sft.records import BadConversation, parse
+from megatron_meap.sft.fields import BadConversation
+from megatron_meap.sft.records import parse
 from megatron_meap.sft.templates import TEMPLATES, ChatTemplate, find_template
 from megatron_meap.sft.turns import TurnEncoder
 from megatron_meap.tokenization.huggingface import add_mask_token, from_sentencepiece

@@ -64,6 +64,9 @@ def test_a_user_defined_symbol_is_refused(corpus: Corpus, tmp_path: Path, specia
 
 def test_huggingface(huggingface_folder: Path) -> None:
     plain = huggingface_tokenizer(huggingface_folder)
+    for empty in ("", " \n"):
+        with pytest.raises(UsageError, match="is empty; name a token"):
+            resolve_mask_token(plain, empty)
     assert resolve_mask_token(plain).id == plain.vocab_size
     assert resolve_mask_token(plain).added
     with_mask = huggingface_tokenizer(huggingface_folder, additional_special_tokens=["[MASK]"])

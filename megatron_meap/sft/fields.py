@@ -1,0 +1,31 @@
+"""Single fields of a record: what they must be, and a `BadConversation` where they are not."""
+
+import json
+from typing import Any
+
+
+class BadConversation(ValueError):
+    """A conversation that cannot be trained on; the message says why, without file and line."""
+
+
+def text(fields: dict, name: str) -> str:
+    """A field that must be there, and be a string."""
+    if name not in fields:
+        raise BadConversation(f"has no {name!r}")
+    if not isinstance(fields[name], str):
+        raise BadConversation(f"has {kind(fields[name])} as {name!r}, not a string")
+    return fields[name]
+
+
+def parsed(written: str, name: str) -> Any:
+    """What a field holds that is JSON within JSON."""
+    try:
+        return json.loads(written)
+    except (ValueError, RecursionError):
+        raise BadConversation(f"has {name!r} that is not JSON") from None
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, for people."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return kinds.get(type(value), "a number")
