@@ -1,5 +1,6 @@
 """What `tests/warm.py` has imported before it forks: with the device, threads and paths of every test's environment."""
 
+import gc
 import os
 
 from tests.launch import environment
@@ -16,3 +17,5 @@ from megatron.core.tokenizers.text.text_tokenizer import MegatronTokenizerText  
 
 import megatron_meap.evaluation.run  # noqa: E402
 import megatron_meap.inspection.dry_run  # noqa: E402, F401
+
+gc.freeze()  # no program forked from here looks through all this for garbage

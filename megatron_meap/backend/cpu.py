@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_meap.backend import deferred
 from megatron_meap.backend.patching import replace
 from megatron_meap.errors import UsageError
 
@@ -269,10 +270,8 @@ def _present_cpu_types_as_cuda() -> None:
 def _switch_off_what_needs_an_accelerator() -> None:
     """Compilation, pinned memory and the warnings about their absence."""
 
-    def not_compiled(function: Callable | None = None, **_: Any) -> Callable:
-        return function if function is not None else (lambda decorated: decorated)
-
-    torch.compile = not_compiled  # type: ignore[assignment]
+    torch.compile = deferred.not_compiled  # type: ignore[assignment]
+    deferred.do_without_compiler()
     torch.accelerator.is_available = lambda: False  # DataLoader asks before it pins memory
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists on it for tensor parallelism

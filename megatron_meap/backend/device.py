@@ -5,7 +5,7 @@ import socket
 
 import torch
 
-from megatron_meap.backend import megatron_patches
+from megatron_meap.backend import deferred, megatron_patches
 from megatron_meap.errors import UsageError
 
 _plans_for_gpu = False
@@ -14,7 +14,7 @@ _plans_for_gpu = False
 def prepare() -> bool:
     """Make Megatron importable and trainable on this machine; call it before anything imports Megatron.
 
-    With a CUDA device this does nothing. Without one, or with `MEAP_DEVICE=cpu` in the environment, it installs the
+    With a CUDA device this patches nothing. Without one, or with `MEAP_DEVICE=cpu` in the environment, it installs the
     CPU adaptation (`megatron_meap.backend.cpu`).
 
     Returns:
@@ -29,12 +29,12 @@ def prepare() -> bool:
         raise UsageError(f"MEAP_DEVICE={choice}: expected auto, cpu or cuda")
     if choice == "cuda" and (problem := gpu_problem()):
         raise UsageError(f"MEAP_DEVICE=cuda: on {socket.gethostname()} {problem}; MEAP_DEVICE=cpu trains on the CPU")
-    if choice != "cpu" and torch.cuda.is_available():
-        return False
-    from megatron_meap.backend import cpu
+    if trains_on_cpu := choice == "cpu" or not torch.cuda.is_available():
+        from megatron_meap.backend import cpu
 
-    cpu.install()
-    return True
+        cpu.install()
+    deferred.import_megatron()
+    return trains_on_cpu
 
 
 def prepare_to_look(here: bool = False) -> None:
@@ -51,6 +51,7 @@ def prepare_to_look(here: bool = False) -> None:
     from megatron_meap.backend import cpu
 
     cpu.install()
+    deferred.import_megatron()
 
 
 def gpu_problem() -> str | None:

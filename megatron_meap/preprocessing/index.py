@@ -112,10 +112,17 @@ def read_index(prefix: str) -> Index:
         view[4 * sequences : 12 * sequences].view(np.int64),
         view[12 * sequences :].view(np.int64),
     )
-    problem = _inconsistency(index, data.stat().st_size)
-    if problem:
-        raise UsageError(f"{prefix}: {problem}; make the dataset again")
+    stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_ino) for file in (path, data))
+    if stamps not in _consistent:  # a start asks for each index half a dozen times
+        problem = _inconsistency(index, data.stat().st_size)
+        if problem:
+            raise UsageError(f"{prefix}: {problem}; make the dataset again")
+        _consistent.add(stamps)
     return index
+
+
+_consistent: set[tuple[tuple[str, int, int], ...]] = set()
+"""Pairs of files, with the time of their last change, that this process has found to belong together."""
 
 
 def _inconsistency(index: Index, bin_bytes: int) -> str | None:

@@ -5,11 +5,12 @@ here say which (docs/training.md shows them).
 """
 
 import argparse
+import fnmatch
 import functools
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from enum import Enum
-from fnmatch import fnmatch
 from importlib import metadata
 from typing import Any
 
@@ -210,7 +211,12 @@ def _verdict_of(name: str) -> Verdict:
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+    return _compiled(patterns).match(name) is not None
+
+
+@functools.cache
+def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(fnmatch.translate, patterns)))
 
 
 def _plain(value: Any) -> Any:

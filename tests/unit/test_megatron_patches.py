@@ -36,9 +36,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # no
 from megatron.core.tensor_parallel import layers  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.moe import token_dispatcher  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig  # noqa: E402
 from megatron.core.utils import local_multi_tensor_l2_norm  # noqa: E402
 from megatron.training import initialize, pretrain, training  # noqa: E402
+from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
 
 from megatron_meap.backend import kernels  # noqa: E402
 from megatron_meap.backend.patching import original_of  # noqa: E402
@@ -61,6 +62,12 @@ def one_rank():
 def test_the_dataset_helpers_are_compiled_in_a_package_without_a_makefile() -> None:
     with pytest.raises(SystemExit):
         original_of(dataset_utils, "compile_helpers")()
+
+
+def test_a_parser_reads_sources_for_a_help_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "getsource", lambda kind: pytest.fail("read"))
+    with pytest.raises(pytest.fail.Exception):
+        original_of(ArgumentGroupFactory, "_get_field_docstrings")(None, MLATransformerConfig)
 
 
 def test_a_checkpoint_without_hashes_is_refused_and_only_the_verified_one_is_not(tmp_path: Path) -> None:

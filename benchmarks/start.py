@@ -1,0 +1,208 @@
+"""Start: from the command to the end of the first training step, and what the time in between went into.
+
+    python benchmarks/start.py                           # one and two processes
+    python benchmarks/start.py --against CHECKOUT        # beside another version of this project, taking turns
+
+A small model (that of the quickstart) on a corpus of random tokens and a SentencePiece tokenizer, both made here. Each
+start is a command of its own, alone or under torchrun; the parts are those of rank 0:
+
+- launch: from the command to the first line of the script (torchrun imports PyTorch before it starts the ranks)
+- imports: PyTorch, Megatron and this project
+- flags, tokenizer: parsing, checks by our rules and Megatron's; building the tokenizer, finding its mask token
+- checks: the data's indices and digests, the record of the run, the meeting of the ranks
+- Megatron: its process groups and random states; model: with its optimizer; data: indices of samples and loaders
+- first step: forward, backward, optimizer
+
+Wall time says what one waits for; processor time, of rank 0 for the parts and of all processes for the whole, is what
+does not depend on other work on the machine. Medians over the rounds; a ratio is that of a round's pair.
+"""
+
+import argparse
+import functools
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent.parent
+
+FLAGS = (
+    "--num-layers 4 --hidden-size 256 --ffn-hidden-size 704 --num-attention-heads 4 --group-query-attention "
+    "--num-query-groups 2 --seq-length 256 --max-position-embeddings 256 --position-embedding-type rope --swiglu "
+    "--normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 "
+    "--hidden-dropout 0 --meap-mask-ratio 0.15 --split 95,5,0 --num-workers 1 --micro-batch-size 8 "
+    "--global-batch-size 16 --train-iters 1 --lr 1e-3 --log-interval 1 --eval-iters 0 "
+    "--tokenizer-type SentencePieceTokenizer"
+)
+PARTS = ("launch", "imports", "flags", "tokenizer", "checks", "Megatron", "model", "data", "first step")
+
+
+def main() -> None:
+    """Start each version on each number of processes, in turns, and print the parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another version of this project")
+    parser.add_argument("--rounds", type=int, default=5, help="starts of each (default: %(default)s)")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
+    parser.add_argument("--json", type=Path, help="write all measurements to this file")
+    args = parser.parse_args()
+    versions = {"here": HERE} | ({"there": args.against.resolve()} if args.against else {})
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_data(Path(folder))
+        for turn in range(args.rounds + 1):  # the first reads the files from the disk
+            for processes in args.processes:
+                for name, checkout in sorted(versions.items(), reverse=bool(turn % 2)):
+                    measured = start(checkout, processes, data, Path(folder) / "parts.json")
+                    found.setdefault(f"{processes} {name}", []).extend([measured] if turn else [])
+    for processes in args.processes:
+        print_table(processes, [found[f"{processes} {name}"] for name in versions], list(versions))
+    if args.json:
+        args.json.write_text(json.dumps(found))
+
+
+def make_data(folder: Path) -> list[str]:
+    """A corpus and a tokenizer of this machine's own Python, made by the tools; returns the flags that name them."""
+    texts, tokenizer = folder / "text.jsonl", folder / "tokenizer.model"
+    commands = (
+        ["build_corpus.py", "--train", texts, "--valid", folder / "valid.jsonl", "--max-mb", "4"],
+        ["train_tokenizer.py", "--input", texts, "--output", tokenizer, "--vocab-size", "4096", "--max-mb", "2"],
+        ["preprocess_data.py", "--input", texts, "--output-prefix", folder / "data", "--append-eod",
+         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer],
+    )  # fmt: skip
+    for tool, *rest in commands:
+        subprocess.run([sys.executable, HERE / "tools" / tool, *map(str, rest)], check=True, capture_output=True)
+    return ["--data-path", f"{folder}/data_text_document", "--tokenizer-model", str(tokenizer)]
+
+
+def start(checkout: Path, processes: int, data: list[str], parts: Path) -> dict[str, Any]:
+    """Seconds of the parts of one start, wall and processor time, and the processor time of all its processes."""
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", str(processes)]
+    command = [*([sys.executable] if processes == 1 else torchrun), __file__, *FLAGS.split(), *data]
+    environment = os.environ | {
+        "PYTHONPATH": str(checkout),
+        "MEAP_DEVICE": "cpu",
+        "MEAP_CPU_THREADS": "1",  # threads that wait for each other burn time where other work is running
+        "START_PARTS": str(parts),
+        "START_AT": str(time.time()),
+    }
+    before = os.times()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    after = os.times()
+    if done.returncode:
+        sys.exit(f"{checkout}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    used = sum(after[2:4]) - sum(before[2:4])
+    return json.loads(parts.read_text()) | {"processor time of all processes, whole run": used}
+
+
+def print_table(processes: int, found: list[list[dict[str, Any]]], names: list[str]) -> None:
+    """A line for each part, and for all of them together."""
+    print(
+        f"\n{processes} process{'es under torchrun' if processes > 1 else ''}, {len(found[0])} rounds; seconds, medians"
+    )
+    print(f"{'':14}" + "".join(f"{f'{name}: wall':>13}{'processor':>11}" for name in names))
+    for part in (*PARTS, "until then"):
+        line = f"{part:14}"
+        for rounds in found:
+            line += f"{statistics.median(each[part][0] for each in rounds):13.2f}"
+            line += f"{statistics.median(each[part][1] for each in rounds):11.2f}"
+        print(line)
+    sums = ", ".join(f"{name} {_median(rounds):.2f}" for name, rounds in zip(names, found, strict=True))
+    print(f"all processes, whole run: {sums}")
+    if len(found) == 2:
+        for which, kind in enumerate(("wall", "processor")):
+            ratios = [a["until then"][which] / b["until then"][which] for a, b in zip(*found, strict=True)]
+            print(f"{kind} time here / there: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def _median(rounds: list[dict[str, Any]]) -> float:
+    return statistics.median(each["processor time of all processes, whole run"] for each in rounds)
+
+
+class Watch(importlib.abc.MetaPathFinder):
+    """Follows the program itself, from outside: what it imports and calls ends one part and begins the next."""
+
+    def __init__(self) -> None:
+        self.parts = {part: [0.0, 0.0] for part in PARTS}
+        self.last = [float(os.environ["START_AT"]), 0.0]
+
+    def ended(self, part: str) -> None:
+        """All since the last call was this part."""
+        now = [time.time(), time.process_time()]
+        self.parts[part] = [
+            before + new - old for before, new, old in zip(self.parts[part], now, self.last, strict=True)
+        ]
+        self.last = now
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Once the last module is imported, put marks around the functions in which the parts end."""
+        if name != "megatron_meap.trainer.run":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        load = spec.loader.exec_module  # type: ignore[union-attr]
+
+        def load_and_mark(module: Any) -> None:
+            load(module)
+            self.mark(module)
+
+        spec.loader.exec_module = load_and_mark  # type: ignore[union-attr, method-assign]
+        return spec
+
+    def mark(self, run: Any) -> None:
+        """The functions, each with the part that ends before it and the one that it is."""
+        from megatron.training import training
+
+        from megatron_meap.trainer import arguments
+
+        marks = [
+            (run, "run", "imports", None),
+            (arguments, "set_tokenizer", "flags", "tokenizer"),
+            (run.preflight, "check", "flags", "checks"),
+            (training, "setup_model_and_optimizer", "Megatron", "model"),
+            (training, "build_train_valid_test_data_iterators", "model", "data"),
+            (training, "train_step", "data", "first step"),
+        ]
+        for owner, name, before, part in marks:
+            setattr(owner, name, self.around(getattr(owner, name), before, part))
+
+    def around(self, function: Callable, before: str, part: str | None) -> Callable:
+        """The function between two marks."""
+
+        @functools.wraps(function)
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            self.ended(before)
+            result = function(*args, **kwargs)
+            if part is not None:
+                self.ended(part)
+            if part == PARTS[-1] and os.environ.get("RANK", "0") == "0":
+                self.write()
+            return result
+
+        return marked
+
+    def write(self) -> None:
+        """The parts and their sum, as JSON."""
+        total = [sum(each[which] for each in self.parts.values()) for which in range(2)]
+        Path(os.environ["START_PARTS"]).write_text(json.dumps(self.parts | {"until then": total}))
+
+
+def rank() -> None:
+    """In a started process: `pretrain_gpt_meap.py`, watched."""
+    watch = Watch()
+    watch.ended("launch")
+    sys.meta_path.insert(0, watch)
+    from megatron_meap.errors import run
+    from megatron_meap.pretrain import main as pretrain
+
+    run(pretrain)
+
+
+if __name__ == "__main__":
+    rank() if "START_PARTS" in os.environ else main()
