@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_meap.backend import device, kernels
+from megatron_meap.backend.attention import causal_attention
 
 
 @functools.cache
@@ -198,10 +199,13 @@ class CPUAttention(SDPAttention):
     """The same on a CPU: in the faster type, and with every head's positions side by side in memory.
 
     In 32-bit floats a step of attention over 8 x 512 tokens takes 98 ms in this layout, 114 ms in Megatron's, and
-    200 ms in bf16 on a processor that multiplies it slowly.
+    200 ms in bf16 on a processor that multiplies it slowly; 122 ms and 60 ms by products on one that does so fast.
     """
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, allowed: Tensor | None = None) -> Tensor:
+        plain = causal and self.window is None and not (self.dropout and self.training) and q.shape[-1] == v.shape[-1]
+        if plain and kernels.attends_by_products(q.dtype):
+            return causal_attention(q, k, v, self.softmax_scale)
         dtype = kernels.product_type(q.dtype)
         fast_q, fast_k, fast_v = (x.to(dtype).contiguous() for x in (q, k, v))
         return super()._attend(fast_q, fast_k, fast_v, causal, allowed).to(q.dtype)

@@ -28,6 +28,7 @@ from megatron.core.transformer.mlp import MLP  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_meap.backend import cpu_patches, kernels, layers  # noqa: E402
+from megatron_meap.backend.attention import causal_attention  # noqa: E402
 from megatron_meap.backend.layers import (  # noqa: E402
     CPUAttention,
     CPUNorm,
@@ -116,6 +117,45 @@ def test_attention_is_megatrons(kind, groups, dtype):
     assert_same(
         lambda *qkv: mine(*qkv, None), lambda *qkv: theirs(*qkv, mask), queries_keys_values(dtype, groups), None
     )
+
+
+@pytest.mark.parametrize("length", [7, 131, 1030])
+@pytest.mark.parametrize(("groups", "size", "dimensions"), [(G, 1.0, 16), (N, 4.0, 24), (1, 6.0, 64)])
+def test_attention_by_products_rounds_as_pytorchs_does(length, groups, size, dimensions):
+    """Against exact arithmetic: long rows and short ones, heads that share keys, scores of a hundred, any scale."""
+    given = [(torch.randn(1, h, length, dimensions) * size).bfloat16() for h in (N, groups, groups)]
+    scale = dimensions**-0.5
+    weights = torch.randn(1, N, length, dimensions).bfloat16()
+    plain = {"is_causal": True, "enable_gqa": True, "scale": scale}
+
+    def results(function, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in given]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, weights.to(dtype))]
+
+    exact = results(lambda *qkv: functional.scaled_dot_product_attention(*qkv, **plain), torch.float64)
+    pytorchs = results(lambda *qkv: functional.scaled_dot_product_attention(*qkv, **plain), torch.bfloat16)
+    ours = results(lambda *qkv: causal_attention(*qkv, scale), torch.bfloat16)
+    for truth, theirs, mine in zip(exact, pytorchs, ours, strict=True):
+        allowed = 3 * (theirs - truth).norm() + 2**-8 * truth.norm()
+        assert mine.shape == truth.shape
+        assert (mine - truth).norm() <= allowed
+
+
+def test_attention_by_products_where_the_processor_is_for_it_and_nothing_forbids_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(layers, "causal_attention", lambda *qkv: calls.append(1) or causal_attention(*qkv))
+    monkeypatch.setattr(kernels, "attends_by_products", lambda dtype: dtype == torch.bfloat16)
+    narrow, wide = queries_keys_values(torch.bfloat16), queries_keys_values()
+    mask = torch.ones(1, 1, S, S, dtype=torch.bool).triu(1)
+    attention(CPUAttention)(*narrow, None)
+    assert calls == [1]
+    attention(CPUAttention)(*wide, None)
+    attention(CPUAttention)(*narrow, mask)
+    attention(CPUAttention, window_size=(5, 0))(*narrow, None)
+    attention(CPUAttention, attention_dropout=0.5).train()(*narrow, None)
+    attention(CPUAttention)(narrow[0], narrow[1], narrow[2][..., :8], None)
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("kind", [SDPAttention, CPUAttention])
