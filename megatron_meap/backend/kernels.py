@@ -112,10 +112,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, target: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
-    """Cross-entropy of every token, in memory for one copy of the logits: 85 ms for 250 ms.
+    """Cross-entropy of every token, without another tensor of the size of the logits: 85 ms for 250 ms.
 
     Args:
-        logits: [..., v], or this rank's v columns of the vocabulary.
+        logits: [..., v], or this rank's v columns of the vocabulary; the backward pass writes their gradient over them.
         target: ids in the whole vocabulary [...].
         group: the ranks that hold the other columns, in order.
 
@@ -153,13 +153,12 @@ class _CrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         logits, columns, here, log_sum = ctx.saved_tensors
-        rows, scale = logits.reshape(-1, logits.shape[-1]), gradients[0].reshape(-1, 1)
-        grad = torch.empty_like(rows)
+        rows, scale = logits.detach().reshape(-1, logits.shape[-1]), gradients[0].reshape(-1, 1)
         for part in _parts(rows):
             probabilities = torch.sub(rows[part].float(), log_sum[part].unsqueeze(1)).exp_()
             probabilities.scatter_add_(1, columns[part].unsqueeze(1), -here[part].unsqueeze(1).float())
-            torch.mul(probabilities, scale[part], out=grad[part])
-        return grad.view(logits.shape), None, None
+            torch.mul(probabilities, scale[part], out=rows[part])
+        return rows.view(logits.shape), None, None
 
 
 def _parts(rows: Tensor) -> Iterator[slice]:

@@ -286,9 +286,19 @@ def test_cross_entropy_is_megatrons(dtype, monkeypatch):
     )
 
 
+def test_the_gradient_of_the_logits_takes_their_place_and_is_had_once():
+    weight = torch.randn(5, 320, requires_grad=True)
+    logits = weight * 1.0
+    loss = kernels.cross_entropy(logits, torch.randint(0, 320, (5,)))
+    (gradient,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+    assert gradient.data_ptr() == logits.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+
+
 def test_cross_entropy_of_extreme_logits_is_finite():
     logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], requires_grad=True)
-    loss = kernels.cross_entropy(logits, torch.tensor([1, 2]))
+    loss = kernels.cross_entropy(logits.clone(), torch.tensor([1, 2]))  # it overwrites them
     loss.sum().backward()
     assert torch.allclose(loss, functional.cross_entropy(logits, torch.tensor([1, 2]), reduction="none"))
     assert torch.isfinite(logits.grad).all()
