@@ -43,7 +43,7 @@ REFUSED_IMPORTS: dict[str, dict[str, Any]] = {
     "Gemma 2": {"model_type": "gemma2"},
     "Phi-3": {"model_type": "phi3"},
     "GPT-2": {"model_type": "gpt2"},
-    "YaRN": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+    "dynamic NTK scaling": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
     "a part of a head rotated": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     },

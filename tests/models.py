@@ -26,6 +26,7 @@ SMALL = {
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
 MODELS = {
     "llama-gqa": LlamaConfig(**SMALL, rope_parameters={"rope_type": "default", "rope_theta": 640000.0}),
     "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -43,7 +44,7 @@ MODELS = {
         **SMALL, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     ),
     "qwen2-tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
-    "qwen2": Qwen2Config(**SMALL),
+    "qwen2-yarn": Qwen2Config(**SMALL, rope_parameters=YARN),
     "qwen3": Qwen3Config(**SMALL, head_dim=32, use_sliding_window=False),
     "qwen3-tied-biases": Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True, attention_bias=True),
     "mistral": MistralConfig(**SMALL, sliding_window=None),

@@ -51,11 +51,27 @@ FUNCTION = (
     "moe_router_num_groups",
     "moe_router_group_topk",
     "moe_apply_probs_on_input",
+    "rotary_scaling_factor",
+    "mscale",
+    "mscale_all_dim",
+    "yarn_original_max_position_embeddings",
+    "yarn_beta_fast",
+    "yarn_beta_slow",
+    "yarn_correction_range_round_to_int",
     "use_mup",
+    "mup_base_hidden_size",
+    "mup_embedding_mult",
+    "mup_output_mult",
+    "mup_base_head_dim",
+    "mup_attn_scale_power",
 )
 """Arguments that the weights do not show, but that change what is computed with them."""
 
-_ONLY_WITH = {"rope_scaling_factor": "use_rope_scaling", **{n: "num_experts" for n in FUNCTION if n.startswith("moe_")}}
+_ONLY_WITH = {
+    "rope_scaling_factor": "use_rope_scaling",
+    **{n: "num_experts" for n in FUNCTION if n.startswith("moe_")},
+    **{n: "use_mup" for n in FUNCTION if n.startswith("mup_")},
+}
 
 
 def differences(saved: Namespace, args: Namespace, names: Iterable[str]) -> list[str]:

@@ -1,16 +1,19 @@
 """The one architecture that is converted, described once: from Megatron's arguments or a Hugging Face config, and back.
 
-Llama-style: RMSNorm, SwiGLU, RoPE (plain, scaled as in Llama 3.1, or linearly interpolated), grouped-query attention,
-tied or untied embeddings, and the extras of `families.py`. Everything else is refused by name, because a model that
-differs in one of these converts without an error and computes something else.
+Llama-style: RMSNorm, SwiGLU, RoPE (plain, scaled as in Llama 3.1 or by YaRN, or linearly interpolated), grouped-query
+attention, tied or untied embeddings, and the extras of `families.py`; muP's multipliers become part of the weights.
+Everything else is refused by name, because a model that differs in one of these converts without an error and computes
+something else.
 """
 
 from argparse import Namespace
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from megatron_meap.errors import UsageError
-from megatron_meap.huggingface.families import FAMILIES, Extras, Family, family_of
+from megatron_meap.huggingface.families import FAMILIES, OTHERS, Extras, Family, family_of
+from megatron_meap.huggingface.mup import Multipliers
+from megatron_meap.huggingface.rope import Yarn
 
 SUPPORTED = "supported are Llama-style models: RMSNorm, SwiGLU, RoPE, grouped-query attention"
 # Megatron's --use-rope-scaling has these built in; only the factor can be chosen.
@@ -39,6 +42,9 @@ class Architecture(Extras):
     """Factor of Llama 3.1's scaling."""
     rope_interpolation: int | None = None
     """Factor by which positions are divided."""
+    yarn: Yarn | None = None
+    multipliers: Multipliers = field(default_factory=Multipliers)
+    """Of a model with muP; an import has none."""
 
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
@@ -69,6 +75,8 @@ def from_megatron(args: Namespace) -> Architecture:
         rope_base=args.rotary_base,
         rope_scaling=args.rope_scaling_factor if scaled else None,
         rope_interpolation=getattr(args, "rotary_seq_len_interpolation_factor", None),
+        yarn=Yarn.from_megatron(args),
+        multipliers=Multipliers.from_megatron(args),
         qkv_bias=linear_bias or args.add_qkv_bias,
         output_bias=linear_bias,
         mlp_bias=linear_bias,
@@ -102,7 +110,10 @@ def _refuse_megatron(args: Namespace) -> None:
         (get("spec"), "other layer specs (--spec)"),
         (get("normalization") != "RMSNorm", f"--normalization {get('normalization')}"),
         (not get("swiglu"), "an activation other than --swiglu"),
-        (get("position_embedding_type") != "rope", f"--position-embedding-type {get('position_embedding_type')}"),
+        (
+            get("position_embedding_type") not in ("rope", "yarn"),
+            f"--position-embedding-type {get('position_embedding_type')}",
+        ),
         (get("rotary_percent") not in (None, 1.0), f"--rotary-percent {get('rotary_percent')}"),
         (get("rotary_interleaved"), "--rotary-interleaved"),
         (get("layernorm_zero_centered_gamma"), "--apply-layernorm-1p"),
@@ -117,7 +128,6 @@ def _refuse_megatron(args: Namespace) -> None:
         (get("softmax_type") not in (None, "vanilla"), f"--softmax-type {get('softmax_type')}"),
         (get("glu_linear_offset"), "--glu-linear-offset"),
         (get("activation_func_clamp_value"), "--activation-func-clamp-value"),
-        (get("use_mup"), "--use-mup"),
         (
             get("hidden_size") % get("num_attention_heads"),
             f"--hidden-size {get('hidden_size')}, no multiple of --num-attention-heads {get('num_attention_heads')}",
@@ -136,8 +146,10 @@ def from_huggingface(config: Any) -> Architecture:
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
+        why = OTHERS.get(config.model_type, "")
         raise UsageError(
-            f"config.json: model_type {config.model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
+            f"config.json: model_type {config.model_type!r} is not supported{why and f': {why}'}; "
+            f"supported are {', '.join(FAMILIES)}"
         )
     rope = dict(config.rope_parameters)
     _refuse_huggingface(config, rope)
@@ -159,6 +171,7 @@ def from_huggingface(config: Any) -> Architecture:
         rope_base=int(rope["rope_theta"]),
         rope_scaling=float(rope["factor"]) if kind == "llama3" else None,
         rope_interpolation=int(rope["factor"]) if kind == "linear" else None,
+        yarn=Yarn.from_huggingface(rope, config.max_position_embeddings),
         **vars(extras),
     )
 
@@ -171,7 +184,7 @@ def _refuse_huggingface(config: Any, rope: dict[str, Any]) -> None:
         (config.hidden_act != "silu", f"hidden_act {config.hidden_act!r}"),
         (getattr(config, "quantization_config", None), "quantized weights"),
         (layers - {"full_attention"}, f"layer_types {', '.join(sorted(layers))}"),
-        (kind not in ("default", "linear", "llama3"), f"rope_type {kind!r}"),
+        (kind not in ("default", "linear", "llama3", "yarn"), f"rope_type {kind!r}"),
         (rope.get("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor"),
         (float(rope.get("rope_theta") or 0.5) % 1, f"rope_theta {rope.get('rope_theta')}, not a whole number"),
         (kind == "linear" and rope["factor"] != int(rope["factor"]), "a linear RoPE factor that is not a whole number"),
@@ -193,7 +206,7 @@ def exported_family(model: Architecture) -> Family:
     """
     if family := family_of(model):
         return family
-    has = {field.name: getattr(model, field.name) for field in fields(Extras)}
+    has = {each.name: getattr(model, each.name) for each in fields(Extras)}
     raise UsageError(
         f"no model class of transformers has at once {', '.join(name for name, value in has.items() if value)} "
         "(biases that are zero throughout do not count)"
@@ -219,7 +232,7 @@ def megatron_flags(model: Architecture) -> list[str]:
         "--num-query-groups": model.groups,
         "--kv-channels": model.head_dim,
         "--max-position-embeddings": model.max_positions,
-        "--position-embedding-type": "rope",
+        "--position-embedding-type": "yarn" if model.yarn else "rope",
         "--rotary-base": model.rope_base,
         "--normalization": "RMSNorm",
         "--norm-epsilon": model.norm_epsilon,
@@ -230,6 +243,8 @@ def megatron_flags(model: Architecture) -> list[str]:
         pairs["--rope-scaling-factor"] = model.rope_scaling
     if model.rope_interpolation is not None:
         pairs["--rotary-seq-len-interpolation-factor"] = model.rope_interpolation
+    if model.yarn is not None:
+        pairs |= model.yarn.flags()
     if model.no_rope:
         pairs["--no-rope-freq"] = str(list(model.no_rope)).replace(" ", "")
     if model.window is not None:
@@ -242,6 +257,7 @@ def megatron_flags(model: Architecture) -> list[str]:
         "--disable-bias-linear": not (model.output_bias or model.mlp_bias),
         "--add-qkv-bias": model.qkv_bias and not (model.output_bias or model.mlp_bias),
         "--qk-layernorm": model.qk_norm,
+        "--no-yarn-correction-range-round-to-int": model.yarn is not None and not model.yarn.rounded,
     }
     flags = [text for flag, value in pairs.items() for text in (flag, str(value))]
     return flags + [flag for flag, wanted in switches.items() if wanted]
@@ -264,6 +280,8 @@ def huggingface_config(model: Architecture, dtype: str, token_ids: dict[str, int
         scaling = {"rope_type": "llama3", "factor": model.rope_scaling, **LLAMA3_ROPE}
     elif model.rope_interpolation is not None:
         scaling = {"rope_type": "linear", "factor": float(model.rope_interpolation)}
+    elif model.yarn is not None:
+        scaling = model.yarn.config()
     return {
         "architectures": [family.class_name],
         "model_type": family.model_type,

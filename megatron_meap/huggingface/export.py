@@ -17,6 +17,7 @@ from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface import card
 from megatron_meap.huggingface.generation_config import ending_ids, kept
+from megatron_meap.huggingface.mapping import EMBEDDING
 from megatron_meap.huggingface.memory import PeakMemory
 from megatron_meap.huggingface.output import new_directory
 from megatron_meap.huggingface.training_data import trained_tokenizer
@@ -62,7 +63,8 @@ def export(job: ExportJob) -> None:
         print(f"tokenizer and manifests: the checkpoint's own, in {checkpoint.directory}", flush=True)
     tokenizer = trained_tokenizer(args, job.add_bos)
     source = inspect(checkpoint, tokenizer)
-    dtype = DTYPES[job.dtype] if job.dtype else checkpoint.dtype("embedding.word_embeddings.weight")
+    dtype = DTYPES[job.dtype] if job.dtype else checkpoint.dtype(EMBEDDING)
+    source.model.multipliers.check(dtype)
     parameters = sum(math.prod(shape) for _, shape in source.names())
     size = parameters * dtype.itemsize
     output = Path(job.output)

@@ -88,6 +88,16 @@ FAMILIES = {
 }
 
 
+_POST_NORM = "its norms stand behind attention and MLP, where Megatron Core 0.19 has none"
+OTHERS = {
+    "olmo2": _POST_NORM,
+    "olmo3": _POST_NORM,
+    "gemma2": "it has norms before and behind attention and MLP, where Megatron Core 0.19 has one",
+    "gemma3_text": "it has norms before and behind attention and MLP, where Megatron Core 0.19 has one",
+}
+"""Why other classes are not converted, where people ask for them and Megatron is what lacks something."""
+
+
 def family_of(model: Extras) -> Family | None:
     """The class to write a model as: the first that has its extras and no others; None where there is none."""
     extras = Extras(**{field.name: getattr(model, field.name) for field in dataclasses.fields(Extras)})

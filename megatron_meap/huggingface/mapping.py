@@ -17,6 +17,9 @@ from torch import Tensor
 
 from megatron_meap.huggingface.architecture import Architecture
 
+EMBEDDING = "embedding.word_embeddings.weight"
+"""Megatron's name of the embedding, which is the head as well where they are tied."""
+
 Split = Callable[[Tensor], list[Tensor]]
 Join = Callable[[list[Tensor]], Tensor]
 
@@ -44,7 +47,7 @@ def _plain(megatron: str, huggingface: str, *shape: int) -> Weight:
 def outer_weights(model: Architecture) -> tuple[list[Weight], list[Weight]]:
     """The weights before the layers, and those after them."""
     rows, hidden = model.vocabulary, model.hidden
-    before = [_plain("embedding.word_embeddings.weight", "model.embed_tokens.weight", rows, hidden)]
+    before = [_plain(EMBEDDING, "model.embed_tokens.weight", rows, hidden)]
     after = [_plain("decoder.final_layernorm.weight", "model.norm.weight", hidden)]
     if not model.tied:
         after.append(_plain("output_layer.weight", "lm_head.weight", rows, hidden))

@@ -121,8 +121,9 @@ def _megatron_side(directory: Path, dtype: torch.dtype, tokens: Tensor) -> tuple
     with megatron_model.one_process():
         model, _ = megatron_model.load(directory, torch.float32)
         _round(model, dtype)
-        rotary = model.rotary_pos_emb
-        return megatron_model.logits(model, tokens), rotary.inv_freq / (rotary.seq_len_interpolation_factor or 1)
+        angles = model.rotary_pos_emb.get_emb(2)  # of positions 0 and 1, [2, 1, 1, head dim]
+        angles = angles[0] if isinstance(angles, tuple) else angles  # YaRN has a factor beside them
+        return megatron_model.logits(model, tokens), angles[1, 0, 0, : angles.shape[-1] // 2]
 
 
 def _tokens(directory: Path, vocabulary: int, longest: int) -> Tensor:

@@ -11,7 +11,7 @@ from megatron_meap.checkpoint.reader import LAYERS, Checkpoint
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface.architecture import Architecture, exported_family, from_megatron, huggingface_config
 from megatron_meap.huggingface.families import family_of
-from megatron_meap.huggingface.mapping import Weight, layer_weights, outer_weights
+from megatron_meap.huggingface.mapping import EMBEDDING, Weight, layer_weights, outer_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,26 +51,27 @@ class Source:
                 stored = self.checkpoint.has_layers(weight.megatron)
                 whole = self.checkpoint.read_layer(weight.megatron, layer) if stored else torch.zeros(weight.shape)
                 for name, part in zip(weight.huggingface, weight.split(whole), strict=True):
-                    yield f"model.layers.{layer}.{name}", _own(part, dtype)
+                    yield self._exported(f"model.layers.{layer}.{name}", part, dtype)
         for weight in after:
             yield from self._outer(weight, dtype)
 
     def _outer(self, weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """A weight outside the layers, without the vocabulary's padding where it has one."""
-        whole = self.checkpoint.read(weight.megatron)
+        there = weight.megatron in self.checkpoint.metadata.state_dict_metadata  # not so the head of a tied model
+        whole = self.checkpoint.read(weight.megatron if there else EMBEDDING)
         if weight.shape[0] == self.model.vocabulary and len(weight.shape) == 2:
             whole = whole[: self.rows]
-        yield weight.huggingface[0], _own(whole, dtype)
+        yield self._exported(weight.huggingface[0], whole, dtype)
+
+    def _exported(self, name: str, part: Tensor, dtype: torch.dtype) -> tuple[str, Tensor]:
+        """A weight as it is written: with muP's multiplier in it, and without what it was cut from."""
+        factor = self.model.multipliers.of(name, self.model.qk_norm)
+        return name, (part if factor == 1 else part.float() * factor).to(dtype, copy=True).contiguous()
 
     def config(self, dtype: torch.dtype, tokenizer: Any | None) -> dict[str, Any]:
         """Contents of config.json."""
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
         return huggingface_config(self.exported(), str(dtype).removeprefix("torch."), ids)
-
-
-def _own(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor with a memory of its own, without what it was cut from."""
-    return part.to(dtype, copy=True).contiguous()
 
 
 def inspect(checkpoint: Checkpoint, tokenizer: Any | None) -> Source:
@@ -95,6 +96,8 @@ def inspect(checkpoint: Checkpoint, tokenizer: Any | None) -> Source:
             f"{model.vocabulary} rows: it is not the tokenizer of this checkpoint"
         )
     written = _biases_to_write(checkpoint, model, tokenizer)
+    apart = model.multipliers.embedding != model.multipliers.output
+    written = dataclasses.replace(written, tied=model.tied and not apart)
     exported_family(written)  # or it is refused
     return Source(checkpoint, written, rows)
 

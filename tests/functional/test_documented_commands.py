@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_meap.flags import with_files
 from megatron_meap.trainer import arguments
@@ -28,14 +29,14 @@ BLOCKS = [
     for page in PAGES
     for number, block in enumerate(re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL), 1)
 ]
-REPORTED = ("python", "torchrun", "pip", "make", "sbatch", "lm_eval", "tensorboard", "xz", "nvidia-smi")
+OTHERS = {"pip", "lm_eval", "tensorboard", "xz", "nvidia-smi", "docker", "apptainer", "sky"}
+"""Programs of others, whose flags are not ours to parse."""
+REPORTED = ("python", "torchrun", "make", "sbatch", *OTHERS)
 REPORTER = """#!{python}
 import json, os, sys
 with open(os.environ["REPORT"], "a") as report:
     report.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
 """
-OTHERS = {"pip", "lm_eval", "tensorboard", "xz", "nvidia-smi"}
-"""Programs of others, whose flags are not ours to parse."""
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +67,30 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_block_runs_and_its_programs_take_its_flags(block: str, checkout: Path, monkeypatch, tmp_path: Path) -> None:
-    report = tmp_path / "report"
     block = re.sub(r'^FLAGS=".*', "", block, flags=re.MULTILINE)  # a reader's own
-    script = f"set -eu\nsource .venv/bin/activate\nFLAGS='{' '.join(MODEL + TRAINING)}'\n{block}"
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "REPORT": str(report), "GPUS_PER_NODE": "8"}
+    run_and_parse(
+        f"FLAGS='{' '.join(MODEL + TRAINING)}'\n{block}", {"GPUS_PER_NODE": "8"}, checkout, monkeypatch, tmp_path
+    )
+
+
+def test_the_task_for_spot_instances_trains_its_recipe(checkout: Path, monkeypatch, tmp_path: Path) -> None:
+    task = yaml.safe_load((REPOSITORY / "examples/environments/sky.yaml").read_text())
+    variables = {name: str(value) for name, value in task["envs"].items()} | {"SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    with pytest.raises(AssertionError, match="NAME is not set"):
+        run_and_parse(task["run"], variables, checkout, monkeypatch, tmp_path)
+    asked = run_and_parse(task["run"], variables | {"NAME": "first"}, checkout, monkeypatch, tmp_path)
+    (command,) = [words for words in asked if words[0] == "torchrun"]
+    assert "/bucket/first/checkpoints" in command
+    assert "/bucket/data/train_text_document" in command
+
+
+def run_and_parse(
+    script: str, variables: dict[str, str], checkout: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> list[list[str]]:
+    """Run a script in the checkout, and parse the commands that it has asked for, which are returned."""
+    report = folder / "report"
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "REPORT": str(report), **variables}
+    script = f"set -eu\nsource .venv/bin/activate\n{script}"
     done = subprocess.run(["bash", "-c", script], cwd=checkout, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     asked = [json.loads(line) for line in report.read_text().splitlines()]
@@ -78,6 +99,7 @@ def test_a_block_runs_and_its_programs_take_its_flags(block: str, checkout: Path
     for command in asked:
         with monkeypatch.context() as patches:
             parse(command, patches)
+    return asked
 
 
 class Parsed(Exception):

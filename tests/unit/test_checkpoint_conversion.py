@@ -1,6 +1,7 @@
 """Conversion from and to Hugging Face in one process: random small models, no download."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.errors import UsageError
-from megatron_meap.huggingface import megatron_model, selfcheck, source
+from megatron_meap.huggingface import importer, megatron_model, selfcheck, source
 from megatron_meap.huggingface.export import ExportJob, export
 from megatron_meap.huggingface.generation import model_in_memory
 from megatron_meap.huggingface.importer import ImportJob, import_model
+from megatron_meap.huggingface.mup import Multipliers
 from megatron_meap.huggingface.selfcheck import CheckFailed
 from megatron_meap.huggingface.weights import inspect
 from megatron_meap.sft.published import TEMPLATES
@@ -106,6 +108,45 @@ def test_the_model_that_generates_is_the_exported_one(pair: Pair) -> None:
     tokens = torch.arange(96)[None]
     with torch.inference_mode():
         torch.testing.assert_close(made(tokens).logits, exported.eval()(tokens).logits)
+
+
+MUP = "--use-mup --mup-base-hidden-size 32 --mup-embedding-mult 4 --mup-base-head-dim 8"
+"""A width of 2, and heads of 16 whose scores are multiplied with 8 ** 0.5 / 16 * 16 ** 0.5."""
+
+
+@pytest.mark.parametrize(
+    ("flags", "multipliers"),
+    [
+        (MUP, (4.0, 0.5, 8**0.5 / 4)),
+        (f"{MUP} --untie-embeddings-and-output-weights --qk-layernorm", (4.0, 0.5, 8**0.5 / 4)),
+        ("--use-mup --mup-base-head-dim 16 --mup-output-mult 2 --mup-attn-scale-power 1.0", (1.0, 2.0, 1.0)),
+        ("--use-mup --mup-base-hidden-size 16 --mup-embedding-mult 0.25 --mup-attn-scale-power 0.5", (0.25, 0.25, 1.0)),
+    ],
+)
+def test_mups_multipliers_become_part_of_the_weights(
+    untied: Pair, tmp_path: Path, flags: str, multipliers: tuple[float, ...]
+) -> None:
+    """The logits are those of Megatron's own model: the export checks that."""
+    words = (untied.imported / "megatron_flags.txt").read_text().replace("--untie-embeddings-and-output-weights", "")
+    args = importer._megatron_args([*shlex.split(words), *flags.split()], torch.float32)
+    (tmp_path / "saved").mkdir()
+    with megatron_model.one_process():
+        model = megatron_model.build(args, torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
+        megatron_model.save(model, args, tmp_path / "saved" / "release")
+    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("release")
+    assert tuple(vars(Multipliers.from_megatron(args)).values()) == pytest.approx(multipliers)
+    export(ExportJob(str(tmp_path / "saved"), str(tmp_path / "out")))
+    tied = json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    assert tied is (multipliers[0] == multipliers[1])
+    narrow = ExportJob(str(tmp_path / "saved"), str(tmp_path / "narrow"), dtype="bfloat16")
+    if multipliers[2] == 1.0:
+        export(narrow)
+    else:
+        with pytest.raises(UsageError, match=r"multipliers \(attention 0.707107\) are no powers of two"):
+            export(narrow)
 
 
 def test_new_rows_are_the_mean_with_a_little_noise(untied: Pair) -> None:
