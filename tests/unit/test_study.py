@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import signal
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_meap.errors import JobError, UsageError
+from megatron_meap.study import command
 from megatron_meap.study import grid as grids
 from megatron_meap.study.analysis import compare, copying_begins, points_of, tuned, worth
 from megatron_meap.study.grid import Point
@@ -22,7 +24,8 @@ from megatron_meap.study.planting import plant
 from megatron_meap.study.runs import AGAIN, Runner, finished, read_results, write_results
 from megatron_meap.study.texts import Texts
 
-STUDY = Path(__file__).parents[2] / "examples" / "study"
+REPOSITORY = Path(__file__).parents[2]
+STUDY = REPOSITORY / "examples" / "study"
 GRID = """
 models = { tiny = "--num-layers 1" }
 [data]
@@ -290,3 +293,43 @@ def test_the_page_says_what_is_found_and_what_is_missing(grid, tmp_path):
     alone = {point: each for point, each in results.items() if point.objective == "ntp" or point in tuning.points()}
     write_page([Written(grid, {**alone, replace(points[1]): results[points[1]]}, {}, source)], page)
     assert "one seed" in page.read_text()
+
+
+def test_the_command_runs_repeats_lists_and_writes_up(tmp_path, grid, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("pretrain_gpt_meap.py").write_text(TRAINER)
+    texts(grid, tmp_path)
+
+    def study(do, *flags):
+        monkeypatch.setattr("sys.argv", ["study.py", do, "--grid", "grid.toml", "--results", "results", *flags])
+        command.main()
+        return capsys.readouterr().out
+
+    assert study("list").count("done") == 0
+    assert "waits for “tuning”" in study("run", "--stage", "comparison")
+    study("run", "--jobs", "2")
+    assert study("list").count("  done") == 4 + 18
+    study("again", "--stage", "tuning")
+    study("page", "--page", "page.md")
+    page = Path("page.md").read_text()
+    assert page.count("gave the same numbers, digit for digit") == 1
+    assert "Nothing of the grids" in page
+    assert len(Path("results/grid.jsonl").read_text().splitlines()) == 22
+    again = Path("results/grid-again.jsonl")
+    again.write_text(again.read_text().replace("5.8", "5.7"))
+    next(Path("runs").glob("*/*/again.json")).unlink()
+    study("page", "--page", "page.md")
+    assert "**differs** in validation" in Path("page.md").read_text()
+    with pytest.raises(UsageError, match="--stage x: none of tuning, comparison"):
+        study("run", "--stage", "x")
+
+
+@pytest.mark.slow
+def test_the_small_study_comes_to_its_page(tmp_path):
+    """`make study-small` as a whole, in a copy of the checkout so that its own runs are not touched."""
+    for name in ("Makefile", "pretrain_gpt_meap.py", "examples", "tools", "megatron_meap", ".venv"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    subprocess.run(["make", "-o", ".venv/installed", "study-small"], cwd=tmp_path, check=True, timeout=1200)
+    page = (tmp_path / "runs" / "study-small" / "results.md").read_text()
+    assert "6 of 6 runs are done" in page
+    assert "Nothing of the grids" in page
