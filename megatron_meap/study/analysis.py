@@ -18,6 +18,8 @@ NO_EFFECT = 0.02
 LEVEL = 0.05
 COPIES = 1.0
 """Nats per figure that a model must save where it could copy, to be said to copy."""
+FEWEST = 3
+"""Seeds without which nothing is claimed."""
 RESAMPLES = 2000
 
 Results = dict[Point, dict[str, Any]]
@@ -167,18 +169,24 @@ class Worth:
 def worth(points: Iterable[Point], results: Results) -> dict[str, Worth]:
     """Fit `loss = a_objective - b ln(tokens)`, with a common `b`, to the best losses.
 
-    Empty with fewer than three sizes that all objectives share.
+    Of the sizes at which the baseline has `FEWEST` seeds, and the objectives that have them there too. Empty with fewer
+    than three such sizes.
     """
     losses: dict[str, dict[int, dict[int, float]]] = {}
     for point in points:
         if point in results:
-            losses.setdefault(point.objective, {}).setdefault(point.seed, {})[point.tokens] = best_loss(results[point])
-    sizes = (
-        set.intersection(*({*tokens} for seeds in losses.values() for tokens in seeds.values())) if losses else set()
-    )
-    if len(sizes) < 3 or BASELINE not in losses:
+            losses.setdefault(point.objective, {}).setdefault(point.tokens, {})[point.seed] = best_loss(results[point])
+    sizes = sorted(tokens for tokens, seeds in losses.get(BASELINE, {}).items() if len(seeds) >= FEWEST)
+    if len(sizes) < 3:
         return {}
-    seeds = sorted(set.intersection(*({*seeds} for seeds in losses.values())))
+    losses = {
+        name: {tokens: own[tokens] for tokens in sizes}
+        for name, own in losses.items()
+        if all(len(own.get(tokens, ())) >= FEWEST for tokens in sizes)
+    }
+    seeds = sorted(set.intersection(*({*seeds} for own in losses.values() for seeds in own.values())))
+    if len(seeds) < FEWEST:
+        return {}
     random = np.random.default_rng(1234)
     drawn = [seeds, *(random.choice(seeds, len(seeds)).tolist() for _ in range(RESAMPLES))]
     fits = [_factors(losses, chosen, sorted(sizes)) for chosen in drawn]
@@ -198,6 +206,6 @@ def _factors(
     design = np.zeros((len(rows), len(names) + 1))
     for row, (i, _, tokens) in zip(design, rows, strict=True):
         row[i], row[-1] = 1.0, -math.log(tokens)
-    target = [losses[names[i]][seed][tokens] for i, seed, tokens in rows]
+    target = [losses[names[i]][tokens][seed] for i, seed, tokens in rows]
     *a, b = np.linalg.lstsq(design, target, rcond=None)[0]
     return {name: float(np.exp((a[names.index(BASELINE)] - own) / b)) for name, own in zip(names, a, strict=True)}

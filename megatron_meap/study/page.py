@@ -11,7 +11,16 @@ import numpy as np
 
 from megatron_meap.files import whole_file
 from megatron_meap.study import figures
-from megatron_meap.study.analysis import Comparison, Results, best_loss, compare, copying_begins, points_of, worth
+from megatron_meap.study.analysis import (
+    FEWEST,
+    Comparison,
+    Results,
+    best_loss,
+    compare,
+    copying_begins,
+    points_of,
+    worth,
+)
 from megatron_meap.study.grid import BASELINE, Grid, Point, Stage
 from megatron_meap.study.runs import NUMBERS
 
@@ -36,7 +45,7 @@ def write_page(studies: Sequence[Written], page: Path) -> None:
         for number, stage in enumerate(study.grid.stages, 1):
             text, rows = _section(study, stage, folder / f"{study.grid.path.stem}-{number}")
             parts.append(text)
-            if any(row.point.objective != BASELINE and len(row.seeds) > 2 for row in rows):
+            if any(row.point.objective != BASELINE and len(row.seeds) >= FEWEST for row in rows):
                 setting = "each objective tuned" if stage.tuned_by else f"all with {_setting(rows[0].point)}"
                 panels[f"{stage.name}\n{setting}"] = rows
     if panels:
@@ -184,7 +193,7 @@ def _worth_table(studies: Sequence[Written]) -> str:
             ]
             table = _table(["objective", "worth so many times the tokens"], rows)
             return f"{title}`loss = a - b ln(tokens)`, a common `b`.\n\n{table}"
-    return title + "**Missing**: it takes three sizes that all objectives share."
+    return title + "**Missing**: it takes three sizes with three seeds each."
 
 
 def _missing(studies: Sequence[Written]) -> str:

@@ -272,6 +272,8 @@ def test_the_worth_in_tokens_is_what_the_losses_were_made_of():
     assert found["meap"].low < found["meap"].times < found["meap"].high
     assert found["meap"].times == pytest.approx(2, rel=0.05)
     assert worth([point for point in points if point.tokens < 200], made_up(points)) == {}
+    more = [Point("tiny", 50, 1, name, 1.0, 0.0, seed) for name, seed in (("mir", 1), ("ntp", 4), ("meap", 4))]
+    assert worth([*points, *more], made_up([*points, *more])).keys() == {"ntp", "meap"}  # of what is everywhere
 
 
 def test_the_page_says_what_is_found_and_what_is_missing(grid, tmp_path):
