@@ -193,6 +193,8 @@ def test_the_judge_is_asked_again_and_keeps_its_verdicts(
         ("Faithful: all of it stands in the document.", True), ("NOT FAITHFUL", None), ("UNFAITHFUL", None),
         ("Verdict: FAITHFUL", True), ('```json\n{"verdict": "HALLUCINATED"}\n```', False), ("\\boxed{FAITHFUL}", True),
         ("The final answer is $\\boxed{\\text{Faithful}}$.", True), ("Answer: not faithful", None),
+        ('{"faithful": false, "reason": "x"}', False), ('{"hallucinated": false}', True), ("**Faithful?** No.", False),
+        ("Faithful: no unsupported claim.", True), ("HALLUCINATED. No source says so.", False),
         ("The summary is not faithful.", None), ("FAITHFUL or HALLUCINATED? Hard to say.", None),
     ],
 )  # fmt: skip

@@ -32,6 +32,7 @@ ENVIRONMENT = ("MEAP_JUDGE_URL", "MEAP_JUDGE_MODEL")
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 _LEAD = r"(?:(?:(?:the\s+|my\s+)?(?:final\s+)?(?:verdict|answer|judge?ment|label)(?:\s+is)?|json|boxed|text)\W+)*"
 _VERDICT = re.compile(rf"\W*{_LEAD}(FAITHFUL|HALLUCINATED)\b(.*)", re.IGNORECASE | re.DOTALL)
+_DENIED = re.compile(r"\W*?[:=?]\W*(?:FALSE|NO|0)\W*(?:$|[,.;}\n])")  # `"faithful": false`, the word being a question
 TRIES = 5
 TIMEOUT = 120.0
 """Seconds for one answer."""
@@ -108,14 +109,17 @@ def judged(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 def verdict(said: str) -> bool | None:
     """What a judge's answer says; None where it does not begin with one.
 
-    The word may stand behind `Verdict:` and its like, in JSON or in `\\boxed{}`, and reasons may follow it.
+    The word may stand behind `Verdict:` and its like, in JSON or in `\\boxed{}`, may be a question with its answer, and
+    reasons may follow it.
     """
     match = _VERDICT.fullmatch(_THOUGHTS.sub("", said))
     if match is None:
         return None
     word, rest = match[1].upper(), match[2].upper()
     other = "HALLUCINATED" if word == "FAITHFUL" else "FAITHFUL"
-    return None if other in rest else word == "FAITHFUL"
+    if other in rest:
+        return None
+    return (word == "FAITHFUL") != bool(_DENIED.match(rest))
 
 
 class Judge:
