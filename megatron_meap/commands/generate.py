@@ -59,7 +59,10 @@ def prompts(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     while True:
         if ask:
             print("prompt> ", end="", flush=True)
-        line = lines.readline()
+        try:
+            line = lines.readline()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--prompt-file {args.prompt_file or '-'}: is no UTF-8 text ({error.reason})") from error
         if not line:
             return
         yield line.rstrip("\n")

@@ -163,6 +163,8 @@ def _from_huggingface(path: str, tokenizer: str | None) -> tuple[Any, Any, int |
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
     except Exception as error:
         raise UsageError(f"{path}: holds no model that transformers can load ({one_line(error)})") from error
+    # transformers would take what our flags leave open from there, such as a repetition penalty.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     loaded = load_directory(Path(tokenizer or path))
     return model, loaded, loaded.mask_token_id
 

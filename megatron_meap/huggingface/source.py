@@ -13,6 +13,8 @@ from megatron_meap.errors import UsageError, one_line
 from megatron_meap.huggingface.architecture import Architecture, from_huggingface
 from megatron_meap.huggingface.mapping import Weight, layer_weights, outer_weights
 
+_FLOATS = ("F64", "F32", "F16", "BF16")  # others are scaled by something that nobody would apply
+
 
 @dataclass(frozen=True)
 class HuggingFaceWeights:
@@ -32,6 +34,11 @@ class HuggingFaceWeights:
         """Shape of a weight, without reading it."""
         with safe_open(self.places[name], framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
+
+    def kind(self, name: str) -> str:
+        """How safetensors calls the type of a weight."""
+        with safe_open(self.places[name], framework="pt") as file:
+            return str(file.get_slice(name).get_dtype())
 
     def fused(self, weight: Weight, prefix: str = "") -> Tensor:
         """A weight of Megatron's, made of those here; biases that are not here are zero.
@@ -124,6 +131,8 @@ def _check_weights(found: HuggingFaceWeights) -> None:
         if found.shape(name) != shape:
             stored = list(found.shape(name))
             raise UsageError(f"{found.folder}: {name} is {stored}, but by config.json it is {list(shape)}")
+        if (kind := found.kind(name)) not in _FLOATS:
+            raise UsageError(f"{found.folder}: {name} is stored as {kind}: quantized weights are not supported")
     superfluous = {name for name in found.places.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq")}
     if "lm_head.weight" in superfluous and found.model.tied:
         if not torch.equal(found.read("lm_head.weight"), found.read("model.embed_tokens.weight")):

@@ -18,6 +18,8 @@ def set_tokenizer(args: Namespace) -> Any:
     """Build and return the tokenizer, find or append the mask token, and pad the vocabulary that holds them both."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
 
+    if args.make_vocab_size_divisible_by < 1:
+        raise UsageError(f"--make-vocab-size-divisible-by {args.make_vocab_size_divisible_by}: at least 1")
     carried.take_tokenizer(args)
     if args.tokenizer_model and args.tokenizer_type in ONE_FILE and not Path(args.tokenizer_model).exists():
         raise UsageError(f"--tokenizer-model {args.tokenizer_model}: no such file")

@@ -196,6 +196,18 @@ def test_weights_that_cannot_be_read(huggingface: Path, tmp_path: Path) -> None:
     refused("has no model.safetensors and no index", ImportJob(str(folder), str(tmp_path / "out")))
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_weights_without_their_scales(kind: torch.dtype, huggingface: Path, tmp_path: Path) -> None:
+    """Of a quantized model whose config does not say so."""
+    folder = copied(huggingface, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = weights[name].to(kind)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(rf"{name} is stored as [IF]8.*: quantized weights are not", ImportJob(str(folder), str(tmp_path / "out")))
+    refused("divisible-by 0: at least 1", ImportJob(str(huggingface), str(tmp_path / "out"), divisible_by=0))
+
+
 def test_tokenizer_of_another_size(huggingface: Path, corpus: Any, tmp_path: Path) -> None:
     """More tokens than rows, or far fewer than any padding explains; an ordinary token cannot be the mask token."""
     folder = copied(huggingface, tmp_path)
