@@ -69,7 +69,8 @@ def write_card(directory: Path, name: str, model: Architecture, parameters: int,
         "Seed": get("seed"),
     }
     for dataset, digest, manifest in manifests(args):
-        rows[f"Data `{dataset}`"] = f"{manifest['tokens']:,} tokens, manifest sha256 `{digest}`"
+        size = f"{manifest['tokens']:,} tokens, " if "tokens" in manifest else ""
+        rows[f"Data `{dataset}`"] = f"{size}manifest sha256 `{digest}`"
     verb, masked = ("fine-tuned", "answer") if get("meap_sft") else ("pretrained", "input")
     method = "next-token prediction"
     if ratio and settings.is_meap:

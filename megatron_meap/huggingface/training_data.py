@@ -9,7 +9,7 @@ from megatron_meap.trainer.carried import manifests
 
 def documents_begin_with(args: Namespace) -> list[int]:
     """Ids put before every document of the training data; none where the manifests do not agree, or are not there."""
-    starts = [manifest["before_document"] for _, _, manifest in manifests(args)]
+    starts = [manifest.get("before_document", []) for _, _, manifest in manifests(args)]
     return starts[0] if starts and all(start == starts[0] for start in starts) else []
 
 

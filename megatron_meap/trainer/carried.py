@@ -21,13 +21,14 @@ import torch
 from megatron_meap.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_meap.errors import UsageError
 from megatron_meap.files import whole_file
-from megatron_meap.preprocessing.manifest import SHAPE, read_manifest
+from megatron_meap.preprocessing.manifest import read_manifest
 from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX
 from megatron_meap.records import read_json
 from megatron_meap.tokenization import files as tokenizer_files
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
 from megatron_meap.trainer.blend import blends
 
+_CARRIED = [(str, str, {"before_document?": [int], "tokens?": int})]  # what is read of them; older ones may lack it
 TOKENIZER, MANIFESTS = "tokenizer", "manifests.json"
 
 
@@ -72,7 +73,7 @@ def manifests(args: Namespace) -> list[tuple[str, str, dict[str, Any]]]:
         args: of a run; or of a checkpoint (`arguments_of`), whose own copies are taken where it has them.
     """
     if carried := getattr(args, "meap_manifests", None):
-        return [tuple(each) for each in read_json(carried, [(str, str, SHAPE)], "copy the checkpoint again")]
+        return [tuple(each) for each in read_json(carried, _CARRIED, "copy the checkpoint again")]
     return _read([*(getattr(args, "data_path", None) or ()), *(getattr(args, "train_data_path", None) or ())])
 
 

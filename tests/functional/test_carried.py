@@ -128,3 +128,14 @@ def test_an_imported_model_is_moved_with_its_tokenizer(corpus: Corpus, folder: P
     (folder / "elsewhere/tokenizer.model").unlink()
     args = prepare(*flags(corpus, folder, "--pretrained-checkpoint", str(folder / "moved")))
     assert args.tokenizer_model == str(folder / "moved/tokenizer/tokenizer.model")
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]]", "{}", "[1]", '[["a", "b"]]', '[["a", "b", []]]', '[["a", 1, {}]]'])
+def test_manifests_that_are_damaged_are_one_line(damaged: str, tmp_path: Path) -> None:
+    listed = tmp_path / "manifests.json"
+    listed.write_text('[["a", "0", {"tokens": 5}]]')
+    args = Namespace(meap_manifests=str(listed))
+    assert carried.manifests(args) == [("a", "0", {"tokens": 5})]
+    listed.write_text(damaged)
+    with pytest.raises(UsageError, match=r"manifests\.json: cannot be read: .*; copy the checkpoint again"):
+        carried.manifests(args)
