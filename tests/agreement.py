@@ -4,6 +4,8 @@ Python and Megatron are loaded once; every dry run and every rank of a training 
 has the end, and the exit status, that it has on the command line. Prints the results as JSON.
 """
 
+import functools
+import inspect
 import json
 import logging
 import os
@@ -12,6 +14,7 @@ import socket
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,16 @@ from megatron_meap.backend import device
 
 device.prepare()
 
+import torch  # noqa: E402
+import torch._dynamo.side_effects  # noqa: E402  # what the children would import, each again
+from megatron.core.tokenizers.text import text_tokenizer  # noqa: E402, F401
+
 from megatron_meap import errors, pretrain  # noqa: E402
 from megatron_meap.inspection import dry_run  # noqa: E402, F401
 from megatron_meap.trainer import run  # noqa: E402, F401
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
+inspect.getsourcelines = functools.cache(inspect.getsourcelines)  # of which Megatron's parser makes its flags
 
 
 def main() -> None:
@@ -86,7 +94,10 @@ def _fork(flags: list[str], environment: dict[str, str], output: int) -> int:
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stderr)
         os.environ |= environment
+        vars(sys.modules["__main__"]).pop("__file__", None)  # a process that a save starts would load this again
         sys.argv = ["pretrain_gpt_meap.py", *flags]
+        watched = run._watchers
+        run._watchers = lambda args: (*watched(args), _say_weights)
         errors.run(pretrain.main)
         status = 0
     except SystemExit as end:
@@ -97,6 +108,15 @@ def _fork(flags: list[str], environment: dict[str, str], output: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _say_weights(model: Any, optimizer: Any, step: int) -> None:
+    """What any difference in data or mathematics ends up in."""
+    digest = 0
+    for chunk in model:
+        for weight in chunk.parameters():
+            digest = zlib.crc32(weight.detach().contiguous().view(torch.uint8).numpy(), digest)
+    print(f"weights of rank {os.environ['RANK']} after step {step}: {digest:08x}", flush=True)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def apply() -> None:
     _evaluate_whole_sets_in_any_pipeline()
     _save_only_where_asked()
     _read_no_sources_for_help()
+    _average_over_the_steps_that_have_it()
 
 
 def _use_shipped_dataset_helpers() -> None:
@@ -183,6 +184,36 @@ def _read_no_sources_for_help() -> None:
     replace(ArgumentGroupFactory, "_get_field_docstrings", lambda _: lambda factory, settings: {})
 
 
+def _average_over_the_steps_that_have_it() -> None:
+    """A loss over no token in one step, a NaN, is not logged for its whole interval: the log averages over all steps.
+
+    Here the average is over the steps that have it. (Not of `lm loss` itself: there a NaN is one.)
+    """
+    from megatron.training import training
+
+    log = original_of(training, "training_log")
+    steps = "advanced iterations"
+    found: dict[str, list[Any]] = {}
+
+    def log_what_there_is(losses: dict[str, Any], totals: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        skipped, done = args[4], totals.get(steps, 0)
+        if not done:
+            found.clear()  # an interval begins
+        missing = torch.stack([each.reshape(()) for each in losses.values()]).isnan().tolist() if losses else []
+        lacking = {name for name, is_missing in zip(losses, missing, strict=True) if is_missing} - {"lm loss"}
+        for name, loss in losses.items():
+            if skipped or name == "lm loss":
+                continue
+            values = found.setdefault(name, [])
+            values += [] if name in lacking else [loss]
+            if len(values) <= done:  # what the log adds this loss to, and divides by all steps
+                mean = torch.stack(values).mean() if values else loss
+                totals[name] = mean.reshape(1) * (done + 1) - (0.0 if name in lacking else loss)
+        return log({name: loss for name, loss in losses.items() if name not in lacking}, totals, *args, **kwargs)
+
+    replace(training, "training_log", lambda _: log_what_there_is)
+
+
 def outside_the_job() -> AbstractContextManager[None]:
     """Megatron's dataset classes build their caches on rank 0 alone, or where there is no job: let there be none."""
     return replaced(torch.distributed, "is_initialized", lambda: False)
@@ -196,17 +227,30 @@ def save_checkpoints_by(wrap: Callable[[Callable], Callable]) -> None:
 
 
 def after_each_save(follow_up: Callable[[], object]) -> None:
-    """Call `follow_up` on rank 0 whenever the trainer has saved a checkpoint: Megatron has no hook there."""
-    from megatron.training import training
+    """Call `follow_up` on rank 0 whenever a checkpoint is whole, also one that was saved in the background.
+
+    Megatron has no hook there.
+    """
+    from megatron.training import checkpointing, get_args, training
 
     save = original_of(training, "save_checkpoint")
+    schedule = original_of(checkpointing, "schedule_async_save")
 
-    def save_and_follow_up(*args: Any, **kwargs: Any) -> None:
-        save(*args, **kwargs)
+    def follow_up_on_rank_zero() -> None:
         if torch.distributed.get_rank() == 0:
             follow_up()
 
+    def save_and_follow_up(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        if not get_args().async_save:
+            follow_up_on_rank_zero()
+
+    def schedule_and_follow_up(request: Any) -> None:
+        request.add_finalize_fn(follow_up_on_rank_zero)
+        schedule(request)
+
     replace(training, "save_checkpoint", lambda _: save_and_follow_up)
+    replace(checkpointing, "schedule_async_save", lambda _: schedule_and_follow_up)
 
 
 def save_on_request(poll: Callable[[], bool], done: Callable[[], None]) -> None:

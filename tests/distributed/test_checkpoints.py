@@ -83,7 +83,7 @@ def saved(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     flags = [*common(corpus, folder), "--train-iters", "6", "--save-interval", "1"]
     more = {
         "run": [],
-        "asynchronous": ["--async-save", "--save-interval", "2"],
+        "asynchronous": ["--async-save", "--save-interval", "2", "--meap-keep-last", "2"],
         "pruned": ["--train-iters", "9", "--meap-keep-last", "2", "--meap-keep-every", "4"],
     }
     runs = {name: [*flags, "--save", str(folder / name), *own] for name, own in more.items()}
@@ -158,13 +158,14 @@ def test_old_checkpoints_are_pruned(saved: Saved) -> None:
 
 
 def test_asynchronous_saving(saved: Saved, corpus: Corpus) -> None:
-    """The same checkpoints, complete and verified before the pointer moves."""
+    """The same checkpoints, complete and verified before the pointer moves, and as many as are kept."""
     run, folder = saved.runs["asynchronous"], saved.folder / "asynchronous"
     assert run.losses() == saved.runs["run"].losses()
     assert "Disabling --async-save" not in run.output
     assert run.output.count("scheduled an async checkpoint save") == 3
     assert latest.pointer(folder) == "6"
-    for iteration in (2, 4, 6):
+    assert latest.iterations(folder) == [4, 6]
+    for iteration in (4, 6):
         path = latest.directory(folder, iteration)
         assert latest.damage(path) is None
         assert "tokenizer/tokenizer.model" in json.loads((path / "integrity.json").read_text())["files"]

@@ -5,6 +5,7 @@ A test that fails here says that the installed release no longer needs a patch (
 
 import inspect
 import logging
+import re
 import socket
 from argparse import Namespace
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -242,3 +244,48 @@ def test_adamw_is_not_fused_on_a_cpu_and_norms_are_taken_one_by_one() -> None:
     assert not pytorchs([torch.nn.Parameter(torch.ones(2))]).param_groups[0]["fused"]
     gradients = [torch.randn(3) for _ in range(20)]
     assert len(operations(lambda: local_multi_tensor_l2_norm(0, None, [gradients], False))) >= 20
+
+
+def test_a_loss_over_no_token_in_one_step_is_not_logged_for_its_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Flags:
+        micro_batch_size = data_parallel_size = gtp_weight_remat_size = world_size = 1
+        consumed_train_samples = skipped_train_samples = 0
+        log_interval = train_iters = 4
+        num_experts = mtp_num_layers = dsa_indexer_loss_coeff = log_memory_interval = None
+
+        def __getattr__(self, name: str) -> bool:
+            return False
+
+    said: list[str] = []
+    unused = {"get_tensorboard_writer", "get_wandb_writer", "get_one_logger", "get_energy_monitor"}
+    timers = mock.MagicMock()
+    timers.return_value.elapsed.return_value = 1.0
+    answers = {
+        "get_args": Flags, "get_num_microbatches": lambda: 1, "get_timers": lambda: timers,
+        "num_floating_point_operations": lambda *_, **__: 1, "print_rank_last": said.append,
+        "reduce_max_stat_across_model_parallel_group": lambda value, group: value,
+    }  # fmt: skip
+    for name, answer in (answers | dict.fromkeys(unused, lambda: None)).items():
+        monkeypatch.setattr(training, name, answer)
+    monkeypatch.setattr(training, "one_logger_utils", mock.MagicMock())
+    monkeypatch.setattr(training, "report_memory", lambda _: None)
+
+    def logged(log: Callable, values: list[list[float]]) -> list[dict[str, str]]:
+        totals: dict[str, Any] = {}
+        for step, (whole, part) in enumerate(values, 1):
+            losses = {"lm loss": torch.tensor(whole), "part": torch.tensor(part)}
+            log(losses, totals, 1e-3, step, 1.0, False, 0, 1.0, None, None, None)
+        lines, said[:] = list(said), []
+        return [dict(re.findall(r" (lm loss|part): (\S+) \|", line)) for line in lines]
+
+    none = float("nan")
+    values = [[1.0, 1.0], [2.0, none], [3.0, 3.0], [4.0, 5.0]]
+    assert logged(original_of(training, "training_log"), values) == [{"lm loss": "2.500000E+00"}]
+    whole = {"lm loss": "2.500000E+00"}
+    megatron_patches._average_over_the_steps_that_have_it()
+    assert logged(training.training_log, values) == [whole | {"part": "3.000000E+00"}]
+    assert logged(training.training_log, values[1:2] * 4 + values) == [
+        {"lm loss": "2.000000E+00"}, whole | {"part": "3.000000E+00"},
+    ]  # fmt: skip
+    bad = [[none, none], *values[1:]]
+    assert logged(training.training_log, bad) == [{"part": "4.000000E+00"}]
