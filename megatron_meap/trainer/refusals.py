@@ -8,11 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import megatron.core
+import torch
 
 from megatron_meap.errors import UsageError, one_line
+from megatron_meap.files import is_disk_full
 
-REFUSALS = (AssertionError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError)
+_REFUSALS = (AssertionError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError)
 """What Megatron raises where flags do not go together."""
+
+_FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
+"""Of these, what the machine is to blame for: memory, a device, a connection."""
+
+_PROCESSES = ("/torch/utils/data/", "/torch/_utils.py", "/multiprocessing/")
+"""Where it is said that another process, such as a data loader's worker, has failed."""
 
 _OTHER_NAMES = {"num_moe_experts": "num_experts", "layernorm_epsilon": "norm_epsilon", "params_dtype": "bf16"}
 _ABOUT = {
@@ -36,17 +44,25 @@ def explained(args: Namespace) -> Iterator[None]:
     """
     try:
         yield
-    except REFUSALS as error:
-        if not raised_by_megatron(error):
+    except Exception as error:
+        if not is_refusal(error):
             raise
         raise refusal(error, args) from error
 
 
-def raised_by_megatron(error: BaseException) -> bool:
-    """Whether an error began in Megatron's code, or in PyTorch's called from there, and not in ours."""
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error before the first step is about the flags: it began in Megatron, or in PyTorch called from there.
+
+    Not in our code, and not for want of memory, disk, a device or a connection.
+    """
+    if not isinstance(error, _REFUSALS) or isinstance(error, _FAILURES):
+        return False
+    if is_disk_full(error) or "allocate memory" in str(error):
+        return False
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     ours = [place for place, name in enumerate(files) if f"{Path(__file__).parents[1]}/" in name]
-    return any(name.startswith(_MEGATRON) for name in files[ours[-1] + 1 if ours else 0 :])
+    by_megatron = any(name.startswith(_MEGATRON) for name in files[ours[-1] + 1 if ours else 0 :])
+    return by_megatron and not any(place in files[-1] for place in _PROCESSES)
 
 
 def refusal(error: BaseException, args: Namespace) -> UsageError:

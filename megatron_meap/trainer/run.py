@@ -170,10 +170,9 @@ def _pretrain(
         problem = latest.full_disk(Path(args.save), error) if args.save else None
         if problem is None and (lost := connections.explain(error)) is not None:
             raise lost from error
-        if problem is None and _not_begun(args) and isinstance(error, refusals.REFUSALS):
+        if problem is None and _not_begun(args) and refusals.is_refusal(error):
             output.record(traceback.format_exc())
-            if refusals.raised_by_megatron(error):
-                raise refusals.refusal(error, args) from error
+            raise refusals.refusal(error, args) from error
         if problem is None:
             raise
         traceback.print_exc()  # what is said below is concluded, and the error itself must not be lost

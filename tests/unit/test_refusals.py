@@ -1,0 +1,55 @@
+"""An error before the first step is called a refusal of flags only where it is one."""
+
+from pathlib import Path
+
+import megatron.core
+import pytest
+import torch
+
+from megatron_meap.trainer import refusals
+
+IN_MEGATRON = str(Path(megatron.core.__file__).parent / "a_module.py")
+IN_THE_LOADER = str(Path(torch.__file__).parent / "utils/data/dataloader.py")
+
+
+def raised(source: str, *files: str) -> BaseException:
+    """The error of a function of the last file, which those before call."""
+    space = {"torch": torch, "call": lambda: None}
+    for number, file in enumerate(reversed(files)):
+        body = "call()" if number else source
+        exec(compile(f"def run(call=call):\n    {body}", file, "exec"), space)
+        space["call"] = space.pop("run")
+    with pytest.raises(BaseException) as found:
+        space["call"]()
+    return found.value
+
+
+@pytest.mark.parametrize(
+    "source, files",
+    [
+        ("assert False, 'config.num_layers must be even'", [IN_MEGATRON]),
+        ("raise NotImplementedError", [IN_MEGATRON]),
+        ("torch.zeros(2, 3) @ torch.zeros(2, 3)", [IN_MEGATRON]),
+    ],
+)
+def test_what_is_about_flags(source: str, files: list[str]) -> None:
+    assert refusals.is_refusal(raised(source, *files))
+
+
+@pytest.mark.parametrize(
+    "source, files",
+    [
+        ("torch.empty(2**60, device='cpu')", [IN_MEGATRON]),
+        ("raise torch.OutOfMemoryError('CUDA out of memory')", [IN_MEGATRON]),
+        ("raise MemoryError", [IN_MEGATRON]),
+        ("raise torch.distributed.DistBackendError('NCCL error')", [IN_MEGATRON]),
+        ("raise OSError(28, 'No space left on device')", [IN_MEGATRON]),
+        ("raise RuntimeError('PytorchStreamWriter failed') from OSError(28, 'No space left on device')", [IN_MEGATRON]),
+        ("raise RuntimeError('DataLoader worker (pid 1) is killed')", [IN_MEGATRON, IN_THE_LOADER]),
+        ("raise KeyboardInterrupt", [IN_MEGATRON]),
+        ("assert False", [refusals.__file__]),
+        ("assert False", [IN_MEGATRON, refusals.__file__]),
+    ],
+)
+def test_what_is_not(source: str, files: list[str]) -> None:
+    assert not refusals.is_refusal(raised(source, *files))
