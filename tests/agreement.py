@@ -28,7 +28,7 @@ from megatron.core.tokenizers.text import text_tokenizer  # noqa: E402, F401
 
 from megatron_meap import errors, pretrain  # noqa: E402
 from megatron_meap.inspection import dry_run  # noqa: E402, F401
-from megatron_meap.trainer import run  # noqa: E402, F401
+from megatron_meap.trainer import run  # noqa: E402
 
 PATIENCE_S = 300.0
 inspect.getsourcelines = functools.cache(inspect.getsourcelines)  # of which Megatron's parser makes its flags

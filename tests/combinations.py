@@ -1,4 +1,4 @@
-"""Command lines drawn from the parser itself: every flag of Megatron's and ours, with values that fit and that do not."""
+"""Command lines drawn from the parser itself: all flags of Megatron's and ours, with values that fit and do not."""
 
 import argparse
 import random
@@ -25,7 +25,11 @@ CONTEXTS: dict[str, str] = {
 """Flags by what they need around them; all others are drawn into any of these."""
 
 RANKS = {"sharded": 2, "tensor": 2, "pipeline": 2}
-DROPPED = {"bf16": ("--fp32",), "latent": ("--group-query-attention", "--num-query-groups"), "pattern": ("--num-layers",)}
+DROPPED = {
+    "bf16": ("--fp32",),
+    "latent": ("--group-query-attention", "--num-query-groups"),
+    "pattern": ("--num-layers",),
+}
 NOT_DRAWN = (
     "help", "dry_run", "fault_injector_", "error_injection_", "inprocess_", "enable_ft_package", "calc_ft_timeouts",
     "ft_num", "adlr_", "run_workload_inspector", "wandb_", "yaml_cfg",

@@ -20,7 +20,7 @@ from megatron_meap.meap import settings as meap
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft import flags as sft
 from megatron_meap.sft.flags import BadLineSettings, SFTSettings
-from megatron_meap.trainer import batch_sizes, blend, wandb_run, writable
+from megatron_meap.trainer import batch_sizes, blend, wandb_run, without_effect, writable
 from megatron_meap.trainer.log_line import LogSettings
 from megatron_meap.trainer.official import OfficialSettings
 from megatron_meap.trainer.probe import ProbeSettings
@@ -159,17 +159,25 @@ def parse_arguments(**changes: object) -> Namespace:
 
 
 def parse_flags(command_line: list[str] | None = None) -> Namespace:
-    """What the command line, by default the program's own, says, not yet checked."""
+    """What the command line, by default the program's own, says; checked only for what would change nothing."""
     from megatron.training.arguments import parse_args
     from megatron.training.checkpointing import load_args_from_checkpoint
 
-    args = parse_args(functools.partial(add_arguments, command_line=command_line))
+    parsers = []
+
+    def all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parsers.append(add_arguments(parser, command_line))
+        return parser
+
+    args = parse_args(all_arguments)
+    given = without_effect.changed(parsers[0], args)
     _choose_precision(args)
     if args.use_checkpoint_args:
         for source in ("pretrained_checkpoint", "load"):
             found = load_args_from_checkpoint(args, load_arg=source)
             if isinstance(found, tuple):  # else there is no checkpoint
                 model_arguments.take_over(found[1], args)
+    without_effect.check(given, args)
     return args
 
 

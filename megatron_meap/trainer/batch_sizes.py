@@ -29,8 +29,6 @@ def settle(args: Namespace) -> None:
     Raises:
         UsageError: a batch size that no step can have, or that does not become what was asked for.
     """
-    if args.rampup_batch_size is not None:
-        raise UsageError("--rampup-batch-size: megatron-core 0.19 ignores it; use --step-batch-size-schedule")
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.world_size % model:
         return  # Megatron says so

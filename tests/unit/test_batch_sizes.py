@@ -20,7 +20,7 @@ def arguments(**changes) -> Namespace:
     fields = {
         "rank": 0, "world_size": 4, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
         "context_parallel_size": 1, "data_parallel_size": 4, "micro_batch_size": 2, "seq_length": 64,
-        "global_batch_size": None, "step_batch_size_schedule": None, "rampup_batch_size": None,
+        "global_batch_size": None, "step_batch_size_schedule": None,
         "decrease_batch_size_if_needed": False, "train_iters": None, "train_samples": None,
         "virtual_pipeline_model_parallel_size": None,
     }  # fmt: skip
@@ -53,10 +53,6 @@ def test_a_schedule_has_megatrons_steps(schedule: str, samples: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"rampup_batch_size": ["8", "8", "64"], "train_iters": 4},
-            "--rampup-batch-size: .*--step-batch-size-schedule",
-        ),
         ({"step_batch_size_schedule": "0:8 1K:16", "train_iters": 4}, "needs --train-samples"),
         (
             {"step_batch_size_schedule": "0:8 1K:12", "train_samples": 40},

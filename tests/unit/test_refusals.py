@@ -25,7 +25,7 @@ def raised(source: str, *files: str) -> BaseException:
 
 
 @pytest.mark.parametrize(
-    "source, files",
+    ("source", "files"),
     [
         ("assert False, 'config.num_layers must be even'", [IN_MEGATRON]),
         ("raise NotImplementedError", [IN_MEGATRON]),
@@ -37,7 +37,7 @@ def test_what_is_about_flags(source: str, files: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "source, files",
+    ("source", "files"),
     [
         ("torch.empty(2**60, device='cpu')", [IN_MEGATRON]),
         ("raise torch.OutOfMemoryError('CUDA out of memory')", [IN_MEGATRON]),

@@ -1,0 +1,111 @@
+"""Flags that would change nothing: refused, for whoever gives one believes that it does."""
+
+import argparse
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+from megatron_meap.errors import UsageError
+
+_NOWHERE = {
+    "apply_residual_connection_post_layernorm": "drop it",
+    "logits_load_*": "there is no distillation here; drop it",
+    "mask_prob": "it is BERT's; use --meap-mask-ratio",
+    "openai_gelu": "drop it",
+    "rampup_batch_size": "use --step-batch-size-schedule",
+    "save_retain_interval": "use --meap-keep-last and --meap-keep-every",
+    "short_seq_prob": "it is BERT's; drop it",
+    "vocab_extra_ids": "give the tokenizer its tokens instead",
+}
+"""Megatron's arguments that nothing reads in a training of this kind, and what to do."""
+
+
+def _given(name: str, *chosen: Any) -> Callable[[Namespace], bool]:
+    """Whether an argument is set, or has one of some values."""
+    return lambda args: getattr(args, name) in chosen if chosen else bool(getattr(args, name))
+
+
+def _layers(symbol: str, name: str, *chosen: Any) -> Callable[[Namespace], bool]:
+    """The same, or that the pattern of a HybridModel has such layers."""
+    return lambda args: symbol in (args.hybrid_layer_pattern or "") or _given(name, *chosen)(args)
+
+
+def _is_rotary(args: Namespace) -> bool:
+    rotary = args.position_embedding_type in ("rope", "yarn", "mrope")
+    return rotary or args.use_rotary_position_embeddings or args.multi_latent_attention
+
+
+_NEEDS: tuple[tuple[str, str, Callable[[Namespace], bool]], ...] = (
+    ("adam_*", "--optimizer adam", lambda args: args.optimizer not in ("sgd", "lion")),
+    ("decoupled_min_lr", "--decoupled-lr", _given("decoupled_lr")),
+    ("dsa_*", "--experimental-attention-variant dsa", _layers("D", "experimental_attention_variant", "dsa")),
+    ("fim_?*", "--fim-data", _given("fim_data")),
+    ("hysteresis *loss_scale loss_scale_window", "--fp16", _given("fp16")),
+    (
+        "kv_lora_rank mla_* mscale mscale_all_dim q_lora_rank qk_head_dim qk_pos_emb_head_dim rotary_scaling_factor "
+        "v_head_dim", "--multi-latent-attention", _given("multi_latent_attention"),
+    ),
+    ("linear_*_dim linear_num_*", "--experimental-attention-variant gated_delta_net",
+     _layers("G", "experimental_attention_variant", "gated_delta_net")),
+    ("lr_wsd_*", "--lr-decay-style WSD", _given("lr_decay_style", "WSD")),
+    ("mamba_head_dim mamba_num_* mamba_state_dim", "Mamba layers (M in --hybrid-layer-pattern)",
+     lambda args: "M" in (args.hybrid_layer_pattern or "")),
+    ("moe_*", "--num-experts", _layers("E", "num_experts")),
+    ("moe_pad_expert_input_to_capacity moe_token_drop_policy", "--moe-expert-capacity-factor",
+     _given("moe_expert_capacity_factor")),
+    ("moe_router_bias_update_rate", "--moe-router-enable-expert-bias", _given("moe_router_enable_expert_bias")),
+    ("moe_router_group_topk", "--moe-router-num-groups", _given("moe_router_num_groups")),
+    ("moe_router_num_groups", "--moe-router-group-topk", _given("moe_router_group_topk")),
+    ("moe_shared_expert_gate moe_shared_expert_glu_*", "--moe-shared-expert-intermediate-size",
+     _given("moe_shared_expert_intermediate_size")),
+    ("mtp_detach_heads mtp_loss_scaling_factor mtp_use_repeated_layer", "--mtp-num-layers",
+     _layers("/", "mtp_num_layers")),
+    ("mup_*", "--use-mup", _given("use_mup")),
+    ("muon_*", "--optimizer muon", lambda args: "muon" in args.optimizer),
+    ("lion_*", "--optimizer lion", lambda args: "lion" in (args.optimizer, args.muon_scalar_optimizer)),
+    ("qk_clip_*", "--qk-clip", _given("qk_clip")),
+    ("relative_attention_*", "--position-embedding-type relative", _given("position_embedding_type", "relative")),
+    ("no_rope_freq rotary_base rotary_interleaved rotary_percent rotary_seq_len_* use_rope_scaling",
+     "--position-embedding-type rope", _is_rotary),
+    ("rope_scaling_factor", "--use-rope-scaling", _given("use_rope_scaling")),
+    ("sgd_momentum", "--optimizer sgd", _given("optimizer", "sgd")),
+    ("window_attn_skip_freq", "--window-size", _given("window_size")),
+    ("yarn_*", "--position-embedding-type yarn", _given("position_embedding_type", "yarn")),
+)  # fmt: skip
+"""Patterns of arguments, the flag that makes them count, and whether it is there."""
+
+
+def changed(parser: argparse.ArgumentParser, args: Namespace) -> dict[str, str]:
+    """The arguments that have another value than their default, and the flags that set them."""
+    actions: dict[str, list[argparse.Action]] = {}
+    for action in parser._actions:
+        if action.option_strings:
+            actions.setdefault(action.dest, []).append(action)
+    found = {}
+    for name, those in actions.items():
+        value = getattr(args, name, None)
+        if all(value != action.default for action in those):  # two flags of one argument may differ in it
+            setting = next((action for action in those if action.const == value), those[0])
+            found[name] = setting.option_strings[-1]
+    return found
+
+
+def check(given: dict[str, str], args: Namespace) -> None:
+    """Refuse flags without effect.
+
+    Args:
+        given: as `changed` gives it, of the command line alone.
+        args: parsed, not yet validated by Megatron.
+    """
+    for name, flag in given.items():
+        for patterns, way_out in _NOWHERE.items():
+            if _matches(name, [patterns]):
+                raise UsageError(f"{flag}: megatron-core 0.19 reads it nowhere in such a training; {way_out}")
+        for patterns, needed, is_there in _NEEDS:
+            if _matches(name, patterns.split()) and not is_there(args):
+                raise UsageError(f"{flag}: changes nothing without {needed}; add that, or drop it")
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,66 @@
+"""Flags that would change nothing are refused, with what makes them count."""
+
+import argparse
+import re
+from fnmatch import fnmatchcase
+
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_meap.errors import UsageError
+from megatron_meap.trainer import without_effect
+from megatron_meap.trainer.arguments import add_arguments
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), [])
+
+
+def check(parser: argparse.ArgumentParser, flags: str) -> None:
+    args = argparse.ArgumentParser.parse_args(parser, flags.split())
+    without_effect.check(without_effect.changed(parser, args), args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [
+        ("--moe-router-topk 4", "--num-experts"),
+        ("--num-experts 8 --moe-router-num-groups 4", "--moe-router-group-topk"),
+        ("--num-experts 8 --moe-router-group-topk 2", "--moe-router-num-groups"),
+        ("--kv-lora-rank 64", "--multi-latent-attention"),
+        ("--rope-scaling-factor 4", "--use-rope-scaling"),
+        ("--rotary-base 640000", "--position-embedding-type rope"),
+        ("--optimizer sgd --adam-beta2 0.95", "--optimizer adam"),
+        ("--mtp-loss-scaling-factor 0.3", "--mtp-num-layers"),
+        ("--window-attn-skip-freq 2", "--window-size"),
+        ("--mask-prob 0.3", "--meap-mask-ratio"),
+        ("--rampup-batch-size 8 8 64", "--step-batch-size-schedule"),
+        ("--openai-gelu", "drop it"),
+    ],
+)
+def test_a_flag_without_its_partner(parser: argparse.ArgumentParser, flags: str, needed: str) -> None:
+    flag = re.findall(r"--\S+", flags)[-1]
+    with pytest.raises(UsageError, match=f"^{flag}: .*{needed}"):
+        check(parser, flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--num-experts 8 --moe-router-topk 4 --moe-router-num-groups 4 --moe-router-group-topk 2",
+        "--hybrid-layer-pattern *E*E --moe-ffn-hidden-size 64",
+        "--multi-latent-attention --kv-lora-rank 64 --rotary-base 1000",
+        "--position-embedding-type rope --rotary-base 640000 --use-rope-scaling --rope-scaling-factor 4",
+        "--use-rotary-position-embeddings --rotary-percent 0.5",
+        "--moe-router-topk 2 --rotary-base 10000 --adam-beta1 0.9",  # the defaults
+    ],
+)
+def test_a_flag_with_its_partner(parser: argparse.ArgumentParser, flags: str) -> None:
+    check(parser, flags)
+
+
+def test_every_pattern_names_arguments_of_this_megatron(parser: argparse.ArgumentParser) -> None:
+    patterns = [*without_effect._NOWHERE, *(each for row in without_effect._NEEDS for each in row[0].split())]
+    names = [action.dest for action in parser._actions]
+    assert [each for each in patterns if not any(fnmatchcase(name, each) for name in names)] == []
