@@ -315,6 +315,12 @@ def unsupported(args: Any) -> list[tuple[str, str]]:
         ("--moe-grouped-gemm", args.moe_grouped_gemm, "it needs CUTLASS kernels"),
         ("--cuda-graph-impl", args.cuda_graph_impl != "none", "there are no CUDA graphs"),
         ("--distributed-backend", args.distributed_backend != "gloo", "only gloo communicates between CPU processes"),
+        (
+            "--pipeline-model-parallel-comm-backend",
+            args.pipeline_model_parallel_comm_backend is not None,
+            "only gloo communicates between CPU processes",
+        ),
+        ("--tp-comm-overlap", args.tp_comm_overlap, te),
         ("--fp16", args.fp16, "half precision is not made for it; use --bf16 or --fp32"),
     ]
     return [(flag, reason) for flag, is_asked, reason in asked if is_asked]

@@ -6,7 +6,11 @@ from typing import Any
 
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.training import get_args
-from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+from megatron.training.argument_utils import (
+    gpt_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.arguments import core_transformer_config_from_args
 
 from megatron_meap.backend import device
@@ -32,7 +36,7 @@ def model_config(args: Namespace) -> Any:
 
 
 def check(args: Namespace) -> None:
-    """Refuse what Megatron's configuration of the model refuses.
+    """Refuse what Megatron's configuration of the model and its training refuses.
 
     Raises:
         UsageError: one line that names flags.
@@ -42,7 +46,7 @@ def check(args: Namespace) -> None:
     if device.plans_for_gpu():
         return  # what is not installed here, as Transformer Engine, may be there; `planning` builds with what is here
     with explained(args):
-        model_config(copy.copy(args))
+        pretrain_cfg_container_from_args(copy.copy(args), model_config(copy.copy(args)))
 
 
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:

@@ -23,6 +23,7 @@ _PROCESSES = ("/torch/utils/data/", "/torch/_utils.py", "/multiprocessing/")
 """Where it is said that another process, such as a data loader's worker, has failed."""
 
 _OTHER_NAMES = {"num_moe_experts": "num_experts", "layernorm_epsilon": "norm_epsilon", "params_dtype": "bf16"}
+_NOT_FLAGS = {"world_size": "WORLD_SIZE", "data_parallel_size": "data-parallel ranks", "rank": "rank"}
 _ABOUT = {
     "middle layers": "--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers, --num-layers",
     "Number of decoder layers": "--pipeline-model-parallel-layout",
@@ -80,7 +81,7 @@ def refusal(error: BaseException, args: Namespace) -> UsageError:
 def _spelled_out(said: str, args: Namespace) -> list[str]:
     """Flags whose names a message writes as words: `number of experts`."""
     words = re.sub(r"[^a-z0-9]+", "_", said.lower().replace("number of", "num"))
-    names = [name for name in vars(args) if name.count("_") and f"_{name}_" in f"_{words}_"]
+    names = [name for name in vars(args) if name.count("_") and name not in _NOT_FLAGS and f"_{name}_" in f"_{words}_"]
     return [f"--{name.replace('_', '-')}" for name in names if not name.startswith("meap_")]
 
 
@@ -99,7 +100,7 @@ def _with_flags(reason: str, args: Namespace) -> str:
         name = _OTHER_NAMES.get(name, name)
         if not hasattr(args, name):
             return match[0]
-        said = f"--{name.replace('_', '-')}"
+        said = _NOT_FLAGS.get(name, f"--{name.replace('_', '-')}")
         value = getattr(args, name)
         if name in seen or not isinstance(value, int | float | str):
             return said
