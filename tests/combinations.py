@@ -4,7 +4,11 @@ import argparse
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_meap.trainer.arguments import add_arguments
 from tests.launch import MODEL, TRAINING
 
 CONTEXTS: dict[str, str] = {
@@ -30,6 +34,60 @@ DROPPED = {
     "latent": ("--group-query-attention", "--num-query-groups"),
     "pattern": ("--num-layers",),
 }
+CONTEXT_OF: dict[str, tuple[str, ...]] = {
+    "experts": ("moe_", "expert_"),
+    "latent": ("q_lora", "kv_lora", "qk_head", "qk_pos", "v_head", "mscale", "rotary_scaling"),
+    "prediction": ("mtp_",),
+    "validated": ("eval_", "meap_mask_validation"),
+    "bf16": ("attention_softmax", "grad_reduce_in", "accumulate_allreduce", "fp32_residual", "fp16_lm"),
+    "plain": ("normalization", "untie", "add_bias", "swiglu"),
+}
+"""Where a flag counts, by how its argument begins; elsewhere it is to be refused."""
+
+NEITHER: dict[str, str] = {
+    "how the same is computed, where and how fast":
+        "*_backend *attention_version attention_backend *fusion fused_* use_fused_* *_fuser use_kitchen* kitchen_* "
+        "*overlap* *_stream* use_ring* use_cpu_init* lazy_mpu* *cuda_graph* *offload* *nccl* use_sharp sharp_* "
+        "*process_group* distributed_* local_rank no_persist* persist_layer_norm cross_entropy_* recompute_* "
+        "checkpoint_activations distribute_saved* *gemm* num_workers *manual_gc* empty_unused* deterministic_mode "
+        "batch_invariant* use_flash_attn use_mcore_models transformer_impl *_comm_* *wgrad* tp_comm_* num_dataset* "
+        "mmap_bin* dataloader_fast* dataloader_defer* *_cache_path disable_bf16* enable_experimental use_te_* te_* "
+        "*rng_tracker jit_* disable_jit* flash_decode symmetric* *jit* clone_scatter* mlp_chunks* barrier* pin_cpu* "
+        "moe_paged* moe_hybridep* moe_deepep* moe_enable_deepep moe_permute* disable_symmetric* use_mem_eff* "
+        "*mem_eff* align_* *fp8* fp4* *_bf16_reduced* *mxfp8* use_transformer_engine*",
+    "how the model and the data lie on the ranks":
+        "*parallel* *pipeline* ddp_* *fsdp* *distributed_optimizer* use_tp_pp* num_virtual* create_all_gather* "
+        "account_for* microbatch_group* *sharding* *hsdp* hierarchical* max_seqlen* *layer_wise* decoder_first* "
+        "decoder_last* init_model_with* gradient_reduce_div* suggested*",
+    "what is said, measured and kept":
+        "log_* *_log_* timing_* tensorboard_* *logging* *_trace_* profile* *profiler* record_* memory_snap* nvtx* "
+        "*straggler* one_logger* *one_logger* app_tag* flight_* save* *save *_save load *ckpt* *checkpoint* "
+        "*persistent* verify_* exit_* *interval dump_* config_logger* logits_* *rerun* result_rejected* check_* "
+        "*sniff* inprocess* ft_* replication* *integrity no_load* no_save* override_* finetune enable_msc disable_msc "
+        "use_dist_ckpt dist_ckpt* async_* *retain* stream_ckpt* use_persistent* *_memory_* meap_keep* meap_overwrite* "
+        "meap_allow* meap_refuse* meap_lost* meap_probe* moe_per_layer_logging",
+    "of Megatron's other programs":
+        "rl_* grpo_* langrl* perform_rl* *inference* dino_* vision_* swin_* ict_* bert_* biencoder* retriever* "
+        "indexer_* titles_* evidence* block_data* embedding_path query_in* use_one_sent* img_* num_classes "
+        "num_channels patch_dim classes_* data_per_class* data_sharding head_lr* iter_per* refit* mask_type "
+        "mask_factor sample_rate max_tokens_to* output_bert* decode_only* enable_chunked* num_speculative* onnx_safe "
+        "use_legacy* encoder_* decoder_* test_mode hybrid_override* mamba_inf*",
+    "older or other names, which Megatron refuses or translates":
+        "batch_size deprecated* warmup model_parallel_size rope_type num_layers_per* use_rotary* add_position* "
+        "is_hybrid* cp_comm* spec fake_process* external* enable_cuda*",
+    "the device, the tokenizer and the data themselves, without which there is no base to compare with":
+        "fp32 tokenizer_* *data_path data_args* per_split* per_dataset* vocab_* merge_file mock_data null_* tiktoken* "
+        "chat_* trust_remote* object_storage* seq_length *seq_length padded_vocab* pad_vocab* meap_sft* skip_bad* "
+        "meap_official* num_layers hidden_size max_position* skip_train full_val* multiple_val* validation_set* "
+        "fim_data meap_mask_weights",
+    "a guard that this data does not trip":
+        "mid_level* allow_ambiguous* create_attention* decrease_batch* moe_layer_recompute moe_enable_routing* "
+        "*_dispatcher* moe_pad* moe_router_padding* *_experts_for* mtp_standalone use_checkpoint*",
+    "equal by itself: the sums are the same":
+        "micro_batch_size calculate_per_token* moe_router_dtype mtp_use_repeated* num_query_groups lr_decay_samples",
+}  # fmt: skip
+"""Flags that change neither data nor mathematics, by reason; of all others a run without effect is a fault."""
+
 NOT_DRAWN = (
     "help", "dry_run", "fault_injector_", "error_injection_", "inprocess_", "enable_ft_package", "calc_ft_timeouts",
     "ft_num", "adlr_", "run_workload_inspector", "wandb_", "yaml_cfg",
@@ -77,11 +135,13 @@ class Case:
     more: list[str] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
     """Of `more`, the names."""
+    ranks: int | None = None
+    """Where they are not those of the context."""
 
     @property
     def world(self) -> int:
         """Ranks."""
-        return RANKS.get(self.context, 1)
+        return self.ranks or RANKS.get(self.context, 1)
 
     def command_line(self, data: list[str]) -> list[str]:
         """All flags."""
@@ -135,7 +195,21 @@ def drawn(parser: argparse.ArgumentParser, seed: int) -> Case:
     return case
 
 
-def single(parser: argparse.ArgumentParser) -> Iterator[tuple[argparse.Action, list[str]]]:
-    """Every flag with the value that is likeliest to matter."""
+def parser() -> argparse.ArgumentParser:
+    """Megatron's flags and ours."""
+    return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), [])
+
+
+def single(parser: argparse.ArgumentParser) -> Iterator[Case]:
+    """Every flag that should change the data or the mathematics, alone, with the value that is likeliest to matter."""
     for action in drawable(parser):
-        yield action, spelled(action, values(action, True)[0])
+        if any(fnmatchcase(action.dest, pattern) for patterns in NEITHER.values() for pattern in patterns.split()):
+            continue
+        context = next((name for name, starts in CONTEXT_OF.items() if action.dest.startswith(starts)), "dense")
+        base = Case(context).command_line([])
+        for words in values(action, True):
+            flag = spelled(action, words)
+            name, _, value = flag[0].partition("=")
+            if name not in base or (value and value != base[base.index(name) + 1]):
+                yield Case(context, flag, [name])
+                break

@@ -22,6 +22,7 @@ from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from megatron_meap.cluster import connections, disks
+from megatron_meap.errors import UsageError
 from megatron_meap.meap.dataset import MaskedInputDataset, noise_of
 from megatron_meap.meap.settings import masking_of
 from megatron_meap.records import read_json
@@ -62,6 +63,9 @@ def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None
     if args.full_validation:
         ranks = args.data_parallel_size
         sets = valid if isinstance(valid, list) else [valid]
+        names = args.validation_set_names
+        if names and len(names) != len(sets):
+            raise UsageError(f"--validation-set-names {' '.join(names)}: {len(sets)} sets need as many names")
         valid = [None if dataset is None else WholeRounds(dataset, ranks) for dataset in sets]
         if test is not None and args.rank == 0:
             print(

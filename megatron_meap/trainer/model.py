@@ -43,6 +43,8 @@ def check(args: Namespace) -> None:
     """
     if args.num_experts and args.moe_router_topk > args.num_experts:
         raise UsageError(f"--moe-router-topk {args.moe_router_topk}: more than the {args.num_experts} of --num-experts")
+    if args.moe_apply_probs_on_input and args.moe_router_topk != 1:  # Megatron says so in the first step
+        raise UsageError("--moe-apply-probs-on-input: works with --moe-router-topk 1 only")
     if device.plans_for_gpu():
         return  # what is not installed here, as Transformer Engine, may be there; `planning` builds with what is here
     with explained(args):

@@ -10,6 +10,7 @@ from megatron_meap.errors import UsageError
 
 _NOWHERE = {
     "apply_residual_connection_post_layernorm": "drop it",
+    "freeze_all_layers": "all layers would be trained; drop it",
     "logits_load_*": "there is no distillation here; drop it",
     "mask_prob": "it is BERT's; use --meap-mask-ratio",
     "openai_gelu": "drop it",
@@ -36,11 +37,12 @@ def _is_rotary(args: Namespace) -> bool:
     return rotary or args.use_rotary_position_embeddings or args.multi_latent_attention
 
 
-_NEEDS: tuple[tuple[str, str, Callable[[Namespace], bool]], ...] = (
+_NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("adam_*", "--optimizer adam", lambda args: args.optimizer not in ("sgd", "lion")),
     ("decoupled_min_lr", "--decoupled-lr", _given("decoupled_lr")),
     ("dsa_*", "--experimental-attention-variant dsa", _layers("D", "experimental_attention_variant", "dsa")),
     ("fim_?*", "--fim-data", _given("fim_data")),
+    ("first_last_layers_bf16 fp8_* num_layers_at_*", "--fp8-format", lambda args: args.fp8 or args.fp4),
     ("hysteresis *loss_scale loss_scale_window", "--fp16", _given("fp16")),
     (
         "kv_lora_rank mla_* mscale mscale_all_dim q_lora_rank qk_head_dim qk_pos_emb_head_dim rotary_scaling_factor "
@@ -57,8 +59,10 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], bool]], ...] = (
     ("moe_router_bias_update_rate", "--moe-router-enable-expert-bias", _given("moe_router_enable_expert_bias")),
     ("moe_router_group_topk", "--moe-router-num-groups", _given("moe_router_num_groups")),
     ("moe_router_num_groups", "--moe-router-group-topk", _given("moe_router_group_topk")),
-    ("moe_shared_expert_gate moe_shared_expert_glu_*", "--moe-shared-expert-intermediate-size",
-     _given("moe_shared_expert_intermediate_size")),
+    ("moe_router_quantile_balancing_ema", "--moe-router-load-balancing-type quantile_balancing",
+     lambda args: "quantile_balancing" in args.moe_router_load_balancing_type),
+    ("moe_shared_expert_gate moe_shared_expert_glu_* moe_shared_expert_overlap",
+     "--moe-shared-expert-intermediate-size", _given("moe_shared_expert_intermediate_size")),
     ("mtp_detach_heads mtp_loss_scaling_factor mtp_use_repeated_layer", "--mtp-num-layers",
      _layers("/", "mtp_num_layers")),
     ("mup_*", "--use-mup", _given("use_mup")),
@@ -68,8 +72,11 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], bool]], ...] = (
     ("relative_attention_*", "--position-embedding-type relative", _given("position_embedding_type", "relative")),
     ("no_rope_freq rotary_base rotary_interleaved rotary_percent rotary_seq_len_* use_rope_scaling",
      "--position-embedding-type rope", _is_rotary),
+    ("distribute_saved_activations recompute_method recompute_modules recompute_num_layers", "--recompute-granularity",
+     lambda args: args.recompute_granularity or args.recompute_activations),
     ("rope_scaling_factor", "--use-rope-scaling", _given("use_rope_scaling")),
     ("sgd_momentum", "--optimizer sgd", _given("optimizer", "sgd")),
+    ("validation_set_names", "--multiple-validation-sets", _given("multiple_validation_sets")),
     ("window_attn_skip_freq", "--window-size", _given("window_size")),
     ("yarn_*", "--position-embedding-type yarn", _given("position_embedding_type", "yarn")),
 )  # fmt: skip

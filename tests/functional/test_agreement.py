@@ -1,14 +1,15 @@
 """The dry run and the training agree: both go through, or both refuse in the same line; no end is a traceback."""
 
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
 
+from tests import combinations, warm
+from tests.combinations import Case
 from tests.conftest import Corpus
-from tests.launch import MODEL, REPOSITORY, TRAINING, environment
+from tests.launch import REPOSITORY, environment
 
 DIVERGES = "--lr 1e38 --clip-grad 0 --train-iters 4"
 CASES: dict[str, tuple[int, str, int, str]] = {
@@ -26,25 +27,36 @@ CASES: dict[str, tuple[int, str, int, str]] = {
     ),
     "not a number": (1, DIVERGES, 16, "error: step 2: found NaN"),
     "not a number, once": (1, f"{DIVERGES} --rerun-mode disabled", 17, "error: step 2: found NaN"),
+    "experts over ranks that are not there": (1, "--num-experts 4 --expert-model-parallel-size 2", 2, "WORLD_SIZE"),
+    "pipelines over another backend": (
+        2, "--pipeline-model-parallel-size 2 --pipeline-model-parallel-comm-backend nccl", 2,
+        "--pipeline-model-parallel-comm-backend",
+    ),
+    "names of validation sets": (
+        1, "--multiple-validation-sets --full-validation --validation-set-names a b --eval-iters 1", 2,
+        "--validation-set-names a b",
+    ),
+    "the inputs of experts": (1, "--num-experts 4 --moe-apply-probs-on-input", 2, "--moe-apply-probs-on-input"),
+    "layers that do not learn": (1, "--freeze-all-layers", 2, "--freeze-all-layers"),
     "experts": (1, "--num-experts 4 --moe-router-topk 2", 0, ""),
     "a split of layers": (1, "--decoder-last-pipeline-num-layers 1", 2, "--decoder-last-pipeline-num-layers"),
 }  # fmt: skip
 """Ranks, flags, the training's exit status, and what its last words must have: of faults that were found."""
 
-SOON = {"the layers of a layout", "not a number"}
+SOON = {"the layers of a layout", "not a number", "names of validation sets"}
+DRAWN = range(300)
+"""Seeds of `combinations.drawn`."""
 
 
-def judged(cases: dict, corpus: Corpus, folder: Path) -> dict:
+def judged(cases: dict[str, Case], corpus: Corpus, folder: Path) -> dict:
     """Verdicts of tests/agreement.py."""
-    base = [*MODEL, *TRAINING, *corpus.data_flags, "--data-cache-path", str(folder / "cache"), "--train-iters", "2"]
+    data = [*corpus.data_flags, "--data-cache-path", str(folder / "cache")]
     listing = folder / "cases.json"
     listing.write_text(
-        json.dumps({name: {"flags": [*base, *flags.split()], "world": world} for name, (world, flags) in cases.items()})
+        json.dumps({name: {"flags": case.command_line(data), "world": case.world} for name, case in cases.items()})
     )
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests" / "agreement.py"), str(listing)],
-        env=environment(), cwd=REPOSITORY, text=True, capture_output=True, timeout=3000,
-    )  # fmt: skip
+    script = REPOSITORY / "tests" / "agreement.py"
+    done = warm.run([script, listing], environment(), cwd=folder, timeout=60 + 120 * len(cases))
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.split("results: ")[-1])
 
@@ -69,8 +81,40 @@ def last_line(output: str) -> str:
 @pytest.mark.parametrize("which", ["soon", pytest.param("later", marks=pytest.mark.slow)])
 def test_cases_that_were_wrong(which: str, corpus: Corpus, tmp_path: Path) -> None:
     chosen = {name: CASES[name] for name in CASES if (name in SOON) == (which == "soon")}
-    verdicts = judged({name: (world, flags) for name, (world, flags, *_) in chosen.items()}, corpus, tmp_path)
+    cases = {name: Case("dense", flags.split(), ranks=ranks) for name, (ranks, flags, *_) in chosen.items()}
+    verdicts = judged(cases, corpus, tmp_path)
     for name, (_, _, status, words) in chosen.items():
         agree(verdicts[name])
         assert verdicts[name]["run"][0] == status, name
         assert words in (last_line(verdicts[name]["run"][1]) if status else "")
+
+
+@pytest.mark.parametrize("seeds", [DRAWN[:2], pytest.param(DRAWN[2:], marks=pytest.mark.slow)], ids=["few", "many"])
+def test_drawn_command_lines(seeds: range, corpus: Corpus, tmp_path: Path) -> None:
+    parser = combinations.parser()
+    cases = {str(seed): combinations.drawn(parser, seed) for seed in seeds}
+    wrong = {}
+    for name, verdict in judged(cases, corpus, tmp_path).items():
+        try:
+            agree(verdict)
+        except AssertionError as error:
+            wrong[f"{name}, {cases[name].context}: {' '.join(cases[name].more)}"] = str(error)[:600]
+    assert not wrong, "\n\n".join(f"{name}\n{said}" for name, said in wrong.items())
+
+
+@pytest.mark.slow
+def test_no_flag_is_silent(corpus: Corpus, tmp_path: Path) -> None:
+    """What should change the data or the mathematics changes a loss or the weights of two steps, or is refused."""
+    bases = {context: Case(context) for context in combinations.CONTEXTS}
+    flags = {" ".join(case.more): case for case in combinations.single(combinations.parser())}
+    verdicts = judged(bases | flags, corpus, tmp_path)
+    same = [
+        name for name, case in flags.items()
+        if verdicts[name]["run"][0] == 0 and result(verdicts[name]) == result(verdicts[case.context])
+    ]  # fmt: skip
+    assert same == []
+
+
+def result(verdict: dict) -> list[str]:
+    """What a training came to: its losses, on training and validation data, and its weights."""
+    return re.findall(r"lm loss[^|]*|weights of rank.*", verdict["run"][1])
