@@ -1,5 +1,6 @@
 """Where the ranks of a job meet before their process group exists: rank 0 looks at things for all, the others help."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ from megatron_meap.checkpoint import integrity
 from megatron_meap.errors import JobError, UsageError, one_line
 
 _PATIENCE = timedelta(days=1)  # rank 0 may have much to read, and says so when it fails
+_UNTIL_READ = timedelta(seconds=30)
 _numbers = itertools.count()  # every meeting of a process has keys of its own
 HashFiles = Callable[[Sequence[Path]], integrity.Hashes]
 
@@ -83,6 +85,10 @@ class _Table:
             result = {"error": str(error)}
         said = json.dumps({"result": result})
         self.store.set(str(self.messages), said)
+        if "error" in result:  # rank 0 ends at it, and with it the store where no torchrun keeps one
+            read = [f"read/{rank}" for rank in range(1, self.world_size)]
+            with contextlib.suppress(torch.distributed.DistError):
+                self.store.wait(read, _UNTIL_READ)
         return json.loads(said)["result"]  # the same types as on the other ranks
 
     def follow(self) -> dict[str, Any]:
@@ -90,6 +96,8 @@ class _Table:
         while True:
             message = json.loads(self.store.get(str(self.messages)))
             if "result" in message:
+                if "error" in message["result"]:
+                    self.store.set(f"read/{self.rank}", "")
                 return message["result"]
             own = self._share([Path(path) for path in message["hash"]])
             self.store.set(f"{self.messages}/{self.rank}", json.dumps(integrity.hash_files(own)))
