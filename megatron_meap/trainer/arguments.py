@@ -159,7 +159,7 @@ def parse_arguments(**changes: object) -> Namespace:
 
 
 def parse_flags(command_line: list[str] | None = None) -> Namespace:
-    """What the command line, by default the program's own, says; checked only for what would change nothing."""
+    """What the command line, by default the program's own, says; checked for flags without effect alone."""
     from megatron.training.arguments import parse_args
     from megatron.training.checkpointing import load_args_from_checkpoint
 
@@ -177,7 +177,8 @@ def parse_flags(command_line: list[str] | None = None) -> Namespace:
             found = load_args_from_checkpoint(args, load_arg=source)
             if isinstance(found, tuple):  # else there is no checkpoint
                 model_arguments.take_over(found[1], args)
-    without_effect.check(given, args)
+    else:  # of the others, some come from the checkpoint
+        without_effect.check(given, args)
     return args
 
 
