@@ -4,8 +4,6 @@ Python and Megatron are loaded once; every dry run and every rank of a training 
 has the end, and the exit status, that it has on the command line. Prints the results as JSON.
 """
 
-import functools
-import inspect
 import json
 import logging
 import os
@@ -31,7 +29,6 @@ from megatron_meap.inspection import dry_run  # noqa: E402, F401
 from megatron_meap.trainer import run  # noqa: E402
 
 PATIENCE_S = 300.0
-inspect.getsourcelines = functools.cache(inspect.getsourcelines)  # of which Megatron's parser makes its flags
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_meap.backend import optimizer_patches
+from megatron_meap.backend import loss_patches, optimizer_patches
 from megatron_meap.backend.patching import original_of, replace, replaced
 from megatron_meap.errors import UsageError
 
@@ -49,7 +49,7 @@ def apply() -> None:
     _evaluate_whole_sets_in_any_pipeline()
     _save_only_where_asked()
     _read_no_sources_for_help()
-    _average_over_the_steps_that_have_it()
+    loss_patches.average_over_the_steps_that_have_it()
 
 
 def _use_shipped_dataset_helpers() -> None:
@@ -182,36 +182,6 @@ def _read_no_sources_for_help() -> None:
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     replace(ArgumentGroupFactory, "_get_field_docstrings", lambda _: lambda factory, settings: {})
-
-
-def _average_over_the_steps_that_have_it() -> None:
-    """A loss over no token in one step, a NaN, is not logged for its whole interval: the log averages over all steps.
-
-    Here the average is over the steps that have it. (Not of `lm loss` itself: there a NaN is one.)
-    """
-    from megatron.training import training
-
-    log = original_of(training, "training_log")
-    steps = "advanced iterations"
-    found: dict[str, list[Any]] = {}
-
-    def log_what_there_is(losses: dict[str, Any], totals: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        skipped, done = args[4], totals.get(steps, 0)
-        if not done:
-            found.clear()  # an interval begins
-        missing = torch.stack([each.reshape(()) for each in losses.values()]).isnan().tolist() if losses else []
-        lacking = {name for name, is_missing in zip(losses, missing, strict=True) if is_missing} - {"lm loss"}
-        for name, loss in losses.items():
-            if skipped or name == "lm loss":
-                continue
-            values = found.setdefault(name, [])
-            values += [] if name in lacking else [loss]
-            if len(values) <= done:  # what the log adds this loss to, and divides by all steps
-                mean = torch.stack(values).mean() if values else loss
-                totals[name] = mean.reshape(1) * (done + 1) - (0.0 if name in lacking else loss)
-        return log({name: loss for name, loss in losses.items() if name not in lacking}, totals, *args, **kwargs)
-
-    replace(training, "training_log", lambda _: log_what_there_is)
 
 
 def outside_the_job() -> AbstractContextManager[None]:

@@ -1,0 +1,37 @@
+"""A patch of Megatron's log, see megatron_patches.py: losses that not every step has."""
+
+from typing import Any
+
+import torch
+
+from megatron_meap.backend.patching import original_of, replace
+
+
+def average_over_the_steps_that_have_it() -> None:
+    """A loss over no token in one step, a NaN, is not logged for its whole interval: the log averages over all steps.
+
+    Here the average is over the steps that have it. (Not of `lm loss` itself: there a NaN is one.)
+    """
+    from megatron.training import training
+
+    log = original_of(training, "training_log")
+    steps = "advanced iterations"
+    found: dict[str, list[Any]] = {}
+
+    def log_what_there_is(losses: dict[str, Any], totals: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        skipped, done = args[4], totals.get(steps, 0)
+        if not done:
+            found.clear()  # an interval begins
+        missing = torch.stack([each.reshape(()) for each in losses.values()]).isnan().tolist() if losses else []
+        lacking = {name for name, is_missing in zip(losses, missing, strict=True) if is_missing} - {"lm loss"}
+        for name, loss in losses.items():
+            if skipped or name == "lm loss":
+                continue
+            values = found.setdefault(name, [])
+            values += [] if name in lacking else [loss]
+            if len(values) <= done:  # what the log adds this loss to, and divides by all steps
+                mean = torch.stack(values).mean() if values else loss
+                totals[name] = mean.reshape(1) * (done + 1) - (0.0 if name in lacking else loss)
+        return log({name: loss for name, loss in losses.items() if name not in lacking}, totals, *args, **kwargs)
+
+    replace(training, "training_log", lambda _: log_what_there_is)
