@@ -71,9 +71,9 @@ class Jobs:
                 if job and "pretrain_gpt_meap.py" in words and "torchrun" not in words[1]:
                     os.kill(int(process.name), signal.SIGKILL)
 
-    def wait_until_done(self, number: int) -> str:
+    def wait_until_done(self, number: int, seconds: float = 200) -> str:
         """Wait for the end of a job that succeeds: its output."""
-        job = self.cluster.wait_for(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=200)
+        job = self.cluster.wait_for(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=seconds)
         output = self.cluster.output(job)
         assert job["JobState"] == "COMPLETED", output
         return output
@@ -168,6 +168,34 @@ def test_a_cancelled_job_saves_and_is_not_requeued(jobs: Jobs) -> None:
     assert open_checkpoint(jobs.folder / "cancelled" / "checkpoints").iteration >= 2
 
 
+@pytest.mark.slow
+def test_a_file_ends_the_job_and_another_job_evaluates_its_checkpoints(jobs: Jobs) -> None:
+    words = ["--train-iters", "100000", "--seq-length", "256", "--max-position-embeddings", "256"]
+    number = jobs.submit("single_node.sbatch", "filed", RECIPE, *words)
+    jobs.wait_for_step(number, 2, seconds=400)
+    saved = jobs.folder / "filed" / "checkpoints"
+    (saved / "stop").touch()
+    output = jobs.wait_until_done(number, 400)
+    assert f"stopped by the file {saved / 'stop'}" in output
+    assert f"job {number}: done" in output
+    assert (jobs.folder / "logs" / str(number) / "restart-0" / "heartbeat").exists()
+    tasks = [
+        "--once",
+        "--tasks",
+        "meap_kv_logprob",
+        "--kv-digits",
+        "2",
+        "--kv-pairs",
+        "4",
+        "--no-kv-instruction",
+        "--samples",
+        "2",
+    ]
+    output = jobs.wait_until_done(jobs.submit("follow.sbatch", "followed", str(saved), *tasks), 600)
+    assert "1 checkpoints in" in output
+    assert (saved / "evaluation" / "scores.csv").exists()
+
+
 def test_preprocessing(jobs: Jobs, corpus: Corpus) -> None:
     text = jobs.folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in corpus.documents[:50]))
@@ -189,6 +217,7 @@ REFUSED: dict[str, tuple[list[str], dict[str, str], str]] = {
     ),
     "no RUNS": (["mask_ratios.sbatch", RECIPE], {}, "error: RUNS is not set"),
     "no flags": (["preprocess.sbatch"], {}, "error: no flags; usage: sbatch"),
+    "no run": (["follow.sbatch"], {}, "error: no run; usage: sbatch"),
     "broken SETUP": (["single_node.sbatch", RECIPE], {"SETUP": "false"}, "error: SETUP='false' fails on node"),
 }  # fmt: skip
 
@@ -209,7 +238,7 @@ def test_refused_with_one_line(jobs: Jobs) -> None:
         assert job["Restarts"] == "0"
 
 
-@pytest.mark.parametrize("script", ["single_node", "multi_node", "mask_ratios", "preprocess"])
+@pytest.mark.parametrize("script", ["single_node", "multi_node", "mask_ratios", "preprocess", "follow"])
 def test_outside_slurm(script: str) -> None:
     """One line says that the script is to be submitted; no Slurm is needed for that."""
     for variables in ({}, {"CHECKOUT": str(REPOSITORY)}):
