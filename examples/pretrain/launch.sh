@@ -13,6 +13,7 @@ NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}}    # of this node, 0 to NNODES - 1
 MASTER_ADDR=${MASTER_ADDR:-}                 # a name or address of node 0 that all nodes reach
 MASTER_PORT=${MASTER_PORT:-29500}
 MASK_RATIO=${MASK_RATIO:-0.15}               # 0: the next-token twin of any recipe
+OPTIMIZER=${OPTIMIZER:-adam}                 # or muon (pip install 'megatron-meap[muon]'), at the learning rate of adam
 TP=${TP:-1} PP=${PP:-1} CP=${CP:-1}          # tensor, pipeline and context parallel; what is left is data parallel
 FP8=${FP8:-}                                 # hybrid or e4m3: matrix products in fp8 (Transformer Engine, H100 and later)
 FP8_RECIPE=${FP8_RECIPE:-}                   # how fp8 is scaled: delayed (Megatron's default), tensorwise, blockwise, mxfp8
@@ -73,6 +74,16 @@ gpu_flags() {
   if [ -n "$FP8_RECIPE" ]; then GPU_FLAGS+=(--fp8-recipe "$FP8_RECIPE"); fi
 }
 
+# Flags of the optimizer. Muon's updates are given the size of AdamW's (0.2), and with tensor parallelism it works on whole
+# matrices, so that the layout does not change what is learned.
+optimizer_flags() {
+  case $OPTIMIZER in
+    adam) OPTIMIZER_FLAGS=() ;;
+    muon) OPTIMIZER_FLAGS=(--optimizer muon --muon-momentum 0.95 --muon-nesterov --muon-extra-scale-factor 0.2 --muon-tp-mode duplicated) ;;
+    *) stop "OPTIMIZER=$OPTIMIZER: must be adam or muon" ;;
+  esac
+}
+
 # Whether this node has several parts of memory, and PyTorch and the system the means to bind processes to them.
 _binds_to_numa() {
   [ "$MEAP_DEVICE" = cuda ] && [ -d /sys/devices/system/node/node1 ] && command -v numactl >/dev/null &&
@@ -83,7 +94,8 @@ _binds_to_numa() {
 launch() {
   local word words=() look='' nodes=(--standalone)
   gpu_flags
-  set -- "${GPU_FLAGS[@]}" "$@" # the recipe's own and the caller's win
+  optimizer_flags
+  set -- "${GPU_FLAGS[@]}" "${OPTIMIZER_FLAGS[@]}" "$@" # the recipe's own and the caller's win
   for word in "$@"; do
     case $word in
       --dry-run) look=pretrain_gpt_meap.py words+=("$word") ;;

@@ -323,6 +323,11 @@ def unsupported(args: Any) -> list[tuple[str, str]]:
         ("--tp-comm-overlap", args.tp_comm_overlap, te),
         ("--moe-router-fusion", args.moe_router_fusion, te),
         ("--save-activations-interval", args.save_activations_interval is not None, te),
+        (
+            f"--overlap-param-gather with --optimizer {args.optimizer}",
+            args.overlap_param_gather and args.optimizer not in ("adam", "sgd"),
+            "gloo gathers tensors of one size only",
+        ),
         ("--fp16", args.fp16, "half precision is not made for it; use --bf16 or --fp32"),
     ]
     return [(flag, reason) for flag, is_asked, reason in asked if is_asked]

@@ -26,6 +26,7 @@ def install() -> None:
     _multiply_in_the_fast_type()
     rotate_in_one_step()
     _cross_entropy_in_one_step()
+    _send_matrices_one_by_one()
     optimizer_step.fuse()
 
 
@@ -104,3 +105,13 @@ def _cross_entropy_in_one_step() -> None:
 
     replace(tensor_parallel, "vocab_parallel_cross_entropy", where_possible(cross_entropy))
     replace(language_module, "fused_vocab_parallel_cross_entropy", where_possible(cross_entropy))
+
+
+def _send_matrices_one_by_one() -> None:
+    """Muon's matrices, each updated by one data-parallel rank: gloo gathers tensors of one size only.
+
+    Megatron's own other way, which it keeps as a reference, takes them one by one.
+    """
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    replace(LayerWiseDistributedOptimizer, "allgather_params", lambda _: LayerWiseDistributedOptimizer.broadcast_params)

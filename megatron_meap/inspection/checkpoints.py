@@ -10,6 +10,7 @@ from megatron_meap.checkpoint.integrity import FILE
 from megatron_meap.checkpoint.reader import Checkpoint, directory_of, open_checkpoint
 from megatron_meap.errors import UsageError
 from megatron_meap.trainer import carried
+from megatron_meap.trainer.optimizers import is_distributed
 from megatron_meap.trainer.record import Verdict, differences, record_of, verdict
 from megatron_meap.trainer.resume import unusable_optimizer_state
 
@@ -80,7 +81,7 @@ def _saved_by(checkpoint: Checkpoint) -> str:
         ("DP", "data_parallel_size"),
     ]
     sizes = [f"{short} {getattr(args, name)}" for short, name in layout if hasattr(args, name)]
-    optimizer = "distributed" if getattr(args, "use_distributed_optimizer", False) else "plain"
+    optimizer = "distributed" if is_distributed(args) else "plain"
     layers = getattr(args, "transformer_impl", "unknown")
     return ", ".join([*versions, *sizes, f"{layers} layers", f"{optimizer} optimizer"])
 

@@ -26,7 +26,7 @@ from megatron_meap.planning.text import layout_of
 from megatron_meap.planning.world import pretended
 from megatron_meap.sft import data as sft
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
-from megatron_meap.trainer import batch_sizes, data_use, log_line, preflight
+from megatron_meap.trainer import batch_sizes, data_use, log_line, optimizers, preflight
 from megatron_meap.trainer.arguments import parse_arguments
 from megatron_meap.trainer.batches import datasets_provider
 from megatron_meap.trainer.data_use import amount, tokens_read
@@ -122,6 +122,7 @@ def _schedule(args: Namespace) -> list[str]:
         f"batch         {batch_sizes.describe(args)}",
         f"schedule      {args.train_iters:,} steps, {samples:,} samples, {amount(tokens_read(args))} "
         f"tokens; learning rate {args.lr} to {args.min_lr}, {args.lr_decay_style}",
+        f"optimizer     {optimizers.words(args)}",
         *data_use.lines(args),
         *log_line.lines(args),
         f"validation    {validation}",

@@ -126,7 +126,7 @@ class _Layout:
         """Bytes of a rank that no layout comes below: a cheap sieve before the real count."""
         args, each = base.args, bytes_per_parameter(base.args)
         part = self.tensor * self.pipeline
-        kept = each["weights"] + each["gradients"] + each["optimizer"] * part / args.world_size
+        kept = each["weights"] + each["gradients"] + each["matrix"] * part / args.world_size
         width = args.hidden_size
         if self.recomputation == "none":
             width = 4 * args.hidden_size + (3 if args.swiglu else 2) * args.ffn_hidden_size

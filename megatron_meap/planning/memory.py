@@ -9,6 +9,7 @@ from megatron_meap.errors import UsageError
 from megatron_meap.planning.trace import Chunk, trace_stage
 from megatron_meap.planning.world import pretended
 from megatron_meap.trainer import batch_sizes
+from megatron_meap.trainer.optimizers import is_distributed
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,18 @@ def measure(args: Namespace) -> ModelMemory:
         ("--use-megatron-fsdp", args.use_megatron_fsdp),
         ("--use-torch-fsdp2", args.use_torch_fsdp2),
         ("--optimizer-cpu-offload", args.optimizer_cpu_offload),
-        (f"--optimizer {args.optimizer}", args.optimizer != "adam"),
+        (f"--optimizer {args.optimizer}", args.optimizer not in ("adam", "muon")),
+        ("--use-precision-aware-optimizer", args.use_precision_aware_optimizer and args.optimizer == "muon"),
     ):
         if asked:
             raise UsageError(f"{flag}: its memory cannot be planned here; plan without it for an upper bound")
     traced = _trace(args)
     parameters = _whole(traced)
     each = bytes_per_parameter(args)
-    saved = each["weights"] + (0 if args.no_save_optim else each["optimizer"])
+    matrices = sum(chunk.whole_matrices for chunks in traced for chunk in chunks)
+    saved = parameters * each["weights"] + (0 if args.no_save_optim else _optimizer(each, parameters, matrices))
     stages = [_stage(args, stage, chunks) for stage, chunks in enumerate(traced)]
-    return ModelMemory(parameters, stages, parameters * saved)
+    return ModelMemory(parameters, stages, saved)
 
 
 def count_parameters(args: Namespace) -> tuple[int, list[int]]:
@@ -98,13 +101,14 @@ def _stage(args: Namespace, stage: int, chunks: list[Chunk]) -> StageMemory:
     """Add up one stage."""
     count = sum(chunk.parameters for chunk in chunks)
     each = bytes_per_parameter(args)
-    shares = args.data_parallel_size * args.context_parallel_size if args.use_distributed_optimizer else 1
+    shares = args.data_parallel_size * args.context_parallel_size if is_distributed(args) else 1
+    matrices = sum(chunk.matrices for chunk in chunks)
     flying = in_flight(args, stage)
     return StageMemory(
         parameters=count,
         weights=sum(chunk.weight_bytes for chunk in chunks),
         gradients=count * each["gradients"],
-        optimizer=count * each["optimizer"] // shares,
+        optimizer=_optimizer(each, count, matrices) // shares,
         activations=sum(number * chunk.kept_layers for number, chunk in zip(flying, chunks, strict=True)),
         loss=sum(chunk.kept_loss for chunk in chunks),  # of one micro batch: its backward pass follows at once
         working=max(chunk.working for chunk in chunks),
@@ -112,7 +116,7 @@ def _stage(args: Namespace, stage: int, chunks: list[Chunk]) -> StageMemory:
 
 
 def bytes_per_parameter(args: Namespace) -> dict[str, int]:
-    """Bytes that Megatron keeps for a parameter: weight, gradient buffer, optimizer state."""
+    """Bytes that Megatron keeps for a parameter: weight, gradient buffer, optimizer state, and that of a matrix."""
     mixed = args.bf16 or args.fp16
     if args.use_precision_aware_optimizer:
         optimizer = sum(kind.itemsize for kind in (args.main_params_dtype, args.exp_avg_dtype, args.exp_avg_sq_dtype))
@@ -121,7 +125,16 @@ def bytes_per_parameter(args: Namespace) -> dict[str, int]:
     else:
         optimizer = 12 if mixed else 8  # two moments, and the 32-bit copy of the weights
     gradients = 4 if args.accumulate_allreduce_grads_in_fp32 or not mixed else 2
-    return {"weights": 2 if mixed else 4, "gradients": gradients, "optimizer": optimizer}
+    sizes = {"weights": 2 if mixed else 4, "gradients": gradients, "optimizer": optimizer, "matrix": optimizer}
+    if args.optimizer == "muon":  # one moment; beside matrices the second optimizer's
+        sizes["matrix"] -= 4
+        sizes["optimizer"] -= 4 if args.muon_scalar_optimizer == "lion" else 0
+    return sizes
+
+
+def _optimizer(each: dict[str, int], parameters: int, matrices: int) -> int:
+    """Bytes of the optimizer state of parameters, some of which are in matrices."""
+    return (parameters - matrices) * each["optimizer"] + matrices * each["matrix"]
 
 
 def in_flight(args: Namespace, stage: int) -> list[int]:

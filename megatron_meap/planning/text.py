@@ -5,7 +5,7 @@ from argparse import Namespace
 from megatron_meap.backend.peak import GPU
 from megatron_meap.planning.layouts import Plan
 from megatron_meap.planning.memory import StageMemory
-from megatron_meap.trainer import batch_sizes, data_use
+from megatron_meap.trainer import batch_sizes, data_use, optimizers
 
 GIB = 2**30
 _KINDS = ("weights", "gradients", "optimizer", "activations", "loss", "working", "total")
@@ -23,7 +23,7 @@ def layout_of(args: Namespace) -> str:
         name
         for name, on in (
             ("sequence parallel", args.sequence_parallel),
-            ("distributed optimizer", args.use_distributed_optimizer),
+            ("distributed optimizer", optimizers.is_distributed(args)),
             (f"{args.recompute_granularity} recomputation", args.recompute_granularity),
         )
         if on
@@ -41,6 +41,7 @@ def describe(plan: Plan) -> str:
         f"batch         {batch_sizes.describe(args)}",
         f"work          {work.steps:,} steps, {work.tokens / 1e9:,.2f} B tokens, model FLOPs {work.model_flops:.3e}, "
         f"hardware FLOPs {work.hardware_flops:.3e}",
+        f"optimizer     {optimizers.words(args)}",
         *data_use.lines(args),
         *_copies(args, work.tokens),
         f"checkpoint    {memory.checkpoint / GIB:,.2f} GiB each, optimizer state included",

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
+from megatron.core.optimizer.layer_wise_optimizer import is_managed_by_layer_wise_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,6 +38,10 @@ class Chunk:
     whole: int
     """Elements that this chunk contributes to the model, on all its tensor- and expert-parallel ranks together."""
     weight_bytes: int
+    matrices: int = 0
+    """Of the elements, those in matrices that Muon updates: not embeddings, norms, biases, the output layer."""
+    whole_matrices: int = 0
+    """The same of `whole`."""
     kept_layers: int = 0
     """Kept from the forward to the backward pass: embedding, layers, final norm."""
     kept_loss: int = 0
@@ -135,12 +140,16 @@ def _count(model: torch.nn.Module, args: Namespace) -> Chunk:
         size = parameter.numel()
         chunk.parameters += size
         chunk.weight_bytes += size * parameter.element_size()
+        is_matrix = is_managed_by_layer_wise_optimizer(parameter)
+        chunk.matrices += size * is_matrix
         if getattr(parameter, "shared_embedding", False) and not model.pre_process:
             continue  # tied to the first stage's
         expert = not getattr(parameter, "allreduce", True)
         cut = args.expert_tensor_parallel_size if expert else args.tensor_model_parallel_size
         copies = cut if getattr(parameter, "tensor_model_parallel", False) else 1
-        chunk.whole += size * copies * (args.expert_model_parallel_size if expert else 1)
+        whole = size * copies * (args.expert_model_parallel_size if expert else 1)
+        chunk.whole += whole
+        chunk.whole_matrices += whole * is_matrix
     return chunk
 
 

@@ -21,6 +21,7 @@ from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft import flags as sft
 from megatron_meap.sft.flags import BadLineSettings, SFTSettings
 from megatron_meap.trainer import batch_sizes, blend, wandb_run, without_effect, writable
+from megatron_meap.trainer.data_plan import DataSettings
 from megatron_meap.trainer.log_line import LogSettings
 from megatron_meap.trainer.official import OfficialSettings
 from megatron_meap.trainer.probe import ProbeSettings
@@ -63,7 +64,15 @@ GROUPS: tuple[tuple[Any, ...], ...] = (
     ("MEAP", "mask-enhanced autoregressive prediction (arXiv 2502.07490)", MaskSettings, ProbeSettings),
     ("MEAP, training as the paper's code", "docs/recipes.md", OfficialSettings),
     ("MEAP fine-tuning", "conversations in JSON lines (docs/finetuning.md)", SFTSettings, BadLineSettings),
-    ("MEAP, the run", "docs/training.md", RunSettings, CheckpointSettings, ConnectionSettings, LogSettings),
+    (
+        "MEAP, the run",
+        "docs/training.md",
+        RunSettings,
+        DataSettings,
+        CheckpointSettings,
+        ConnectionSettings,
+        LogSettings,
+    ),
 )
 """This project's flags as `--help` shows them: title, description, and the components that declare them."""
 
@@ -205,6 +214,7 @@ def check(args: Namespace) -> None:
     if args.full_validation:  # its sampler gives every data-parallel rank one sample at a time
         args.eval_micro_batch_size, args.eval_global_batch_size = 1, args.data_parallel_size
     meap.check_batches(args)
+    DataSettings.of(args).check(args)
 
 
 def _require_the_models_shape(args: Namespace) -> None:

@@ -1,5 +1,6 @@
 """From Megatron's datasets to the batches of one rank: the datasets provider and `get_batch`."""
 
+import copy
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,8 +29,9 @@ from megatron_meap.meap.settings import masking_of
 from megatron_meap.records import read_json
 from megatron_meap.sft import data as sft
 from megatron_meap.tokenization.mask_token import special_token_ids
-from megatron_meap.trainer import preflight
+from megatron_meap.trainer import preflight, stages
 from megatron_meap.trainer.blend import blends
+from megatron_meap.trainer.data_plan import of_the_data, planned
 from megatron_meap.trainer.documents import GPTDataset, MockGPTDataset, StatelessFIMDataset, WholeRounds
 
 BATCH_KEYS = [
@@ -58,6 +60,7 @@ def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None
         The three datasets, None on ranks that load no data; validation may be a list of datasets.
     """
     args = get_args()
+    num_samples = planned(args, num_samples)
     provide = _conversations if args.meap_sft else _documents
     train, valid, test = provide(args, num_samples, partial(loads_data, vp_stage))
     if args.full_validation:
@@ -83,22 +86,32 @@ datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every r
 
 def _documents(args: Namespace, num_samples: list[int | None], loads_here: Callable[[], bool]) -> list[Any]:
     """Megatron's datasets of documents, their inputs masked."""
-    if args.meap_copy_weight is not None and num_samples[0] is not None:  # each comes twice
-        num_samples = [-(-num_samples[0] // 2), *num_samples[1:]]
-    config = dataset_config(args)
-    kind = MockGPTDataset if args.mock_data else StatelessFIMDataset if args.fim_data else GPTDataset
+    if num_samples[0] is not None:
+        num_samples = [of_the_data(args, num_samples[0]), *num_samples[1:]]
+    build = partial(_build, args, num_samples, dataset_config(args))
     caches = None
     if not args.mock_data:
-        alone = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config)
-        caches = disks.Caches(
-            partial(preflight.cache_directory, args), partial(preflight.data_facts, args), alone.build
-        )
+        alone = partial(build, lambda: True)
+        caches = disks.Caches(partial(preflight.cache_directory, args), partial(preflight.data_facts, args), alone)
     disks.prepare(args, loads_here(), caches)
-    built = BlendedMegatronDatasetBuilder(kind, num_samples, loads_here, config).build()
+    built = build(loads_here)
     return [
         [_masked(part, split, args) for part in dataset] if isinstance(dataset, list) else _masked(dataset, split, args)
         for dataset, split in zip(built, (Split.train, Split.valid, Split.test), strict=True)
     ]
+
+
+def _build(args: Namespace, num_samples: list[int | None], config: GPTDatasetConfig, loads_here: Callable) -> list[Any]:
+    """The datasets of documents, clean, on the ranks that load them."""
+    kind = MockGPTDataset if args.mock_data else StatelessFIMDataset if args.fim_data else GPTDataset
+    if args.meap_data_stages is None:
+        return BlendedMegatronDatasetBuilder(kind, num_samples, loads_here, config).build()
+    assert num_samples[0] is not None
+    assert config.blend_per_split is not None
+    train = stages.build(kind, stages.read(args), num_samples[0], config, loads_here)
+    others = copy.copy(config)
+    others.blend_per_split = [None, *config.blend_per_split[1:]]
+    return [train, *BlendedMegatronDatasetBuilder(kind, num_samples, loads_here, others).build()[1:]]
 
 
 def _conversations(args: Namespace, num_samples: list[int | None], loads_here: Callable[[], bool]) -> list[Any]:

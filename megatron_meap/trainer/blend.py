@@ -7,6 +7,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_meap.errors import UsageError, one_line
 from megatron_meap.preprocessing.blend import check_weights, is_number, shares
+from megatron_meap.trainer import stages
 
 _SOME_WEIGHTS = "only some of the datasets have a weight; give each one, or none"
 
@@ -46,6 +47,8 @@ def blends(args: Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
         for prefix in prefixes:  # Megatron takes an odd number of words for names only, and so a weight for one of them
             if is_number(prefix) and not Path(prefix + ".idx").exists():
                 raise UsageError(f"{prefix} in the blend is no dataset: {_SOME_WEIGHTS}")
+    if args.meap_data_stages is not None:  # whose weights change on the way
+        per_split = [(stages.prefixes(stages.read(args)), None), *(per_split or [None] * 3)[1:]]
     return blend, per_split
 
 

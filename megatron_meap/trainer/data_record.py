@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from megatron_meap.preprocessing.index import read_index
+from megatron_meap.trainer import stages
 from megatron_meap.trainer.blend import blends, ranges
+from megatron_meap.trainer.data_plan import of_the_data, planned_samples
 
 _BLOCK, _BLOCKS = 1 << 16, 16
 _REMOTE = ("s3://", "msc://")
@@ -31,6 +33,7 @@ def data_record(args: Namespace) -> dict[str, Any]:
         prefixes, weights = training
         found["the training data (digests)"] = [dataset_digest(prefix) for prefix in prefixes]
         found["the blend's weights"] = None if weights is None or len(prefixes) == 1 else _normalised(weights)
+        found["the stages of the training data"] = _stages(args)
         found["epochs of the training data, by the length of training"] = _all_epochs(args, prefixes, weights)
     if validation is not None:
         found["the validation data (digests)"] = [dataset_digest(prefix) for prefix in validation[0]]
@@ -60,19 +63,32 @@ def _normalised(weights: list[float]) -> list[float]:
     return [round(weight / sum(weights), 12) for weight in weights]
 
 
+def _stages(args: Namespace) -> list[str] | None:
+    """The stages in words, by the number of a dataset; None where there are none."""
+    if args.meap_data_stages is None:
+        return None
+    listed = stages.read(args)
+    numbers = {prefix: number for number, prefix in enumerate(stages.prefixes(listed), start=1)}
+    return [
+        f"until sample {stage.end or 'the last'} of the data: "
+        + " and ".join(f"{weight:.12g} of dataset {numbers[prefix]}" for prefix, weight in stage.blend.items())
+        for stage in listed
+    ]
+
+
 def _all_epochs(args: Namespace, prefixes: list[str], weights: list[float] | None) -> list[str] | None:
     """How often each dataset is read, for Megatron shuffles over its epochs: with other epochs come other samples.
 
     None where that is not known, or does not depend on the length of training.
     """
-    exhausted = weights is None and len(prefixes) > 1
+    exhausted = weights is None and len(prefixes) > 1 and args.meap_data_stages is None
     remote = any(prefix.startswith(_REMOTE) for prefix in prefixes)
     if exhausted or remote or args.phase_transition_iterations:
         return None
-    total = args.train_samples or (args.train_iters or 0) * args.global_batch_size
-    if args.meap_copy_weight is not None:  # each is read once, and comes twice
-        total = math.ceil(total / 2)
-    if len(prefixes) == 1:
+    total = of_the_data(args, planned_samples(args))
+    if args.meap_data_stages is not None:
+        samples = list(stages.samples(stages.read(args), total).values())
+    elif len(prefixes) == 1:
         samples = [total]
     else:
         surplus = 1 + args.mid_level_dataset_surplus

@@ -5,7 +5,7 @@ from argparse import Namespace
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.blend import shares
 from megatron_meap.preprocessing.index import read_index
-from megatron_meap.trainer import batch_sizes
+from megatron_meap.trainer import batch_sizes, stages
 from megatron_meap.trainer.blend import blends
 
 MANY_EPOCHS = 4
@@ -46,7 +46,15 @@ def lines(args: Namespace) -> list[str]:
             f"warning: some text is read {high:.0f} times; beyond {MANY_EPOCHS} epochs a model gains little from it: "
             "use more data, or fewer steps"
         )
-    return said
+    return said + _stages(args)
+
+
+def _stages(args: Namespace) -> list[str]:
+    """The stages of the data, a line each."""
+    if args.meap_data_stages is None:
+        return []
+    found, total = stages.of_run(args)
+    return list(stages.lines(found, total, args.seq_length * (1 if args.meap_copy_weight is None else 2)))
 
 
 def _use(args: Namespace) -> tuple[float, list[float]]:
@@ -57,6 +65,8 @@ def _use(args: Namespace) -> tuple[float, list[float]]:
     if blend is not None and args.split is not None:
         share = shares(args.split)[0]
     tokens = [share * read_index(prefix).tokens for prefix in prefixes]
+    if args.meap_data_stages is not None:
+        weights = [float(count) for count in stages.samples(*stages.of_run(args)).values()]
     weights = weights or tokens
     read = tokens_read(args) / (2 if args.meap_copy_weight is not None else 1)  # a copy is of the sample before it
     return sum(tokens), [

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_meap.checkpoint import latest, model_arguments
 from megatron_meap.errors import UsageError
 from megatron_meap.trainer import batch_sizes, schedule
+from megatron_meap.trainer.optimizers import is_distributed
 from megatron_meap.trainer.record import ALLOW, Verdict, differences
 
 
@@ -155,8 +156,8 @@ def unusable_optimizer_state(path: Path, saved: Namespace, args: Namespace) -> s
     from megatron.core import dist_checkpointing
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    here = args.use_distributed_optimizer
-    kinds = [getattr(saved, "use_distributed_optimizer", here), here]
+    here = is_distributed(args)
+    kinds = [is_distributed(saved) if hasattr(saved, "use_distributed_optimizer") else here, here]
     if kinds[0] != kinds[1]:
         this, that = ("a distributed" if distributed else "a plain" for distributed in kinds)
         repeat = "add" if kinds[0] else "drop"

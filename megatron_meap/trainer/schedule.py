@@ -1,12 +1,12 @@
 """The schedule of learning rate and weight decay: what Megatron's scheduler refuses, and whose counts on a resume."""
 
-import importlib.util
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from megatron_meap.errors import UsageError
+from megatron_meap.trainer import optimizers
 from megatron_meap.trainer.refusals import explained
 
 
@@ -20,8 +20,7 @@ def check(args: Namespace) -> None:
         raise UsageError("--train-iters: missing; how many steps does the run take (or --train-samples)?")
     if args.skip_train:
         return
-    if args.optimizer not in ("adam", "sgd") and importlib.util.find_spec("emerging_optimizers") is None:
-        raise UsageError(f"--optimizer {args.optimizer}: needs the package emerging-optimizers, or use adam")
+    optimizers.check(args)
     if args.lr is None:
         raise UsageError("--lr: missing; the learning rate at its highest")
     unit = "iters" if args.train_iters else "samples"

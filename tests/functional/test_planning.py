@@ -24,6 +24,7 @@ RUNS: dict[str, tuple[int, str]] = {
     "selective": (1, "--fp32 --recompute-granularity selective --recompute-modules mlp core_attn"),
     "tied": (1, "--bf16"),
     "dp2": (2, "--bf16 --use-distributed-optimizer"),
+    "muon": (1, "--bf16 --optimizer muon"),
     "tp2": (2, "--bf16 --tensor-model-parallel-size 2 --sequence-parallel"),
     "pp2": (2, "--fp32 --pipeline-model-parallel-size 2"),
     "pp2-interleaved": (2, "--bf16 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),

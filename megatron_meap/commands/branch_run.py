@@ -1,0 +1,36 @@
+"""Branch a checkpoint of a run with a constant learning rate into a run that decays (WSD), with a --save of its own.
+
+    python tools/branch_run.py runs/stable/checkpoints --at 18000 --decay 2000 --save runs/20b/checkpoints
+    torchrun ... pretrain_gpt_meap.py <the stable run's flags> @runs/20b/checkpoints/branch_flags.txt
+
+The second command trains the branch, and resumes it. It reads the data that the stable run would have read next.
+Nothing of the stable run is changed, and what it deletes later stays in the branch.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+
+def main() -> None:
+    """Make the branch, and say how it is trained."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("stable", type=Path, help="what the stable run was given as --save")
+    parser.add_argument("--at", type=int, metavar="STEP", help="where to branch (default: its newest checkpoint)")
+    parser.add_argument("--decay", type=int, required=True, metavar="STEPS", help="length of the decay")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="of the branch")
+    styles = ("linear", "cosine", "exponential", "minus_sqrt")
+    parser.add_argument("--style", choices=styles, default=styles[0], help="of the decay (default: %(default)s)")
+    parser.add_argument("--min-lr", type=float, metavar="LR", help="at its end (default: the stable run's --min-lr)")
+    flags = parser.parse_args()
+    os.environ["MEAP_DEVICE"] = "cpu"
+    from megatron_meap.backend import device
+
+    device.prepare()
+    from megatron_meap.trainer.branch import FLAGS, Branch
+
+    made = Branch(flags.stable, flags.at, flags.decay, flags.save, flags.style, flags.min_lr).make()
+    print(*made, sep="\n")
+    print(f"the branch is trained by the stable run's command with @{flags.save / FLAGS} at its end", flush=True)

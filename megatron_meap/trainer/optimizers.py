@@ -1,0 +1,62 @@
+"""Optimizers beside Adam and SGD: what Megatron would only find out once the model is built, or not at all."""
+
+from argparse import Namespace
+
+from megatron_meap.errors import UsageError
+
+_FAMILY = ("muon", "adaptive_muon")
+
+
+def check(args: Namespace) -> None:
+    """Refuse an optimizer whose package is missing, and options that it cannot have.
+
+    Args:
+        args: validated by Megatron, which has made `muon` of `dist_muon`.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    if args.optimizer in ("adam", "sgd"):
+        return
+    from megatron.core.optimizer import emerging_optimizers
+
+    asked = f"--optimizer {args.optimizer}"
+    if not emerging_optimizers.HAVE_EMERGING_OPTIMIZERS:
+        raise UsageError(
+            f"{asked}: needs the package emerging-optimizers, 0.2 or newer; install it (pip install "
+            "'megatron-meap[muon]'), or use adam"
+        )
+    if args.fp16:
+        raise UsageError(f"{asked}: Megatron has it for bf16 and 32-bit training only; drop --fp16")
+    if is_distributed(args) and not args.bf16:
+        raise UsageError(
+            f"--use-distributed-optimizer: Megatron shares out the state of {asked} in bf16 training only; drop it, or "
+            "train with --bf16"
+        )
+    if args.optimizer not in _FAMILY:
+        return
+    known = [name for name in emerging_optimizers.get_supported_coefficient_types() if name != "custom"]
+    if args.muon_coefficient_type not in known:
+        raise UsageError(f"--muon-coefficient-type {args.muon_coefficient_type}: none of {', '.join(known)}")
+    if args.muon_num_ns_steps < 1:
+        raise UsageError(f"--muon-num-ns-steps {args.muon_num_ns_steps}: must be at least 1")
+    if args.muon_fp32_matmul_prec == "low":
+        raise UsageError(
+            "--muon-fp32-matmul-prec low: PyTorch has no such precision and would take its own; use medium"
+        )
+
+
+def words(args: Namespace) -> str:
+    """The optimizer in a few words."""
+    if args.optimizer not in _FAMILY:
+        return str(args.optimizer)
+    return (
+        f"{args.optimizer} for matrices (momentum {args.muon_momentum}, {args.muon_scale_mode} scale x "
+        f"{args.muon_extra_scale_factor}), {args.muon_scalar_optimizer} for embeddings, norms and the output layer"
+    )
+
+
+def is_distributed(args: Namespace) -> bool:
+    """Whether the optimizer state of a run or checkpoint is shared out over ranks: by pieces, or Muon's by matrices."""
+    names = ("use_distributed_optimizer", "use_layer_wise_distributed_optimizer")
+    return any(getattr(args, name, False) for name in names)
