@@ -57,6 +57,11 @@ FEATURES: dict[str, tuple[str, dict[str, str]]] = {
         "--meap-objective replace --meap-mask-strategy bernoulli --meap-noised-share 0.5",
         {"pp2": "--pipeline-model-parallel-size 2", "tp2": "--tensor-model-parallel-size 2"},
     ),
+    "muon": (
+        "--optimizer muon --muon-fp32-matmul-prec high --muon-tp-mode duplicated",  # on whole matrices in every layout
+        {"dp2": "", "tp2-sp": "--tensor-model-parallel-size 2 --sequence-parallel"},
+    ),
+    "stages": ("", {"dp2": ""}),
     "hybrid": (
         f"{HYBRID} *-*-",
         {
@@ -89,6 +94,12 @@ def runs(corpus: Corpus, huggingface_folder: Path, tmp_path_factory: pytest.Temp
             data = [*data, *tokenizer, *tokens, "--fim-eod-token", "<eos>"]
         if name == "blend":
             data = [*data, "--data-path", "0.7", corpus.prefix, "0.3", corpus.second_prefix]
+        if name == "stages":  # which change within a global batch
+            listed = f"- until: 20 samples\n  blend: {{{corpus.prefix}: 1}}\n- until: 2.5k tokens\n  blend: "
+            listed += f"{{{corpus.second_prefix}: 1, {corpus.prefix}: 2}}\n- blend: {{{corpus.second_prefix}: 1}}\n"
+            (folder / "stages.yaml").write_text(listed)
+            place = data.index("--data-path")
+            data = [*data[:place], *data[place + 4 :], "--meap-data-stages", str(folder / "stages.yaml")]
         common = [*model, *schedule, *data, *flags.split(), "--data-cache-path", str(folder / "cache")]
         initial = str(folder / name)
         start = [*common, "--load", initial, "--finetune"]
@@ -100,6 +111,17 @@ def runs(corpus: Corpus, huggingface_folder: Path, tmp_path_factory: pytest.Temp
                 *start, "--tensor-model-parallel-size", "2", "--sequence-parallel",
                 "--pipeline-model-parallel-size", "2",
             ]  # fmt: skip
+        if name == "muon":  # its matrices shared out over the ranks
+            shared = [flag for flag in start if flag != "--fp32"] + ["--bf16", "--use-distributed-optimizer"]
+            kept = str(folder / "muon-shared")
+            two["muon-shared"] = [*shared, "--save", kept, "--save-interval", "4"]
+            two["muon-resumed"] = [
+                *(each for each in shared if each != "--finetune"),
+                "--load",
+                kept,
+                "--ckpt-step",
+                "4",
+            ]
         if name == "hybrid":
             # the same weights as a GPTModel's: its checkpoint continues in the hybrid one
             gpt = str(folder / "deep-for-hybrid")
@@ -143,6 +165,15 @@ def test_a_gpt_checkpoint_continues_in_a_hybrid_model(runs: dict[str, Run]) -> N
     assert sorted(continued) == [5, 6, 7, 8]
     for step in (5, 7, 8):  # Megatron's second line after a start is the mean of two steps
         assert continued[step]["lm loss"] == pytest.approx(whole[step]["lm loss"], abs=1e-4)
+
+
+def test_muon_is_resumed_exactly_with_its_matrices_shared_out(runs: dict[str, Run]) -> None:
+    whole, resumed = runs["muon-shared"], runs["muon-resumed"]
+    assert whole.losses() == pytest.approx(runs["muon"].losses(), abs=0.02)  # bf16
+    assert sorted(resumed.steps) == [5, 6, 7, 8]
+    for step in (5, 7, 8):  # Megatron's second line after a start is the mean of two steps
+        assert resumed.steps[step]["lm loss"] == whole.steps[step]["lm loss"]
+        assert resumed.steps[step]["grad norm"] == whole.steps[step]["grad norm"]
 
 
 def test_the_deprecation_of_gptmodel_stays_out_of_the_log(runs: dict[str, Run]) -> None:

@@ -17,7 +17,7 @@ def test_a_sample_and_its_copy_are_read_once(weights, samples, monkeypatch):
     def epochs(train_samples: int, copy_weight: float | None) -> list[str] | None:
         args = Namespace(
             train_samples=train_samples, seq_length=10, meap_copy_weight=copy_weight, mid_level_dataset_surplus=0.005,
-            phase_transition_iterations=None, split=None,
+            phase_transition_iterations=None, split=None, meap_data_stages=None,
         )  # fmt: skip
         return data_record._all_epochs(args, prefixes, weights)
 
