@@ -30,6 +30,7 @@ PAPER = {
 RECIPES = {
     **{f"paper-{size}": ("paper.sh", {"SIZE": size}) for size in PAPER},
     "paper-0.1b-ntp": ("paper.sh", {"SIZE": "0.1b", "MASK_RATIO": "0"}),
+    "paper-wsd": ("paper_wsd.sh", {"SIZE": "0.1b", "STEPS": "100", "OPTIMIZER": "muon"}),
     "llama-7b": ("llama_7b.sh", {}),
     "llama-70b": ("llama_70b.sh", {}),
     "long-context": ("long_context.sh", {"CHECKPOINT": "checkpoints"}),
@@ -193,6 +194,23 @@ def test_the_study_s_grids_can_be_run(results: dict) -> None:
         assert [args[name] for name in shape] == [paper[name] for name in shape]
 
 
+def test_branches_of_the_papers_budgets(desk: Desk, results: dict) -> None:
+    """The stable run keeps what is branched from; a branch is made first, and then takes its own flags."""
+    stable = desk.asked("paper_wsd.sh", "--dry-run")["command"]
+    asked = {flag: stable[len(stable) - stable[::-1].index(flag)] for flag in stable if flag.startswith("--meap-")}
+    assert (asked["--meap-keep-every"], asked["--meap-data-samples"]) == ("18000", str(60000 * 256))
+    assert stable[-1] != "--dry-run"
+    assert "muon for matrices (momentum 0.95, spectral scale x 0.2), adam for" in results["paper-wsd"]["output"]
+    assert "0.0004 to 4e-05, constant" in results["paper-wsd"]["output"]
+    missing = desk.run("paper_wsd.sh", BUDGET="40", **desk.data)
+    tool = "tools/branch_run.py runs/paper-wsd-1.1b-meap/checkpoints --at 36000 --decay 4000 --save $RUN"
+    assert tool.replace("$RUN", "runs/paper-wsd-1.1b-meap-40b/checkpoints") in missing.stderr
+    (desk.folder / "branch" / "checkpoints").mkdir(parents=True)
+    flags = desk.folder / "branch" / "checkpoints" / "branch_flags.txt"
+    flags.write_text("--train-iters 40000\n")
+    assert f"@{flags}" in desk.asked("paper_wsd.sh", "--dry-run", BUDGET="40", RUN=str(flags.parent.parent))["command"]
+
+
 def test_big_recipes_have_their_layouts(results: dict) -> None:
     args = results["llama-70b"]["args"]
     parts = ("tensor", "pipeline", "context")
@@ -273,6 +291,7 @@ def test_plan_goes_to_the_tool(desk: Desk) -> None:
     [
         ("paper.sh", {}, "error: TOKENIZER is not set"),
         ("paper.sh", {"TOKENIZER": "t.model"}, "error: DATA is not set"),
+        ("paper_wsd.sh", {"BUDGET": "30"}, "error: BUDGET=30: must be 20, 40 or 60"),
         ("paper.sh", {"SIZE": "2b"}, "error: SIZE=2b: the paper's sizes are"),
         ("paper.sh", {"TOKENIZER": "t.model", "DATA": "d"}, "has 0 GPUs, the recipe wants GPUS_PER_NODE=8"),
         (
