@@ -62,7 +62,7 @@ def test_a_branch_is_a_run_that_decays_from_the_start(flags: list[str], tmp_path
             assert ours[step][value] == theirs[step][value], (step, value)
     rates = [ours[step]["learning rate"] for step in sorted(ours)]
     assert rates == [theirs[step]["learning rate"] for step in sorted(ours)]
-    assert rates == pytest.approx([1e-3 - (1e-3 - 1e-5) * passed / DECAY for passed in range(DECAY)], rel=1e-4)
+    assert rates == pytest.approx([1e-3 - (1e-3 - 1e-5) * passed / DECAY for passed in range(1, DECAY + 1)], rel=1e-4)
     ends = [open_checkpoint(folder) for folder in (branch, whole)]
     assert [end.iteration for end in ends] == [END, END]
     for name in ends[0].weights():
