@@ -98,7 +98,7 @@ class Streams:
         """Which data it is, and what is masked of it."""
         args = self.args
         what = "answer tokens" if args.meap_sft else "input tokens"
-        names = args.data_path or args.train_data_path or [args.data_args_path or "mock data"]
+        names = args.data_path or args.train_data_path or [args.data_args_path or args.meap_data_stages or "mock data"]
         return f"{' '.join(names)}: {MaskSettings.of(args).words(what)}"
 
 

@@ -1,6 +1,7 @@
 """Staged data: every sample in its stage and its share, none twice, each a function of its index alone."""
 
 import itertools
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from megatron.core.tokenizers import MegatronTokenizer
 from megatron_meap.errors import UsageError
 from megatron_meap.trainer import stages
 from megatron_meap.trainer.documents import GPTDataset
+from megatron_meap.trainer.record import Verdict, differences
 from megatron_meap.trainer.stages import Stage
 from tests.conftest import Corpus
+from tests.launch import MODEL, TRAINING
+from tests.sft import prepare
 
 LENGTH, DOCUMENTS, DOCUMENT = 8, 60, 100
 EPOCH = (DOCUMENTS * DOCUMENT - 1) // LENGTH
@@ -85,6 +89,27 @@ def test_stages(folder: Path, config: GPTDatasetConfig, plan, open_end: bool, se
         mine = [samples[index] for index in range(total) if first[index] // 10_000 == number]
         alone = stages.build(GPTDataset, [Stage(None, {str(folder / name): 1.0})], EPOCH - 20, config, lambda: True)
         assert mine == [alone[index]["tokens"].tolist() for index in range(len(mine))]
+
+
+def test_other_stages_are_another_run(corpus: Corpus, tmp_path: Path) -> None:
+    """Than that of a checkpoint; where the same data lies does not matter."""
+    tokenizer = corpus.data_flags[: corpus.data_flags.index("--data-path")]
+    for suffix in (".bin", ".idx"):
+        shutil.copy(corpus.prefix + suffix, tmp_path / f"moved{suffix}")
+
+    def run(until: str, prefix: str) -> Namespace:
+        listed = f"- {{until: {until}, blend: {{{prefix}: 1}}}}\n- blend: {{{corpus.second_prefix}: 2, {prefix}: 1}}\n"
+        (tmp_path / "stages.yaml").write_text(listed)
+        cache = ["--data-cache-path", str(tmp_path / "cache"), "--meap-data-stages", str(tmp_path / "stages.yaml")]
+        return prepare(*MODEL, *TRAINING, *tokenizer, *cache)
+
+    saved = run("80 samples", corpus.prefix)
+    assert list(differences(saved, run("5.12k tokens", str(tmp_path / "moved")))) == []
+    ((verdict, said),) = differences(saved, run("88 samples", corpus.prefix))
+    assert verdict is Verdict.REFUSED
+    assert said.startswith(
+        "the stages of the training data until sample 80 of the data: 1 of dataset 1, until sample the"
+    )
 
 
 def read(text: str, path: Path, copies: float | None = None) -> list[Stage]:
