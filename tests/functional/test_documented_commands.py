@@ -56,12 +56,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (programs / name).chmod(0o755)
     (programs / "nvidia-smi").write_text("#!/bin/sh\nprintf 'GPU\\n%.0s' 1 2 3 4 5 6 7 8\n")
     (programs / "activate").write_text(f"PATH={programs}:$PATH\n")
-    for name in ("runs/demo", "checkpoints/llama", "data"):
+    for name in ("runs/demo", "runs/20b/checkpoints", "checkpoints/llama", "data"):
         (folder / name).mkdir(parents=True)
     for name in ("tokenizer.model", "train_text_document.bin", "train_text_document.idx"):
         (folder / "runs" / "demo" / name).touch()
         (folder / "data" / name).touch()
     (folder / "checkpoints/llama/megatron_flags.txt").write_text(" ".join(MODEL))
+    (folder / "runs/20b/checkpoints/branch_flags.txt").write_text("--train-iters 20000")
     return folder
 
 
