@@ -1,6 +1,6 @@
-# make demo · make study-small · make test · make lint: the first use creates .venv and installs the project there.
+# make demo · make study-small · make test · make bench · make lint: the first use creates .venv and installs the project there.
 
-.PHONY: demo study-small test test-all te lint clean
+.PHONY: demo study-small test test-all bench te lint clean
 .DEFAULT_GOAL := demo
 
 # Python >= 3.12 (megatron-core's own requirement): the first candidate that works. Override: make PYTHON=/path/to/python
@@ -39,6 +39,10 @@ test: .venv/installed
 
 test-all: .venv/installed
 	.venv/bin/python -m pytest -m ""
+
+# Every benchmark that this machine allows (BENCH="--only start").
+bench: .venv/installed
+	.venv/bin/python benchmarks/bench.py $(BENCH)
 
 # Transformer Engine, built without a GPU into an environment of its own, and its tests (docs/cluster.md).
 .venv-te/installed: .venv/installed tools/build_te.sh

@@ -13,6 +13,9 @@ a ratio is the median over the rounds of "its time / our time in that round".
 - hugging face: `LlamaForCausalLM` with SDPA and PyTorch's fused AdamW. In bf16 its weights are bf16 without an fp32
   master copy, which is its fastest setting, not the one to train with: it does less work than Megatron.
 - hf autocast (with `--autocast`): fp32 weights under bf16 autocast, the setting with master weights like Megatron's.
+- plain: a Llama in plain PyTorch (`plain.py`) with bf16 weights and fused AdamW, as hugging face.
+- with `--compile`, `hf compiled` and `plain compiled`: the same two under `torch.compile` (it needs a C++ compiler, and
+  minutes before the first step). The strongest thing that one would use instead.
 - stock: Megatron's own local layers (`transformer_layer_spec` None), as the CPU adaptation alone runs them.
 
 Share of peak: matrix FLOPs of the model (causal attention counted once) over the fastest matrix product measured here.
@@ -35,6 +38,8 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import torch  # noqa: E402
+from plain import Plain  # noqa: E402
+from results import record  # noqa: E402
 from trainer import SHAPE, Trainer, flags, random_batches  # noqa: E402
 
 from megatron_meap.backend.peak import matrix_peak  # noqa: E402
@@ -43,7 +48,8 @@ from megatron_meap.backend.peak import matrix_peak  # noqa: E402
 def main() -> None:
     """Measure every shape and print a table for each."""
     args = parse_arguments()
-    contenders = ["ours", "hugging face", *(["hf autocast"] if args.autocast and not args.fp32 else []), "stock"]
+    contenders = ["ours", "hugging face", *(["hf autocast"] if args.autocast and not args.fp32 else []), "plain"]
+    contenders += [*(["hf compiled", "plain compiled"] if args.compile else []), "stock"]
     torch.set_num_threads(args.threads)
     peaks = {dtype: 1e-9 * matrix_peak(dtype, cpu=True) for dtype in (torch.float32, torch.bfloat16)}
     print(
@@ -62,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=["8x512", "2x2048"], metavar="BATCHxLENGTH")
     parser.add_argument("--fp32", action="store_true", help="32-bit floats in place of bf16")
     parser.add_argument("--autocast", action="store_true", help="also Hugging Face under autocast")
+    parser.add_argument("--compile", action="store_true", help="also the peers under torch.compile")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each contender (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default: all cores)")
     parser.add_argument("--cpu-time", action="store_true", help="count processor time, not wall time")
@@ -103,7 +110,7 @@ def contender(name: str, batch: int, length: int, args: argparse.Namespace, pipe
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.cpu_time else time.perf_counter
     try:
-        build = megatron_step if name in ("ours", "stock") else hugging_face_step
+        build = megatron_step if name in ("ours", "stock") else pytorch_step
         step = build(name, batch, length, args)
         pipe.send("built")
         while pipe.recv() == "step":
@@ -130,11 +137,36 @@ def megatron_step(name: str, batch: int, length: int, args: argparse.Namespace) 
     return lambda: trainer.step(batches)
 
 
-def hugging_face_step(name: str, batch: int, length: int, args: argparse.Namespace) -> Callable[[], Any]:
-    """A plain PyTorch training step of `LlamaForCausalLM`."""
+def pytorch_step(name: str, batch: int, length: int, args: argparse.Namespace) -> Callable[[], Any]:
+    """A plain PyTorch training step of `LlamaForCausalLM`, or of the model in `plain.py`."""
+    autocast = name == "hf autocast"
+    model = Plain(length) if name.startswith("plain") else hugging_face(length)
+    model = model.to(torch.float32 if args.fp32 or autocast else torch.bfloat16).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+    batches = random_batches(batch, length)
+    if name.endswith("compiled"):
+        model.compile(dynamic=False)
+
+    def step() -> float:
+        data = next(batches)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            if isinstance(model, Plain):
+                loss = model(data["tokens"], data["labels"])
+            else:
+                loss = model(input_ids=data["tokens"], labels=data["labels"], shift_labels=data["labels"]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def hugging_face(length: int) -> torch.nn.Module:
+    """`LlamaForCausalLM` of our shape, with PyTorch's attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    autocast = name == "hf autocast"
     config = LlamaConfig(
         vocab_size=SHAPE["vocabulary"],
         hidden_size=SHAPE["hidden"],
@@ -147,21 +179,7 @@ def hugging_face_step(name: str, batch: int, length: int, args: argparse.Namespa
         use_cache=False,
     )
     config._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(config).to(torch.float32 if args.fp32 or autocast else torch.bfloat16).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
-    batches = random_batches(batch, length)
-
-    def step() -> float:
-        data = next(batches)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(input_ids=data["tokens"], labels=data["labels"], shift_labels=data["labels"]).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
+    return LlamaForCausalLM(config)
 
 
 def print_table(batch: int, length: int, times: dict[str, list[float]], peak: float, precision: str) -> None:
@@ -170,7 +188,10 @@ def print_table(batch: int, length: int, times: dict[str, list[float]], peak: fl
     print(f"{'':14}{'ms/step':>9}{'tokens/s':>10}{'of peak':>9}{'ours is':>10}")
     for name, each in times.items():
         seconds = statistics.median(each)
-        ratio = statistics.median(theirs / own for theirs, own in zip(each, times["ours"], strict=True))
+        ratios = [theirs / own for theirs, own in zip(each, times["ours"], strict=True)]
+        ratio = statistics.median(ratios)
+        if name != "ours":
+            record(f"training step, {batch} x {length}, {precision}: time of {name} / ours", ratios, "x")
         share = 1e-9 * flops(batch, length) / seconds / peak
         print(f"{name:14}{1000 * seconds:9.0f}{batch * length / seconds:10.0f}{share:9.0%}{ratio:9.2f}x")
 

@@ -34,6 +34,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from results import record  # noqa: E402
 from trainer import SHAPE, Trainer, flags  # noqa: E402
 
 RATIO = 0.15
@@ -57,10 +58,13 @@ def main() -> None:
         clean, masked = (step(trainer, side, ratio) for side, ratio in zip(short, (0.0, RATIO), strict=True))
         steps = compare(clean, masked, args.rounds, time.process_time)
         print(f"training step: {describe(steps)} (target: at most 1.01)")
+        record("training step, masking / none", [masked / without for without, masked in steps], "x")
         for workers in {0, args.workers}:
             clean, masked = (reading(side, args.samples, workers) for side in long)
             reads = compare(clean, masked, args.rounds, time.perf_counter if workers else time.process_time)
-            share = statistics.median(without / masked for without, masked in reads)
+            shares = [without / masked for without, masked in reads]
+            share = statistics.median(shares)
+            record(f"samples/s with {workers} data workers, masking / none", shares, "x")
             print(
                 f"reading {args.samples} samples, {workers} workers: {describe(reads)}; "
                 f"{share:.3f} of the samples/s (target: at least 0.97)"
@@ -68,6 +72,7 @@ def main() -> None:
         print(f"noising a sample of {LENGTH:,} tokens (target: at most 40 us):")
         for name, seconds in objectives(Path(folder), args.rounds):
             print(f"  {name:<12}{1e6 * seconds:6.1f} us")
+            record(f"noising a sample of {LENGTH:,} tokens, {name}", [1e6 * seconds], "us")
 
 
 def write_corpus(folder: Path, tokens: int) -> str:

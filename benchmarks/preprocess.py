@@ -27,6 +27,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
+from results import record  # noqa: E402
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 OURS = "megatron-meap"
 
@@ -108,6 +112,8 @@ def main() -> None:
     for name, tool in tools.items():
         print(f"{name}: peak {max(tool.peak_mb):.0f} MB", end="")
         if name != OURS:
+            pairs = zip(tool.processor_seconds, ours.processor_seconds, strict=True)
+            record(f"preprocessing, {size:.0f} MB: processor time of {name} / ours", [a / b for a, b in pairs], "x")
             print(f"; to ours: {ratio(tool.seconds, ours.seconds):.2f} times the time,", end=" ")
             print(f"{ratio(tool.processor_seconds, ours.processor_seconds):.2f} times the processor time", end="")
         print()

@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
+from results import record  # noqa: E402
 from trainer import Trainer, random_batches  # noqa: E402
 
 VOCABULARY = 4096
@@ -51,7 +52,9 @@ def main() -> None:
             for _ in range(args.rounds + 2)
         ][2:]
     step, probing = (1000 * statistics.median(side) for side in zip(*times, strict=True))
-    share = statistics.median(probing / step for step, probing in times) / args.interval
+    shares = [probing / step / args.interval for step, probing in times]
+    share = statistics.median(shares)
+    record(f"retrieval probe every {args.interval} steps, of the training time", [100 * each for each in shares], "%")
     print(
         f"training step: {step:.1f} ms, probe: {probing:.1f} ms, {100 * share:.2f} % of the training time every "
         f"{args.interval} steps (target: below 1 %)"

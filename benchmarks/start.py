@@ -3,7 +3,7 @@
     python benchmarks/start.py                           # one and two processes
     python benchmarks/start.py --against CHECKOUT        # beside another version of this project, taking turns
 
-A small model (that of the quickstart) on a corpus of random tokens and a SentencePiece tokenizer, both made here. Each
+A small model (that of the quickstart) on this machine's own Python as text, with a SentencePiece tokenizer. Each
 start is a command of its own, alone or under torchrun; the parts are those of rank 0:
 
 - launch: from the command to the first line of the script (torchrun imports PyTorch before it starts the ranks)
@@ -18,9 +18,6 @@ does not depend on other work on the machine. Medians over the rounds; a ratio i
 """
 
 import argparse
-import functools
-import importlib.abc
-import importlib.machinery
 import json
 import os
 import statistics
@@ -28,9 +25,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
+import watch  # noqa: E402
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -51,7 +52,6 @@ def main() -> None:
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another version of this project")
     parser.add_argument("--rounds", type=int, default=5, help="starts of each (default: %(default)s)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
-    parser.add_argument("--json", type=Path, help="write all measurements to this file")
     args = parser.parse_args()
     versions = {"here": HERE} | ({"there": args.against.resolve()} if args.against else {})
     found: dict[str, list[dict[str, Any]]] = {}
@@ -63,9 +63,9 @@ def main() -> None:
                     measured = start(checkout, processes, data, Path(folder) / "parts.json")
                     found.setdefault(f"{processes} {name}", []).extend([measured] if turn else [])
     for processes in args.processes:
-        print_table(processes, [found[f"{processes} {name}"] for name in versions], list(versions))
-    if args.json:
-        args.json.write_text(json.dumps(found))
+        measured_here = [found[f"{processes} {name}"] for name in versions]
+        print_table(processes, measured_here, list(versions))
+        _record(processes, list(versions), measured_here)
 
 
 def make_data(folder: Path) -> list[str]:
@@ -122,38 +122,40 @@ def print_table(processes: int, found: list[list[dict[str, Any]]], names: list[s
             print(f"{kind} time here / there: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
+def _record(processes: int, names: list[str], found: list[list[dict[str, Any]]]) -> None:
+    from results import record  # it imports PyTorch, which a rank shall do by itself
+
+    kind = "1 process" if processes == 1 else f"{processes} processes under torchrun"
+    for name, rounds in zip(names, found, strict=True):
+        for which, time_of in enumerate(("wall", "processor")):
+            record(f"start, {kind}, {name}: {time_of} time", [each["until then"][which] for each in rounds], "s")
+    if len(found) == 2:
+        ratios = [a["until then"][1] / b["until then"][1] for a, b in zip(*found, strict=True)]
+        record(f"start, {kind}: processor time here / there", ratios, "x")
+
+
 def _median(rounds: list[dict[str, Any]]) -> float:
     return statistics.median(each["processor time of all processes, whole run"] for each in rounds)
 
 
-class Watch(importlib.abc.MetaPathFinder):
-    """Follows the program itself, from outside: what it imports and calls ends one part and begins the next."""
+class Watch:
+    """Follows the program: what it calls ends one part and begins the next."""
 
     def __init__(self) -> None:
         self.parts = {part: [0.0, 0.0] for part in PARTS}
         self.last = [float(os.environ["START_AT"]), 0.0]
 
-    def ended(self, part: str) -> None:
+    def ended(self, part: str | None) -> None:
         """All since the last call was this part."""
+        if part is None:
+            return
         now = [time.time(), time.process_time()]
-        self.parts[part] = [
-            before + new - old for before, new, old in zip(self.parts[part], now, self.last, strict=True)
-        ]
+        for which in range(2):
+            self.parts[part][which] += now[which] - self.last[which]
         self.last = now
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Once the last module is imported, put marks around the functions in which the parts end."""
-        if name != "megatron_meap.trainer.run":
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        load = spec.loader.exec_module  # type: ignore[union-attr]
-
-        def load_and_mark(module: Any) -> None:
-            load(module)
-            self.mark(module)
-
-        spec.loader.exec_module = load_and_mark  # type: ignore[union-attr, method-assign]
-        return spec
+        if part == PARTS[-1] and watch.is_first_rank():
+            total = [sum(each[which] for each in self.parts.values()) for which in range(2)]
+            Path(os.environ["START_PARTS"]).write_text(json.dumps(self.parts | {"until then": total}))
 
     def mark(self, run: Any) -> None:
         """The functions, each with the part that ends before it and the one that it is."""
@@ -170,38 +172,14 @@ class Watch(importlib.abc.MetaPathFinder):
             (training, "train_step", "data", "first step"),
         ]
         for owner, name, before, part in marks:
-            setattr(owner, name, self.around(getattr(owner, name), before, part))
-
-    def around(self, function: Callable, before: str, part: str | None) -> Callable:
-        """The function between two marks."""
-
-        @functools.wraps(function)
-        def marked(*args: Any, **kwargs: Any) -> Any:
-            self.ended(before)
-            result = function(*args, **kwargs)
-            if part is not None:
-                self.ended(part)
-            if part == PARTS[-1] and os.environ.get("RANK", "0") == "0":
-                self.write()
-            return result
-
-        return marked
-
-    def write(self) -> None:
-        """The parts and their sum, as JSON."""
-        total = [sum(each[which] for each in self.parts.values()) for which in range(2)]
-        Path(os.environ["START_PARTS"]).write_text(json.dumps(self.parts | {"until then": total}))
+            watch.around(owner, name, partial(self.ended, before), partial(self.ended, part))
 
 
 def rank() -> None:
-    """In a started process: `pretrain_gpt_meap.py`, watched."""
-    watch = Watch()
-    watch.ended("launch")
-    sys.meta_path.insert(0, watch)
-    from megatron_meap.errors import run
-    from megatron_meap.pretrain import main as pretrain
-
-    run(pretrain)
+    """In a started process: the program, watched."""
+    watched = Watch()
+    watched.ended("launch")
+    watch.pretrain(watched.mark)
 
 
 if __name__ == "__main__":

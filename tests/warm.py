@@ -22,9 +22,10 @@ from typing import IO
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-_SERVER = multiprocessing.get_context("forkserver")
+SERVER = multiprocessing.get_context("forkserver")
+"""Gives processes that have imported all that; for functions as well as for programs."""
 _IMPORTS = "tests.warm_imports"
-_SERVER.set_forkserver_preload([_IMPORTS])
+SERVER.set_forkserver_preload([_IMPORTS])
 
 
 def _become(command: Sequence[str], environment: Mapping[str, str], cwd: str, outputs: Sequence[str]) -> None:
@@ -52,7 +53,7 @@ def _become(command: Sequence[str], environment: Mapping[str, str], cwd: str, ou
 def start(command: Sequence[str], environment: Mapping[str, str], cwd: str | Path, outputs: Sequence[IO[str]]):
     """Start a script with its arguments, its output appended to these files; returns a `multiprocessing` process."""
     names = [each.name for each in outputs]
-    process = _SERVER.Process(target=_become, args=(list(command), dict(environment), str(cwd), names))
+    process = SERVER.Process(target=_become, args=(list(command), dict(environment), str(cwd), names))
     process.start()
     return process
 

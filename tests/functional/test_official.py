@@ -2,11 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.launch import REPOSITORY, environment
 
 HIDDEN, LAYERS = 384, 6
@@ -40,24 +40,28 @@ print("found: " + json.dumps(found))
 """
 
 
-def look(*flags: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(REPOSITORY / "benchmarks"), *flags],
-        env=environment(), cwd=REPOSITORY, text=True, capture_output=True, timeout=200,
-    )  # fmt: skip
+def look(folder: Path, *flags: str) -> dict:
+    (script := folder / "look.py").write_text(SCRIPT)
+    done = warm.run([str(script), str(REPOSITORY / "benchmarks"), *flags], environment(), timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("found: ")[-1])
 
 
 @pytest.fixture(scope="module")
-def official() -> dict:
-    return look("--meap-official-init", "--meap-decay-all-parameters", "--weight-decay", "0.05")
+def official(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return look(
+        tmp_path_factory.mktemp("official"),
+        "--meap-official-init",
+        "--meap-decay-all-parameters",
+        "--weight-decay",
+        "0.05",
+    )
 
 
 @pytest.fixture(scope="module")
-def megatrons() -> dict:
+def megatrons(tmp_path_factory: pytest.TempPathFactory) -> dict:
     full = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
-    return look("--init-method-std", str(math.sqrt(2 / (5 * HIDDEN))), *full)
+    return look(tmp_path_factory.mktemp("megatrons"), "--init-method-std", str(math.sqrt(2 / (5 * HIDDEN))), *full)
 
 
 def test_initialisation(official: dict, megatrons: dict) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_meap.backend import device
+from tests import warm
 
 device.prepare()
 
@@ -414,10 +415,9 @@ def _columns_of_the_vocabulary(rank: int, port: int, results) -> None:
 
 
 def test_cross_entropy_over_two_ranks():
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
+    results = warm.SERVER.Queue()
     port = free_port()
-    ranks = [context.Process(target=_columns_of_the_vocabulary, args=(rank, port, results)) for rank in (0, 1)]
+    ranks = [warm.SERVER.Process(target=_columns_of_the_vocabulary, args=(rank, port, results)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
     found = sorted(results.get(timeout=120) for _ in ranks)

@@ -1,0 +1,179 @@
+"""Checkpoints: how long a save holds up the training, in the foreground and in the background; how long a load takes.
+
+    python benchmarks/checkpoint.py                  # the quickstart's model, and one whose checkpoint has 1 GB
+    python benchmarks/checkpoint.py --sizes small --rounds 2
+
+Every run is `pretrain_gpt_meap.py` on one process, which saves three times with some steps in between, hashes included;
+then it resumes. In turns: saving in the foreground, and with `--async-save`.
+
+- stall: what the loop of training waits for a save. The first one in the background starts the process that saves.
+- hashes: what of that the hashes take (in the background the saving process has them)
+- until it counts: from the beginning of a save until the checkpoint is complete and named as the newest
+- load: reading the checkpoint back, its hashes verified
+- steps beside: a step while a save goes on in the background, in the time of one without
+
+Wall time, medians; memory is the peak of the training process.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import watch  # noqa: E402
+
+SIZES = {
+    "small": "--num-layers 4 --hidden-size 256 --ffn-hidden-size 704 --num-attention-heads 4",
+    "1 GB": "--num-layers 8 --hidden-size 768 --ffn-hidden-size 2048 --num-attention-heads 12",
+}
+"""The quickstart's model with 5 million parameters, and one with 69 million, of 14 bytes each."""
+
+FLAGS = (
+    "--seq-length 128 --max-position-embeddings 128 --position-embedding-type rope --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --bf16 "
+    "--tokenizer-type NullTokenizer --vocab-size 8000 --mock-data --num-workers 0 --micro-batch-size 1 "
+    "--global-batch-size 1 --lr 1e-4 --log-interval 1 --eval-iters 0 --meap-mask-ratio 0.15 "
+    "--train-iters 24 --save-interval 8"
+)
+RESUMED = ["--train-iters", "25", "--save-interval", "100", "--override-opt_param-scheduler"]
+WAYS = {"foreground": [], "background": ["--async-save"]}
+
+
+def main() -> None:
+    """Measure every size in every way, in turns, and print a table for each size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="(default: both)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each way (default: %(default)s)")
+    args = parser.parse_args()
+    for size in args.sizes:
+        found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+        for _ in range(args.rounds):
+            for way, flags in WAYS.items():
+                found[way].append(measure(size, flags))
+        print_table(size, found)
+
+
+def measure(size: str, flags: list[str]) -> dict[str, Any]:
+    """What one run that saves and one that resumes from it have told."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = [Path(folder) / name for name in ("saved.json", "loaded.json")]
+        command = [sys.executable, __file__, *SIZES[size].split(), *FLAGS.split(), *flags]
+        command += ["--save", f"{folder}/checkpoints", "--load", f"{folder}/checkpoints"]
+        for file, more in zip(told, ([], RESUMED), strict=True):
+            environment = os.environ | {"CHECKPOINT_TOLD": str(file), "MEAP_DEVICE": "cpu", "MEAP_CPU_THREADS": "1"}
+            done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
+        saved, loaded = (json.loads(file.read_text()) for file in told)
+        files = [each for each in Path(folder, "checkpoints").glob("iter_0000024/**/*") if each.is_file()]
+        return saved | {"load": loaded["load"], "bytes": sum(each.stat().st_size for each in files)}
+
+
+class Watch:
+    """Follows the program: when it saves, steps and loads, and when a save is done."""
+
+    def __init__(self) -> None:
+        self.began: dict[str, float] = {}
+        self.spans: dict[str, list[tuple[float, float]]] = {"save": [], "step": [], "load": [], "hash": []}
+        self.complete: list[float] = []
+        threading.Thread(target=self.see_completions, daemon=True).start()
+
+    def see_completions(self) -> None:
+        """Note when the file that names the newest checkpoint changes."""
+        pointer = Path(sys.argv[sys.argv.index("--save") + 1], "latest_checkpointed_iteration.txt")
+        seen = None
+        while True:
+            now = pointer.stat().st_mtime_ns if pointer.exists() else None
+            if now != seen:
+                self.complete.append(time.time())
+                seen = now
+            time.sleep(0.005)
+
+    def begin(self, what: str) -> None:
+        """It begins."""
+        self.began[what] = time.time()
+
+    def end(self, what: str) -> None:
+        """It has ended."""
+        self.spans[what].append((self.began[what], time.time()))
+
+    def mark(self, run: Any) -> None:
+        """The functions of Megatron's."""
+        from megatron.training import training
+
+        from megatron_meap.checkpoint import integrity
+
+        for what, owner, name in (
+            ("save", training, "save_checkpoint_and_time"),
+            ("step", training, "train_step"),
+            ("load", training, "load_checkpoint"),
+            ("hash", integrity, "hash_files"),
+        ):
+            watch.around(owner, name, partial(self.begin, what), partial(self.end, what))
+
+    def told(self) -> dict[str, Any]:
+        """Seconds of each save, step and load."""
+        seconds = {what: [end - begin for begin, end in spans] for what, spans in self.spans.items()}
+        saves = [begin for begin, _ in self.spans["save"]]
+        counts = [min(end for end in self.complete if end > begin) - begin for begin in saves]
+        during = [
+            any(begin < saved + counted and end > saved for saved, counted in zip(saves, counts, strict=True))
+            for begin, end in self.spans["step"]
+        ]
+        steps = list(zip(seconds["step"], during, strict=True))[1:]
+        return {
+            "first stall": seconds["save"][:1],
+            "stall": seconds["save"][1:],
+            "hashes": [
+                sum(end - begin for begin, end in self.spans["hash"] if start <= begin < finish)
+                for start, finish in self.spans["save"][1:]
+            ],
+            "until it counts": counts[1:],
+            "step": [took for took, beside in steps if not beside],
+            "step beside": [took for took, beside in steps if beside],
+            "load": sum(seconds["load"]),
+            "memory": watch.peak_memory(),
+        }
+
+
+def print_table(size: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    """A line for each way."""
+    from results import record
+
+    first = next(iter(found.values()))[0]
+    print(f"\n{size} model: {first['bytes'] / 1e6:.0f} MB a checkpoint, {len(first)} rounds; seconds, medians")
+    columns = ("first stall", "stall", "hashes", "until it counts", "step", "step beside")
+    print(f"{'':16}" + "".join(f"{name:>16}" for name in columns) + f"{'load':>8}{'memory MB':>11}")
+    for way, rounds in found.items():
+        line = f"{way:16}"
+        for name in columns:
+            values = [value for each in rounds for value in each[name]]
+            line += f"{statistics.median(values):16.3f}" if values else f"{'-':>16}"
+            if values and name in ("stall", "until it counts"):
+                record(f"checkpoint of {first['bytes'] / 1e6:.0f} MB, {way}: {name}", values, "s")
+        loads, memory = ([each[name] for each in rounds] for name in ("load", "memory"))
+        record(f"checkpoint of {first['bytes'] / 1e6:.0f} MB, {way}: load", loads, "s")
+        print(f"{line}{statistics.median(loads):8.2f}{statistics.median(memory):11.0f}")
+
+
+def rank() -> None:
+    """In a started process: the program, watched."""
+    watched = Watch()
+    try:
+        watch.pretrain(watched.mark)
+    finally:
+        Path(os.environ["CHECKPOINT_TOLD"]).write_text(json.dumps(watched.told()))
+
+
+if __name__ == "__main__":
+    rank() if "CHECKPOINT_TOLD" in os.environ else main()

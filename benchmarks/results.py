@@ -1,0 +1,53 @@
+"""What a benchmark found, for `make bench`: medians with their spread, and the machine that they come from."""
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def record(what: str, values: list[float], unit: str) -> None:
+    """Append a figure to the file that `make bench` names in $BENCH_RESULTS; without it do nothing."""
+    if (file := os.environ.get("BENCH_RESULTS")) is None:
+        return
+    command = f"benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()
+    found = {"what": what, "median": statistics.median(values), "low": min(values), "high": max(values), "unit": unit}
+    with open(file, "a") as results:
+        results.write(json.dumps(found | {"rounds": len(values), "command": command} | machine()) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """Where and when a figure is measured."""
+    with open("/proc/cpuinfo") as lines:
+        names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    units = [name for name, there in (("AVX512_BF16", torch.cpu._is_avx512_bf16_supported()),
+                                      ("AMX", torch.cpu._is_amx_tile_supported())) if there]  # fmt: skip
+    cores = len(os.sched_getaffinity(0))
+    load = os.getloadavg()[0]
+    return {
+        "machine": f"{', '.join(names) or platform.machine()}, {cores} cores, {' and '.join(units) or 'no bf16 units'}",
+        "load": round(load, 1),
+        "date": str(date.today()),
+        "torch": torch.__version__,
+    }
+
+
+def table(file: Path) -> str:
+    """The figures of a file as one Markdown table."""
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = ["| what | median | spread | rounds | command |", "|---|---|---|---|---|"]
+    for each in found:
+        middle, low, high = (f"{each[name]:.3g}" for name in ("median", "low", "high"))
+        command = f"`{each['command']}`"
+        lines.append(f"| {each['what']} | {middle} {each['unit']} | {low} to {high} | {each['rounds']} | {command} |")
+    places = sorted({f"{each['machine']}; {each['date']}; PyTorch {each['torch']}" for each in found})
+    loads = [each["load"] for each in found]
+    told = f"Load (jobs that want a core) while measuring: {min(loads)} to {max(loads)}." if loads else ""
+    return "\n".join([*lines, "", *places, told])
