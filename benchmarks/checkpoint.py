@@ -45,7 +45,7 @@ FLAGS = (
     "--global-batch-size 1 --lr 1e-4 --log-interval 1 --eval-iters 0 --meap-mask-ratio 0.15 "
     "--train-iters 24 --save-interval 8"
 )
-RESUMED = ["--train-iters", "25", "--save-interval", "100", "--override-opt_param-scheduler"]
+RESUMED = ["--train-iters", "25", "--override-opt_param-scheduler"]
 WAYS = {"foreground": [], "background": ["--async-save"]}
 
 
@@ -68,8 +68,8 @@ def measure(size: str, flags: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         told = [Path(folder) / name for name in ("saved.json", "loaded.json")]
         command = [sys.executable, __file__, *SIZES[size].split(), *FLAGS.split(), *flags]
-        command += ["--save", f"{folder}/checkpoints", "--load", f"{folder}/checkpoints"]
-        for file, more in zip(told, ([], RESUMED), strict=True):
+        command += ["--load", f"{folder}/checkpoints"]
+        for file, more in zip(told, (["--save", f"{folder}/checkpoints"], RESUMED), strict=True):
             environment = os.environ | {"CHECKPOINT_TOLD": str(file), "MEAP_DEVICE": "cpu", "MEAP_CPU_THREADS": "1"}
             done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
             if done.returncode:
@@ -90,7 +90,7 @@ class Watch:
 
     def see_completions(self) -> None:
         """Note when the file that names the newest checkpoint changes."""
-        pointer = Path(sys.argv[sys.argv.index("--save") + 1], "latest_checkpointed_iteration.txt")
+        pointer = Path(sys.argv[sys.argv.index("--load") + 1], "latest_checkpointed_iteration.txt")
         seen = None
         while True:
             now = pointer.stat().st_mtime_ns if pointer.exists() else None
