@@ -55,13 +55,18 @@ def recognise(name: str, head: bytes, *, asked: Kind | None = None, default: Kin
     Raises:
         UsageError: it is not what its name claims, or cannot be read at all.
     """
-    for beginning, left in _POINTERS.items():
-        if head.startswith(beginning):
-            raise UsageError(f"{name}: the pointer that {left}")
+    refuse_pointer(name, head)
     kind = asked or _recognise(name, head, default)
     if kind == "jsonl":
         _check_json_lines(name, head)
     return kind
+
+
+def refuse_pointer(name: str, head: bytes) -> None:
+    """Refuse what stands in a checkout in place of a large file."""
+    for beginning, left in _POINTERS.items():
+        if head.startswith(beginning):
+            raise UsageError(f"{name}: the pointer that {left}")
 
 
 def _recognise(name: str, head: bytes, default: Kind | None) -> Kind:
@@ -101,6 +106,11 @@ def _check_json_lines(name: str, head: bytes) -> None:
     first = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     if re.match(rb'\[\s*\{\s*"', first):
         raise UsageError(f"{name}: a JSON array, not JSON lines; make a line of each entry: jq -c '.[]' IN > OUT")
+    refuse_printed(name, first)
+
+
+def refuse_printed(name: str, first: bytes) -> None:
+    """Refuse JSON whose first object or list takes several lines."""
     text = first.decode(errors="ignore")
     try:
         spans_lines = "\n" in text[: json.JSONDecoder().raw_decode(text)[1]]

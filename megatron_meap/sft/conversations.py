@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 
 from megatron_meap.errors import UsageError
+from megatron_meap.preprocessing.recognition import BYTE_ORDER_MARK, HEAD_BYTES, refuse_pointer, refuse_printed
 from megatron_meap.preprocessing.streams import DamagedError, decompressed
 from megatron_meap.sft.fields import BadConversation
 from megatron_meap.sft.records import Message, parse, unused
@@ -62,13 +63,18 @@ def _records(path: str) -> Iterator[tuple[str, Any]]:
             if stream.peek(4)[:4] == b"PAR1":
                 yield from _rows(path)
                 return
-            if stream.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                entries = orjson.loads(stream.read().removeprefix(b"\xef\xbb\xbf"))
+            head = stream.peek(HEAD_BYTES)[:HEAD_BYTES]
+            refuse_pointer(path, head)
+            first = head.removeprefix(BYTE_ORDER_MARK).lstrip()
+            if not first.startswith(b"["):
+                refuse_printed(path, first)
+            else:
+                entries = orjson.loads(stream.read().removeprefix(BYTE_ORDER_MARK))
                 yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(entries, 1))
                 return
             for number, line in enumerate(stream, 1):
                 if line.strip():
-                    yield f"{path}, line {number}", line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                    yield f"{path}, line {number}", line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
     except orjson.JSONDecodeError as error:
         raise UsageError(f"{path}: begins like a JSON list, but is none: {error}") from error
     except OSError as error:

@@ -240,7 +240,15 @@ def test_fields_that_change_nothing_are_told() -> None:
     assert tools_of(record) is None
 
 
-@pytest.mark.parametrize("content", [b"\x1f\x8b\x08 damaged", b"[1, 2"])
+NO_FILE = {
+    "damaged": b"\x1f\x8b\x08 damaged",
+    "no list": b"[1, 2",
+    "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 1\n",
+    "pretty-printed": json.dumps({"messages": [USER, ASSISTANT]}, indent=1).encode(),
+}
+
+
+@pytest.mark.parametrize("content", NO_FILE.values(), ids=NO_FILE)
 def test_unreadable_files_are_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file"
     path.write_bytes(content)
