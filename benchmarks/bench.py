@@ -2,7 +2,7 @@
 
     make bench                                             # half an hour or more on two quiet cores
     python benchmarks/bench.py --only cpu_training start
-    python benchmarks/bench.py --preprocess "--corpus novels.jsonl --megatron ../Megatron-LM"   # that too, on a corpus
+    python benchmarks/bench.py --preprocess "--corpus novels.jsonl --train-vocab 128000"   # that too, on a corpus
 
 Each compares its sides in turns within one run; here their medians and spreads are gathered, with the command and the
 machine that each figure comes from: `bench.jsonl` and `bench.md` in `--output`. What cannot be measured here is said.
