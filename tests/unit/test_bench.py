@@ -2,12 +2,15 @@
 
 import argparse
 import importlib
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.launch import REPOSITORY
+
+BENCHMARKS = REPOSITORY / "benchmarks"
 
 
 class Parsed(Exception):
@@ -16,7 +19,7 @@ class Parsed(Exception):
 
 @pytest.fixture(autouse=True)
 def _beside_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
 def test_every_command_is_one_that_its_benchmark_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,12 +30,14 @@ def test_every_command_is_one_that_its_benchmark_takes(monkeypatch: pytest.Monke
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
-    commands = list(importlib.import_module("bench").commands("--corpus novels.jsonl --train-vocab 128000"))
+    commands = list(
+        runpy.run_path(str(BENCHMARKS / "bench.py"))["commands"]("--corpus novels.jsonl --train-vocab 128000")
+    )
     assert {"start.py", "cpu_training.py", "checkpoint.py", "preprocess.py"} <= {script for script, *_ in commands}
     for script, *flags in commands:
         monkeypatch.setattr(sys, "argv", [script, *flags])
         with pytest.raises(Parsed):
-            importlib.import_module(Path(script).stem).main()
+            runpy.run_path(str(BENCHMARKS / script))["main"]()
 
 
 def test_a_figure_comes_with_its_spread_its_command_and_its_machine(
