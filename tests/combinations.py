@@ -38,7 +38,7 @@ CONTEXT_OF: dict[str, tuple[str, ...]] = {
     "experts": ("moe_", "expert_"),
     "latent": ("q_lora", "kv_lora", "qk_head", "qk_pos", "v_head", "mscale", "rotary_scaling"),
     "prediction": ("mtp_",),
-    "validated": ("eval_", "meap_mask_validation"),
+    "validated": ("eval_", "start_eval", "meap_mask_validation"),
     "bf16": ("attention_softmax", "grad_reduce_in", "accumulate_allreduce", "fp32_residual", "fp16_lm"),
     "plain": ("normalization", "untie", "add_bias", "swiglu"),
 }
@@ -71,7 +71,8 @@ NEITHER: dict[str, str] = {
         "indexer_* titles_* evidence* block_data* embedding_path query_in* use_one_sent* img_* num_classes "
         "num_channels patch_dim classes_* data_per_class* data_sharding head_lr* iter_per* refit* mask_type "
         "mask_factor sample_rate max_tokens_to* output_bert* decode_only* enable_chunked* num_speculative* onnx_safe "
-        "use_legacy* encoder_* decoder_* test_mode hybrid_override* mamba_inf*",
+        "use_legacy* encoder_* decoder_* test_mode hybrid_override* mamba_inf* *sampling_seed* cache_mla* sft* "
+        "moe_use_upcycling",
     "older or other names, which Megatron refuses or translates":
         "batch_size deprecated* warmup model_parallel_size rope_type num_layers_per* use_rotary* add_position* "
         "is_hybrid* cp_comm* spec fake_process* external* enable_cuda*",
@@ -84,7 +85,8 @@ NEITHER: dict[str, str] = {
         "mid_level* allow_ambiguous* create_attention* decrease_batch* moe_layer_recompute moe_enable_routing* "
         "*_dispatcher* moe_pad* moe_router_padding* *_experts_for* mtp_standalone use_checkpoint*",
     "equal by itself: the sums are the same":
-        "micro_batch_size calculate_per_token* moe_router_dtype mtp_use_repeated* num_query_groups lr_decay_samples",
+        "micro_batch_size calculate_per_token* moe_router_dtype mtp_use_repeated* num_query_groups lr_decay_samples "
+        "hybrid_layer_pattern attention_softmax_in_fp32",
 }  # fmt: skip
 """Flags that change neither data nor mathematics, by reason; of all others a run without effect is a fault."""
 
@@ -118,6 +120,12 @@ GRAMMAR: dict[str, tuple[str, ...]] = {
     "spec": ("local", "a b"),
     "mrope_section": ("4 2 2", "1"),
     "hierarchical_context_parallel_sizes": ("1 2", "2"),
+    "lr_decay_iters": ("9", "0"),
+    "make_vocab_size_divisible_by": ("1000", "0"),
+    "train_iters": ("3", "0"),
+    "dataloader_type": ("cyclic", "external"),
+    "position_embedding_type": ("none", "yarn", "learned_absolute", "mrope", "relative"),
+    "start_eval_at_iter": ("2", "9"),
     "rampup_batch_size": ("2 2 8",),
     "meap_sft_date": ("2026-01-01", "word"),
     "meap_mask_token": ("<s>", "word"),
@@ -161,7 +169,7 @@ def values(action: argparse.Action, fitting: bool) -> list[list[str]]:
     """The words that may follow a flag, the likeliest to matter first."""
     if action.nargs == 0:
         return [[]]
-    if action.choices:
+    if action.choices and action.dest not in GRAMMAR:
         names = [str(getattr(each, "name", each)) for each in action.choices]
         default = str(getattr(action.default, "name", action.default))
         found = [name for name in names if name != default] if fitting else ["word"]
@@ -210,6 +218,7 @@ def single(parser: argparse.ArgumentParser) -> Iterator[Case]:
         for words in values(action, True):
             flag = spelled(action, words)
             name, _, value = flag[0].partition("=")
-            if name not in base or (value and value != base[base.index(name) + 1]):
+            last = len(base) - base[::-1].index(name) if name in base else 0
+            if not last or (value and value != base[last]):
                 yield Case(context, flag, [name])
                 break

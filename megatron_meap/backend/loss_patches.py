@@ -1,20 +1,17 @@
 """A patch of Megatron's log, see megatron_patches.py: losses that not every step has."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megatron_meap.backend.patching import original_of, replace
 
+def over_steps_that_have_it(log: Callable) -> Callable:
+    """Megatron's `training_log`, which averages each loss of an interval over the steps that have it.
 
-def average_over_the_steps_that_have_it() -> None:
-    """A loss over no token in one step, a NaN, is not logged for its whole interval: the log averages over all steps.
-
-    Here the average is over the steps that have it. (Not of `lm loss` itself: there a NaN is one.)
+    Its own average is over all steps, and a loss over no token in one of them, a NaN, is not logged for the whole
+    interval. (Not of `lm loss` itself: there a NaN is one.)
     """
-    from megatron.training import training
-
-    log = original_of(training, "training_log")
     steps = "advanced iterations"
     found: dict[str, list[Any]] = {}
 
@@ -34,4 +31,4 @@ def average_over_the_steps_that_have_it() -> None:
                 totals[name] = mean.reshape(1) * (done + 1) - (0.0 if name in lacking else loss)
         return log({name: loss for name, loss in losses.items() if name not in lacking}, totals, *args, **kwargs)
 
-    replace(training, "training_log", lambda _: log_what_there_is)
+    return log_what_there_is

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_meap.backend import loss_patches, optimizer_patches
+from megatron_meap.backend import optimizer_patches
+from megatron_meap.backend.loss_patches import over_steps_that_have_it
 from megatron_meap.backend.patching import original_of, replace, replaced
 from megatron_meap.errors import UsageError
 
@@ -49,7 +50,7 @@ def apply() -> None:
     _evaluate_whole_sets_in_any_pipeline()
     _save_only_where_asked()
     _read_no_sources_for_help()
-    loss_patches.average_over_the_steps_that_have_it()
+    _log_losses_that_not_every_step_has()
 
 
 def _use_shipped_dataset_helpers() -> None:
@@ -184,6 +185,13 @@ def _read_no_sources_for_help() -> None:
     replace(ArgumentGroupFactory, "_get_field_docstrings", lambda _: lambda factory, settings: {})
 
 
+def _log_losses_that_not_every_step_has() -> None:
+    """A loss over no token in one step, a NaN, is not logged for its whole interval."""
+    from megatron.training import training
+
+    replace(training, "training_log", over_steps_that_have_it)
+
+
 def outside_the_job() -> AbstractContextManager[None]:
     """Megatron's dataset classes build their caches on rank 0 alone, or where there is no job: let there be none."""
     return replaced(torch.distributed, "is_initialized", lambda: False)
@@ -291,6 +299,7 @@ def around_log(
     from megatron.training import training
 
     train, log, say = (original_of(training, name) for name in ("train", "training_log", "print_rank_last"))
+    log = over_steps_that_have_it(log)
     trained: list[Any] = [None, None]
     last: list[Step | None] = [None]
 

@@ -194,6 +194,10 @@ class MaskSettings(Settings):
                 "the two",
             ),
             (
+                self.span_length != 3 and self.mask_strategy not in ("span", "geometric"),
+                f"{self.said('--meap-span-length')} {self.span_length}: needs --meap-mask-strategy span or geometric",
+            ),
+            (
                 self.mask_warmup_shape != "linear" and self.mask_warmup_samples == 0,
                 f"--meap-mask-warmup-shape {self.mask_warmup_shape}: needs --meap-mask-warmup-samples, over which the "
                 "ratio rises",

@@ -45,6 +45,10 @@ def explained(args: Namespace) -> Iterator[None]:
     """
     try:
         yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        named = [name for name, value in vars(args).items() if value is not None and str(value) == str(error.filename)]
+        flag = "".join(f"--{name.replace('_', '-')} " for name in named[:1])
+        raise UsageError(f"{flag}{error.filename}: {error.strerror}") from error
     except Exception as error:
         if not is_refusal(error):
             raise

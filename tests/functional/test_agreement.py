@@ -37,6 +37,9 @@ CASES: dict[str, tuple[int, str, int, str]] = {
         "--validation-set-names a b",
     ),
     "the inputs of experts": (1, "--num-experts 4 --moe-apply-probs-on-input", 2, "--moe-apply-probs-on-input"),
+    "a file that is not there": (
+        1, "--heterogeneous-layers-config-path absent", 2, "--heterogeneous-layers-config-path absent: No such file",
+    ),
     "layers that do not learn": (1, "--freeze-all-layers", 2, "--freeze-all-layers"),
     "experts": (1, "--num-experts 4 --moe-router-topk 2", 0, ""),
     "a split of layers": (1, "--decoder-last-pipeline-num-layers 1", 2, "--decoder-last-pipeline-num-layers"),

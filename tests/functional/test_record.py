@@ -64,7 +64,6 @@ def resume(corpus: Corpus, folder: Path, capsys: pytest.CaptureFixture):
     [
         ("--seed 5 --meap-mask-seed 1234", "--seed 1234 there, 5 here"),
         ("--eod-mask-loss", "--eod-mask-loss False there, True here"),
-        ("--reset-position-ids", "--reset-position-ids False there, True here"),
         ("--reset-attention-mask", "--reset-attention-mask False there, True here"),
         ("--split 80,20,0", "--split 90,10,0 there, 80,20,0 here"),
         ("--seq-length 32", "--seq-length 64 there, 32 here"),

@@ -37,7 +37,7 @@ FEATURES: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     "fused-loss": ([*DEEP, "--cross-entropy-loss-fusion"], {}),
     "documents": ([*DEEP, "--dataloader-inter-document-masking"], {}),
     "mtp": ([*DEEP, "--mtp-num-layers", "1"], {}),
-    "reset": ([*DEEP, "--reset-position-ids", "--reset-attention-mask"], {}),
+    "reset": ([*DEEP, "--reset-attention-mask"], {}),
     "probe": ([*DEEP, "--meap-probe-interval", "2"], {}),
     "evaluated": ([*DEEP, "--eval-interval", "2", "--eval-iters", "2", "--split", "8,2,0"], {}),
     "finetuned": (

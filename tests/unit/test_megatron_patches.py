@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_meap.backend import cpu, device, loss_patches, megatron_patches
+from megatron_meap.backend import cpu, device, megatron_patches
 
 device.prepare()
 
@@ -282,7 +282,7 @@ def test_a_loss_over_no_token_in_one_step_is_not_logged_for_its_interval(monkeyp
     values = [[1.0, 1.0], [2.0, none], [3.0, 3.0], [4.0, 5.0]]
     assert logged(original_of(training, "training_log"), values) == [{"lm loss": "2.500000E+00"}]
     whole = {"lm loss": "2.500000E+00"}
-    loss_patches.average_over_the_steps_that_have_it()
+    megatron_patches._log_losses_that_not_every_step_has()
     assert logged(training.training_log, values) == [whole | {"part": "3.000000E+00"}]
     assert logged(training.training_log, values[1:2] * 4 + values) == [
         {"lm loss": "2.000000E+00"}, whole | {"part": "3.000000E+00"},
