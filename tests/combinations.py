@@ -189,7 +189,7 @@ def spelled(action: argparse.Action, words: list[str]) -> list[str]:
     """A flag and its words; those that begin with a dash are tied to it."""
     name = next((each for each in action.option_strings if each.startswith("--")), action.option_strings[0])
     if isinstance(action, argparse.BooleanOptionalAction):
-        name = action.option_strings[-1 if action.default else 0]
+        name = action.option_strings[0 if action.default is False else -1]
     return [f"{name}={words[0]}"] if len(words) == 1 else [name, *words]
 
 

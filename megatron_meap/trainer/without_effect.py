@@ -46,7 +46,6 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("hysteresis *loss_scale loss_scale_window", "--fp16", _given("fp16")),
     ("kv_lora_rank mla_* q_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim", "--multi-latent-attention",
      _given("multi_latent_attention")),
-    ),
     ("linear_*_dim linear_attention_freq linear_num_*", "--experimental-attention-variant gated_delta_net",
      _layers("G", "experimental_attention_variant", "gated_delta_net")),
     ("lr_wsd_*", "--lr-decay-style WSD", _given("lr_decay_style", "WSD")),
