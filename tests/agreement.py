@@ -26,7 +26,7 @@ from megatron.core.tokenizers.text import text_tokenizer  # noqa: E402, F401
 
 from megatron_meap import errors, pretrain  # noqa: E402
 from megatron_meap.inspection import dry_run  # noqa: E402, F401
-from megatron_meap.trainer import run  # noqa: E402
+from megatron_meap.trainer.log_line import LogLine  # noqa: E402
 
 PATIENCE_S = 300.0
 
@@ -93,8 +93,8 @@ def _fork(flags: list[str], environment: dict[str, str], output: int) -> int:
         os.environ |= environment
         vars(sys.modules["__main__"]).pop("__file__", None)  # a process that a save starts would load this again
         sys.argv = ["pretrain_gpt_meap.py", *flags]
-        watched = run._watchers
-        run._watchers = lambda args: (*watched(args), _say_weights)
+        seen = LogLine.see
+        LogLine.see = lambda self, step: (seen(self, step), _say_weights(step))
         errors.run(pretrain.main)
         status = 0
     except SystemExit as end:
@@ -107,13 +107,13 @@ def _fork(flags: list[str], environment: dict[str, str], output: int) -> int:
         os._exit(status)
 
 
-def _say_weights(model: Any, optimizer: Any, step: int) -> None:
+def _say_weights(step: Any) -> None:
     """What any difference in data or mathematics ends up in."""
     digest = 0
-    for chunk in model:
+    for chunk in step.model:
         for weight in chunk.parameters():
             digest = zlib.crc32(weight.detach().contiguous().view(torch.uint8).numpy(), digest)
-    print(f"weights of rank {os.environ['RANK']} after step {step}: {digest:08x}", flush=True)
+    print(f"weights of rank {os.environ['RANK']} after step {step.iteration}: {digest:08x}", flush=True)
 
 
 if __name__ == "__main__":
