@@ -82,8 +82,8 @@ NEITHER: dict[str, str] = {
         "meap_official* num_layers hidden_size max_position* skip_train full_val* multiple_val* validation_set* "
         "fim_data meap_mask_weights",
     "a guard that this data does not trip":
-        "mid_level* allow_ambiguous* meap_protect* create_attention* decrease_batch* moe_layer_recompute moe_enable_routing* "
-        "*_dispatcher* moe_pad* moe_router_padding* *_experts_for* mtp_standalone use_checkpoint*",
+        "mid_level* allow_ambiguous* meap_protect* create_attention* decrease_batch* moe_layer_recompute "
+        "moe_enable_routing* *_dispatcher* moe_pad* moe_router_padding* *_experts_for* mtp_standalone use_checkpoint*",
     "equal by itself: the sums are the same":
         "micro_batch_size calculate_per_token* moe_router_dtype mtp_use_repeated* num_query_groups lr_decay_samples "
         "hybrid_layer_pattern attention_softmax_in_fp32",

@@ -156,7 +156,10 @@ class MaskSettings(Settings):
                 lowest is not None and not 0.0 <= lowest <= self.ratio,
                 f"must lie between 0 and --meap-mask-ratio {self.ratio}",
             ),
-            "span_length": (self.span_length < 1, "must be at least 1"),
+            "span_length": (
+                self.span_length < 1 or (self.span_length != 3 and self.mask_strategy not in ("span", "geometric")),
+                "must be at least 1, and needs --meap-mask-strategy span or geometric",
+            ),
             "mask_warmup_samples": (self.mask_warmup_samples < 0, "must not be negative"),
             "clean_final_share": (not 0.0 <= self.clean_final_share <= 1.0, "must lie between 0 and 1"),
             "random_share": (not 0.0 <= self.random_share <= 1.0, "must lie between 0 and 1"),
@@ -192,10 +195,6 @@ class MaskSettings(Settings):
                 copy is not None and self.ratio == 0,
                 f"{self.said('--meap-copy-weight')}: with --meap-mask-ratio 0 the copies would be clean; drop one of "
                 "the two",
-            ),
-            (
-                self.span_length != 3 and self.mask_strategy not in ("span", "geometric"),
-                f"{self.said('--meap-span-length')} {self.span_length}: needs --meap-mask-strategy span or geometric",
             ),
             (
                 self.mask_warmup_shape != "linear" and self.mask_warmup_samples == 0,
