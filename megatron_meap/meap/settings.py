@@ -150,6 +150,7 @@ class MaskSettings(Settings):
         """
         weighted = self.mask_strategy == "weighted"
         lowest, copy = self.mask_ratio_min, self.copy_weight
+        in_spans = self.mask_strategy in ("span", "geometric")
         refused = {
             "mask_ratio": (not 0.0 <= self.ratio < 1.0, "must be at least 0 and below 1"),
             "mask_ratio_min": (
@@ -157,8 +158,8 @@ class MaskSettings(Settings):
                 f"must lie between 0 and --meap-mask-ratio {self.ratio}",
             ),
             "span_length": (
-                self.span_length < 1 or (self.span_length != 3 and self.mask_strategy not in ("span", "geometric")),
-                "must be at least 1, and needs --meap-mask-strategy span or geometric",
+                self.span_length < 1 or not (in_spans or self.span_length == 3),
+                "must be at least 1, for strategy span or geometric",
             ),
             "mask_warmup_samples": (self.mask_warmup_samples < 0, "must not be negative"),
             "clean_final_share": (not 0.0 <= self.clean_final_share <= 1.0, "must lie between 0 and 1"),
