@@ -150,17 +150,13 @@ class MaskSettings(Settings):
         """
         weighted = self.mask_strategy == "weighted"
         lowest, copy = self.mask_ratio_min, self.copy_weight
-        in_spans = self.mask_strategy in ("span", "geometric")
         refused = {
             "mask_ratio": (not 0.0 <= self.ratio < 1.0, "must be at least 0 and below 1"),
             "mask_ratio_min": (
                 lowest is not None and not 0.0 <= lowest <= self.ratio,
                 f"must lie between 0 and --meap-mask-ratio {self.ratio}",
             ),
-            "span_length": (
-                self.span_length < 1 or not (in_spans or self.span_length == 3),
-                "must be at least 1, for strategy span or geometric",
-            ),
+            "span_length": (self.span_length < 1, "must be at least 1"),
             "mask_warmup_samples": (self.mask_warmup_samples < 0, "must not be negative"),
             "clean_final_share": (not 0.0 <= self.clean_final_share <= 1.0, "must lie between 0 and 1"),
             "random_share": (not 0.0 <= self.random_share <= 1.0, "must lie between 0 and 1"),

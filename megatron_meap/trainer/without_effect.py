@@ -51,6 +51,8 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("lr_wsd_*", "--lr-decay-style WSD", _given("lr_decay_style", "WSD")),
     ("mamba_head_dim mamba_num_* mamba_state_dim mamba_training_*", "Mamba layers (M in --hybrid-layer-pattern)",
      lambda args: "M" in (args.hybrid_layer_pattern or "")),
+    ("meap_span_length", "--meap-mask-strategy span or geometric",
+     lambda args: args.meap_mask_strategy in ("span", "geometric") or args.meap_objective == "spans"),
     ("moe_*", "--num-experts", _layers("E", "num_experts")),
     ("moe_mlp_glu_interleave_size", "--moe-grouped-gemm", _given("moe_grouped_gemm")),
     ("moe_upcycling_granularity", "--moe-use-upcycling", _given("moe_use_upcycling")),

@@ -94,7 +94,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--split a,b,c", "--split a,b,c: expected up to three shares"),
         ("--data-path 0 nowhere 1 elsewhere", "the weight 0 of nowhere in the blend"),
         ("--meap-mask-ratio -0.1", "--meap-mask-ratio -0.1: must be"),
-        ("--meap-span-length 0", "--meap-span-length 0"),
+        ("--meap-mask-strategy span --meap-span-length 0", "--meap-span-length 0"),
         ("--meap-clean-final-share 2", "--meap-clean-final-share 2.0"),
         ("--meap-mask-warmup-samples -1", "--meap-mask-warmup-samples -1"),
         ("--meap-mask-seed -1", "--meap-mask-seed -1"),
