@@ -90,9 +90,11 @@ def _parse() -> argparse.Namespace:
 def _again(study: Study, stages: list[Stage], args: argparse.Namespace) -> None:
     """The shortest run of these stages once more."""
     points = [p for stage in stages for p in points_of(study.grid, stage, study.results) if p in study.results]
-    if points:
-        shortest = min(points, key=lambda point: study.results[point]["cpu_seconds"])
-        _runner(study, args).again(study.results[shortest])
+    if not points:
+        print(f"{study.grid.path}: no run is done that could be made again")
+        return
+    shortest = min(points, key=lambda point: study.results[point]["cpu_seconds"])
+    _runner(study, args).again(study.results[shortest])
 
 
 def _run(study: Study, stages: list[Stage], args: argparse.Namespace) -> None:

@@ -130,11 +130,17 @@ class Runner:
         """Make a run a second time from its recorded command, beside what it left.
 
         Raises:
+            UsageError: the command reads its text elsewhere.
             JobError: it failed.
         """
-        point = point_of(record)
+        point, command = point_of(record), shlex.split(record["command"])
+        if str(self._texts.train(point)) not in command:
+            read = command[command.index("--train-data-path") + 1] if "--train-data-path" in command else "no text"
+            raise UsageError(
+                f"--runs {self._folder.parent}: the recorded command of {point.name} reads {read}; work where that is"
+            )
         self._texts.make([point])
-        if not self._train(point, shlex.split(record["command"]), AGAIN):
+        if not self._train(point, command, AGAIN):
             raise JobError(f"{point.name}: it was not to be made again")
 
     def _one(self, point: Point) -> bool:

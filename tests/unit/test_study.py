@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -308,10 +309,14 @@ def test_the_command_runs_repeats_lists_and_writes_up(tmp_path, grid, monkeypatc
         return capsys.readouterr().out
 
     assert study("list").count("done") == 0
+    assert "no run is done that could be made again" in study("again")
     assert "waits for “tuning”" in study("run", "--stage", "comparison")
     study("run", "--jobs", "2")
     assert study("list").count("  done") == 4 + 18
     study("again", "--stage", "tuning")
+    shutil.copytree("runs", "moved")
+    with pytest.raises(UsageError, match=r"--runs moved: the recorded command of .* reads runs/study/data/train-t64-s9"):
+        study("again", "--stage", "tuning", "--runs", "moved")
     study("page", "--page", "page.md")
     page = Path("page.md").read_text()
     assert page.count("gave the same numbers, digit for digit") == 1
