@@ -229,6 +229,10 @@ texts and runs all of them; `study.py again` makes one a second time from its re
 def _same(point: Point, study: Written) -> str:
     first, second = study.results[point], study.again[point]
     different = [name for name in NUMBERS if first.get(name, {}) != second.get(name, {})]
-    found = f"**differs** in {', '.join(different)}" if different else "gave the same numbers, digit for digit"
+    found = (
+        f"**differs** in {', '.join(different)}: see the changes in the study's README"
+        if different
+        else "gave the same numbers, digit for digit"
+    )
     where = "on the same kind of machine" if first["machine"] == second["machine"] else f"on {second['machine']}"
     return f"- `{point.name}`, made a second time from its recorded command and from texts made anew, {where}: {found}."
