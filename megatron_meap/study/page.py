@@ -235,4 +235,4 @@ def _same(point: Point, study: Written) -> str:
         else "gave the same numbers, digit for digit"
     )
     where = "on the same kind of machine" if first["machine"] == second["machine"] else f"on {second['machine']}"
-    return f"- `{point.name}`, made a second time from its recorded command and from texts made anew, {where}: {found}."
+    return f"- `{point.name}`, made a second time from its recorded command, {where}: {found}."
