@@ -150,8 +150,9 @@ def print_table(size: str, found: dict[str, list[dict[str, Any]]]) -> None:
     """A line for each way."""
     from results import record
 
-    first = next(iter(found.values()))[0]
-    print(f"\n{size} model: {first['bytes'] / 1e6:.0f} MB a checkpoint, {len(first)} rounds; seconds, medians")
+    rounds_of_one = found["foreground"]
+    size_mb = rounds_of_one[0]["bytes"] / 1e6
+    print(f"\n{size} model: {size_mb:.0f} MB a checkpoint, {len(rounds_of_one)} rounds; seconds, medians")
     columns = ("first stall", "stall", "hashes", "until it counts", "step", "step beside")
     print(f"{'':16}" + "".join(f"{name:>16}" for name in columns) + f"{'load':>8}{'memory MB':>11}")
     for way, rounds in found.items():
@@ -160,9 +161,9 @@ def print_table(size: str, found: dict[str, list[dict[str, Any]]]) -> None:
             values = [value for each in rounds for value in each[name]]
             line += f"{statistics.median(values):16.3f}" if values else f"{'-':>16}"
             if values and name in ("stall", "until it counts"):
-                record(f"checkpoint of {first['bytes'] / 1e6:.0f} MB, {way}: {name}", values, "s")
+                record(f"checkpoint of {size_mb:.0f} MB, {way}: {name}", values, "s")
         loads, memory = ([each[name] for each in rounds] for name in ("load", "memory"))
-        record(f"checkpoint of {first['bytes'] / 1e6:.0f} MB, {way}: load", loads, "s")
+        record(f"checkpoint of {size_mb:.0f} MB, {way}: load", loads, "s")
         print(f"{line}{statistics.median(loads):8.2f}{statistics.median(memory):11.0f}")
 
 
