@@ -63,9 +63,13 @@ def main() -> None:
     from megatron_meap.evaluation import following
 
     follower = Follower(flags)
-    why = following.follow(
-        flags.run, follower.done, follower.take, every=flags.every, once=flags.once, patience_s=60 * flags.patience
-    )
+    patience_s = 60 * flags.patience
+    try:
+        why = following.follow(
+            flags.run, follower.done, follower.take, every=flags.every, once=flags.once, patience_s=patience_s
+        )
+    finally:
+        follower.export.close()
     print(f"{why}; {len(follower.done)} checkpoints in {flags.output / TABLE} and {PICTURE}", flush=True)
     lock.close()
 
@@ -78,7 +82,7 @@ class Follower:
         from megatron_meap.evaluation.reporting import scores
 
         self.flags = flags
-        self._export = following.Exporter()
+        self.export = following.Exporter()
         self.name = flags.name or models.parse(str(flags.run.resolve()))[0]
         self.scores = scores.read(flags.output / TABLE)
         self.done = {one.step: one.checkpoint for one in self.scores}
@@ -98,7 +102,7 @@ class Follower:
         flags, directory = self.flags, self.flags.output / "model"
         with following.held(flags.run, step, flags.output) as checkpoint:
             print(f"iteration {step}: exporting", flush=True)
-            samples = self._export(checkpoint, directory, flags.tokenizer, flags.valid_samples)
+            samples = self.export(checkpoint, directory, flags.tokenizer, flags.valid_samples)
             args = open_checkpoint(checkpoint).args
         if isinstance(samples, str):
             print(f"note: no bits per byte: {samples}", flush=True)

@@ -91,6 +91,10 @@ class Exporter:
         """
         return self._pool.submit(_export, checkpoint, directory, tokenizer, samples).result()
 
+    def close(self) -> None:
+        """End the process."""
+        self._pool.shutdown()
+
 
 def _export(checkpoint: Path, directory: Path, tokenizer: str | None, samples: int) -> Any:
     from megatron_meap.evaluation import models

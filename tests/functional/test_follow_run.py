@@ -242,6 +242,8 @@ def test_table_picture_and_curves_grow(
             shutil.copytree(model, directory)
             return samples
 
+        def close(self) -> None: ...
+
     def args_of(checkpoint: Path) -> SimpleNamespace:
         step = int(checkpoint.name.removeprefix("iter_"))
         return SimpleNamespace(args=Namespace(
@@ -318,6 +320,7 @@ def test_a_run_is_followed_while_it_trains_and_prunes(corpus: Corpus, tmp_path: 
         training.join()
     assert done.returncode == 0, done.stderr
     assert "the run is finished" in done.stdout
+    assert "Exception ignored" not in done.stderr
     found = scores.read(tmp_path / "scores" / "scores.csv")
     losses = {one.step: one.value.mean for one in found if one.metric == "bits per byte"}
     assert max(losses) == 400

@@ -1,9 +1,11 @@
 """Every architecture that converts, by its own written flags through the real trainer; the tables of the docs."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from megatron_meap.huggingface.export import ExportJob, export
 from megatron_meap.huggingface.families import FAMILIES
 from tests import model_table
 from tests.launch import launch_many
@@ -28,6 +30,33 @@ def test_the_written_flags_train_the_original_model(huggingface_folder: Path, tm
 @pytest.mark.slow  # the same for the variants of each class
 def test_so_they_do_for_every_variant(huggingface_folder: Path, tmp_path: Path) -> None:
     agree([name for name in MODELS if name not in FIRST.values()], huggingface_folder, tmp_path)
+
+
+@pytest.mark.slow
+def test_each_goes_on_with_noise_and_is_exported_again(huggingface_folder: Path, tmp_path: Path) -> None:
+    """Continued pretraining with MEAP of every class; the exports check their logits, and have learned something."""
+    training = [
+        "--global-batch-size",
+        "2",
+        "--train-iters",
+        "4",
+        "--lr",
+        "1e-3",
+        "--min-lr",
+        "1e-3",
+        "--save-interval",
+        "4",
+    ]
+    flags = model_table.imported_runs(FIRST.values(), huggingface_folder, tmp_path)
+    saved = {name: str(tmp_path / name / "saved") for name in flags}
+    runs = {name: [*of_model, *training, "--save", saved[name]] for name, of_model in flags.items()}
+    for name, run in launch_many(1, runs, tmp_path).items():
+        assert run.losses("lm loss masked inputs")[-1] > 0, name
+        assert run.losses()[-1] < run.losses()[0], name
+        exported = tmp_path / name / "continued"
+        export(ExportJob(saved[name], str(exported)))
+        written = json.loads((exported / "config.json").read_text())
+        assert written["model_type"] in (MODELS[name].model_type, "llama")  # a Mistral without a window is a Llama
 
 
 LAYOUTS = {
