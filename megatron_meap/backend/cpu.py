@@ -323,6 +323,7 @@ def unsupported(args: Any) -> list[tuple[str, str]]:
         ("--tp-comm-overlap", args.tp_comm_overlap, te),
         ("--moe-router-fusion", args.moe_router_fusion, te),
         ("--save-activations-interval", args.save_activations_interval is not None, te),
+        ("--save-dgrads-interval", args.save_dgrads_interval is not None, te),
         (
             f"--overlap-param-gather with --optimizer {args.optimizer}",
             args.overlap_param_gather and args.optimizer not in ("adam", "sgd"),
