@@ -46,7 +46,10 @@ def judge(flags: list[str], world: int = 1, environment: dict[str, str] | None =
     """The verdict of the dry run, and of the training: `[exit status, output]` each."""
     more = environment or {}
     dry = launch([*flags, "--dry-run"], 1, {"WORLD_SIZE": str(world), **more})
-    return {"dry": dry, "run": launch(flags, world, {"WORLD_SIZE": str(world), **more})}
+    run = launch(flags, world, {"WORLD_SIZE": str(world), **more})
+    while "EADDRINUSE" in run[1]:  # another program took the port in the meantime
+        run = launch(flags, world, {"WORLD_SIZE": str(world), **more})
+    return {"dry": dry, "run": run}
 
 
 def launch(flags: list[str], ranks: int, environment: dict[str, str]) -> tuple[int, str]:
