@@ -79,7 +79,6 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--lr-decay-style WSD", "--lr-wsd-decay-iters: missing"),
         ("--min-lr 1", "Megatron refuses these flags: assert --min-lr 1.0 <= --lr 0.001"),
         ("--train-iters 0", "--train-iters: missing"),
-        ("--optimizer muon", "--optimizer muon: needs the package emerging-optimizers"),
         ("--num-experts 2 --moe-router-topk 4", "--moe-router-topk 4: more than the 2 of --num-experts"),
         ("--multi-latent-attention", "(--multi-latent-attention, --group-query-attention)"),
         ("--decoder-last-pipeline-num-layers 1", "(--decoder-first-pipeline-num-layers, --decoder-last-pipeline"),
