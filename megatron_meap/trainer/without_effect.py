@@ -42,6 +42,7 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("decoupled_min_lr", "--decoupled-lr", _given("decoupled_lr")),
     ("dsa_*", "--experimental-attention-variant dsa", _layers("D", "experimental_attention_variant", "dsa")),
     ("fim_?*", "--fim-data", _given("fim_data")),
+    ("fim_fragment_rate", "--fim-split-sample", _given("fim_split_sample")),
     ("first_last_layers_bf16 fp8_* num_layers_at_*", "--fp8-format", lambda args: args.fp8 or args.fp4),
     ("hysteresis *loss_scale loss_scale_window", "--fp16", _given("fp16")),
     ("kv_lora_rank mla_* q_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim", "--multi-latent-attention",
