@@ -53,6 +53,11 @@ def found_in(error: BaseException | None) -> str | None:
     return None if match is None else match[1]
 
 
+def iteration_of(args: Namespace) -> int:
+    """Steps that are done, which Megatron counts in its training loop alone: a run may only evaluate."""
+    return int(getattr(args, "curr_iteration", getattr(args, "iteration", 0)))
+
+
 def end(args: Namespace, status: int, found: str | None = None) -> NoReturn:
     """Say in one line which step it was and what can be done, and leave.
 
@@ -65,7 +70,7 @@ def end(args: Namespace, status: int, found: str | None = None) -> NoReturn:
     found = found or (call and call.caller.message) or "a loss or gradient that cannot be, on another rank"
     if args.rank != 0:
         time.sleep(3)  # rank 0 speaks first, and torchrun then ends the others
-    step = args.curr_iteration + 1
+    step = iteration_of(args) + 1
     skip = f"--iterations-to-skip {step} --rerun-mode disabled"
     ways = f"nothing is saved (no --save); {skip} leaves its data out, or start anew with another --lr"
     if args.save:

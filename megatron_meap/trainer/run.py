@@ -147,7 +147,7 @@ def _pretrain(
 
     def step(*inputs: Any, **options: Any) -> Any:
         if heartbeat is not None:
-            heartbeat.beat(args.curr_iteration)
+            heartbeat.beat(bad_steps.iteration_of(args))
         result = forward_step(*inputs, **options)
         output.quiet = False
         return result
@@ -220,7 +220,7 @@ def _cause(args: Namespace, stop: StopRequest) -> str | None:
         return f"the file {Path(args.save) / STOP}"
     if stop.received is not None:
         return signal.Signals(stop.received).name
-    step = args.curr_iteration + 1
+    step = bad_steps.iteration_of(args) + 1
     if args.exit_duration_in_mins and step < args.train_iters and (not args.exit_interval or step % args.exit_interval):
         return f"--exit-duration-in-mins {args.exit_duration_in_mins}"
     return None
@@ -233,7 +233,7 @@ def _how_it_stopped(args: Namespace, cause: str) -> str:
         same = args.load and Path(args.load).resolve() == Path(args.save).resolve()
         how = "the same command resumes" if same else f"the same command with --load {args.save} resumes"
         saved = f"checkpoint in {args.save}; {how}"
-    return f"stopped by {cause} after iteration {args.curr_iteration + 1}: {saved}"
+    return f"stopped by {cause} after iteration {bad_steps.iteration_of(args) + 1}: {saved}"
 
 
 def forward_step(
