@@ -87,7 +87,12 @@ def saved(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Saved:
         "pruned": ["--train-iters", "9", "--meap-keep-last", "2", "--meap-keep-every", "4"],
     }
     runs = {name: [*flags, "--save", str(folder / name), *own] for name, own in more.items()}
+    runs["evaluated"] = [*flags, "--skip-train", "--split", "8,2,0", "--eval-iters", "1"]
     return Saved(folder, flags, launch_many(1, runs, folder))
+
+
+def test_a_run_without_steps_evaluates(saved: Saved) -> None:
+    assert "validation loss at iteration 0 on validation set | lm loss value" in saved.runs["evaluated"].output
 
 
 @pytest.mark.parametrize(
