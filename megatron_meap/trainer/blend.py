@@ -47,7 +47,7 @@ def blends(args: Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
         for prefix in prefixes:  # Megatron takes an odd number of words for names only, and so a weight for one of them
             if is_number(prefix) and not Path(prefix + ".idx").exists():
                 raise UsageError(f"{prefix} in the blend is no dataset: {_SOME_WEIGHTS}")
-    if args.meap_data_stages is not None:  # whose weights change on the way
+    if getattr(args, "meap_data_stages", None) is not None:  # whose weights change on the way
         per_split = [(stages.prefixes(stages.read(args)), None), *(per_split or [None] * 3)[1:]]
     return blend, per_split
 
