@@ -40,7 +40,7 @@ test: .venv/installed
 test-all: .venv/installed
 	.venv/bin/python -m pytest -m ""
 
-# Every benchmark that this machine allows (BENCH="--only start").
+# Every benchmark that this machine allows (BENCH="--only startup").
 bench: .venv/installed
 	.venv/bin/python benchmarks/bench.py $(BENCH)
 

@@ -1,7 +1,7 @@
 """Every benchmark that this machine allows, one after the other, and their figures in one table.
 
     make bench                                             # half an hour or more on two quiet cores
-    python benchmarks/bench.py --only cpu_training start
+    python benchmarks/bench.py --only cpu_training startup
     python benchmarks/bench.py --preprocess "--corpus novels.jsonl --train-vocab 128000"   # that too, on a corpus
 
 Each compares its sides in turns within one run; here their medians and spreads are gathered, with the command and the
@@ -51,7 +51,7 @@ def commands(preprocess: str | None) -> Iterator[list[str]]:
     """Scripts and their flags; what is left out is said."""
     compiler = shutil.which("c++") or shutil.which("g++")
     one_thread = ["--threads", "1", "--cpu-time"]
-    yield ["start.py"]
+    yield ["startup.py"]
     yield ["cpu_training.py", *one_thread, *(["--compile"] if compiler else [])]
     yield ["cpu_training.py", *one_thread, "--fp32", "--shapes", "8x512"]
     yield ["meap_overhead.py"]

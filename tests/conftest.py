@@ -1,9 +1,11 @@
 """Shared fixtures: a small real corpus, a throw-away tokenizer and an indexed dataset; nothing is downloaded."""
 
+import logging
 import os
 import pydoc_data.topics
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY / "tools"))  # as for a tool that Python is started with
+
+
+@pytest.fixture(autouse=True)
+def _logging_is_heard() -> Iterator[None]:
+    """Tools that are run in this process silence libraries for good."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

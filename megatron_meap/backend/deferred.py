@@ -1,8 +1,8 @@
 """Packages that Megatron and PyTorch import wherever they are installed, for what most runs never do.
 
 transformers is for tokenizers of Hugging Face's kind, Weights & Biases for its own log, PyTorch's compiler for a GPU.
-Together they took a third of the time from the command to the first step (`benchmarks/start.py`); now each is imported
-once it is used.
+Together they took a third of the time from the command to the first step (`benchmarks/startup.py`); now each is
+imported once it is used.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Start: from the command to the end of the first training step, and what the time in between went into.
 
-    python benchmarks/start.py                           # one and two processes
-    python benchmarks/start.py --against CHECKOUT        # beside another version of this project, taking turns
+    python benchmarks/startup.py                           # one and two processes
+    python benchmarks/startup.py --against CHECKOUT        # beside another version of this project, taking turns
 
 A small model (that of the quickstart) on this machine's own Python as text, with a SentencePiece tokenizer. Each
 start is a command of its own, alone or under torchrun; the parts are those of rank 0:
