@@ -13,6 +13,7 @@ def main() -> None:
     device.prepare()
     import torch
 
+    from megatron_meap.backend import megatron_patches
     from megatron_meap.trainer import run
 
     os.setpgid(0, 0)  # with it goes the process that gathers the results of a save
@@ -24,8 +25,7 @@ def main() -> None:
             sys.stdout.flush()
             os.killpg(0, signal.SIGKILL)
 
-    watchers = run._watchers
-    run._watchers = lambda args: [*watchers(args), kill]
+    megatron_patches.after_each_step(kill)
     run.run()
     sys.exit(f"step {step} was never reached")
 

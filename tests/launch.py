@@ -169,7 +169,9 @@ def launch_killed(processes: int, flags: list[str], step: int, timeout: float = 
     command = [str(Path(__file__).parent / "killed.py"), str(step), *flags]
     done = start_warm.run_ranks(_environments(processes), command, timeout)
     assert done.returncode == -signal.SIGKILL, errors(done.stdout)
-    return parse(done.stdout, done.returncode)
+    run = parse(done.stdout, done.returncode)
+    assert run.steps, errors(done.stdout)  # a rank that fails has the others killed as well
+    return run
 
 
 def _environments(processes: int) -> list[dict[str, str]]:
