@@ -86,18 +86,22 @@ class Watch:
         self.began: dict[str, float] = {}
         self.spans: dict[str, list[tuple[float, float]]] = {"save": [], "step": [], "load": [], "hash": []}
         self.complete: list[float] = []
+        self.pointer = Path(sys.argv[sys.argv.index("--load") + 1], "latest_checkpointed_iteration.txt")
+        self.seen: int | None = None
         threading.Thread(target=self.see_completions, daemon=True).start()
 
     def see_completions(self) -> None:
         """Note when the file that names the newest checkpoint changes."""
-        pointer = Path(sys.argv[sys.argv.index("--load") + 1], "latest_checkpointed_iteration.txt")
-        seen = None
         while True:
-            now = pointer.stat().st_mtime_ns if pointer.exists() else None
-            if now != seen:
-                self.complete.append(time.time())
-                seen = now
+            self.see_completion()
             time.sleep(0.005)
+
+    def see_completion(self) -> None:
+        """Look at it once."""
+        now = self.pointer.stat().st_mtime_ns if self.pointer.exists() else None
+        if now != self.seen:
+            self.complete.append(time.time())
+            self.seen = now
 
     def begin(self, what: str) -> None:
         """It begins."""
@@ -123,6 +127,7 @@ class Watch:
 
     def told(self) -> dict[str, Any]:
         """Seconds of each save, step and load."""
+        self.see_completion()  # of the last save, just before the end
         seconds = {what: [end - begin for begin, end in spans] for what, spans in self.spans.items()}
         saves = [begin for begin, _ in self.spans["save"]]
         counts = [min(end for end in self.complete if end > begin) - begin for begin in saves]
