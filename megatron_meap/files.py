@@ -22,6 +22,8 @@ ROOM_FOR_THE_REST = 64 * 2**20
 # What libraries that write with their own code leave of the system's error: safetensors and NumPy.
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written")
 
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
+
 
 class CannotWriteError(UsageError):
     """A file or directory that cannot be written."""
@@ -63,6 +65,19 @@ def sync_folder(folder: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Give a file one more name; where the disk is another, or has no links, copy it.
+
+    What replaces the file later, or removes its first name, leaves this one as it is.
+    """
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        shutil.copy2(source, target)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,6 @@ def apply() -> None:
     _evaluate_whole_sets_in_any_pipeline()
     _save_only_where_asked()
     _read_no_sources_for_help()
-    _log_losses_that_not_every_step_has()
 
 
 def _use_shipped_dataset_helpers() -> None:
@@ -183,13 +182,6 @@ def _read_no_sources_for_help() -> None:
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     replace(ArgumentGroupFactory, "_get_field_docstrings", lambda _: lambda factory, settings: {})
-
-
-def _log_losses_that_not_every_step_has() -> None:
-    """A loss over no token in one step, a NaN, is not logged for its whole interval."""
-    from megatron.training import training
-
-    replace(training, "training_log", over_steps_that_have_it)
 
 
 def outside_the_job() -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_meap.errors import UsageError
+from megatron_meap.records import parsed
 
 SAVE, STOP, HEARTBEAT = "save", "stop", "heartbeat"
 SCRIPTS = "MEAP_HEARTBEAT"
@@ -105,6 +106,6 @@ def state_of(folder: Path) -> tuple[str, float] | None:
     """State of the run that saves there, and the seconds since it was written; None without a heartbeat."""
     path = folder / HEARTBEAT
     try:
-        return json.loads(path.read_text())["state"], time.time() - path.stat().st_mtime
-    except (OSError, ValueError, KeyError):
+        return parsed(path.read_bytes(), {"state": str})["state"], time.time() - path.stat().st_mtime
+    except (OSError, ValueError):
         return None

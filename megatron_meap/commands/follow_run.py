@@ -18,6 +18,7 @@ from typing import IO, Any
 from megatron_meap.commands import evaluate
 from megatron_meap.errors import UsageError
 from megatron_meap.files import whole_file
+from megatron_meap.records import read_json
 
 TABLE, PICTURE, OPTIONS = "scores.csv", "scores.png", "options.json"
 
@@ -178,7 +179,7 @@ def _same_options(flags: argparse.Namespace) -> None:
         with whole_file(path, "w") as file:
             json.dump(options, file, indent=1)
         return
-    before = json.loads(path.read_text())
+    before = read_json(path, {}, "move it away, with the table beside it")
     if changed := [name for name in options if before.get(name) != options[name]]:
         there = ", ".join(f"{name} {before.get(name)} there, {options[name]} here" for name in changed)
         raise UsageError(f"--output {flags.output}: holds scores of other options: {there}; name another folder")

@@ -1,10 +1,8 @@
 """Evaluation that follows a run: every checkpoint once, in their order, as soon as it is complete."""
 
 import contextlib
-import errno
 import hashlib
 import multiprocessing
-import os
 import shutil
 import tempfile
 import time
@@ -17,11 +15,10 @@ from megatron_meap.checkpoint import latest
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.cluster import run_files
 from megatron_meap.errors import UsageError
+from megatron_meap.files import link_or_copy
 
 LOOK_S = 10.0
 """Seconds between looks for a new checkpoint."""
-
-_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
 
 
 class GoneError(UsageError):
@@ -61,19 +58,10 @@ def held(run: Path, step: int, beside: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".held-", dir=beside) as folder:
         target = Path(folder) / source.name
         try:
-            shutil.copytree(source, target, copy_function=_link)
+            shutil.copytree(source, target, copy_function=link_or_copy)
         except OSError as error:
             raise GoneError(f"{source}: went away") from error
         yield target
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        shutil.copy2(source, target)
 
 
 class Exporter:

@@ -29,6 +29,7 @@ from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
 from megatron_meap.trainer import batch_sizes, data_use, log_line, optimizers, preflight
 from megatron_meap.trainer.arguments import parse_arguments
 from megatron_meap.trainer.batches import datasets_provider
+from megatron_meap.trainer.data_plan import run_samples
 from megatron_meap.trainer.data_use import amount, tokens_read
 from megatron_meap.trainer.refusals import explained
 
@@ -112,7 +113,7 @@ def _model(args: Namespace, total: int, by_stage: list[int]) -> list[str]:
 
 
 def _schedule(args: Namespace) -> list[str]:
-    samples = sum(phase.steps * phase.batch_size for phase in batch_sizes.phases(args))
+    samples = batch_sizes.samples(args)
     validation = (
         f"{args.eval_iters} batch{'es' if args.eval_iters > 1 else ''} every {args.eval_interval} steps"
         if args.eval_iters
@@ -137,7 +138,7 @@ def _masks(args: Namespace) -> list[str]:
     seed = f", seed {args.meap_mask_seed}" if settings.ratio > 0 else ""
     lines = [f"objective     {settings.expanded()}", f"masks         {settings.words(what)}{seed}"]
     if settings.copy_weight is not None:
-        samples = args.train_samples or args.train_iters * args.global_batch_size
+        samples = run_samples(args)
         lines.append(
             f"copies        half of the samples and tokens above: {samples // 2:,} samples of the data, each followed "
             f"by its copy; a global batch is {args.global_batch_size // 2} of the data, and its loss is that of "

@@ -46,7 +46,7 @@ class Streams:
             raise UsageError(
                 f"--digest: {end - first} samples are no multiple of micro batch x data-parallel size = {step}"
             )
-        samples = sum(phase.steps * phase.batch_size for phase in batch_sizes.phases(args))
+        samples = batch_sizes.samples(args)
         if end > samples:
             raise UsageError(f"--digest: the run has {samples} samples, not {end}")
         mine: dict[int, str] = {}

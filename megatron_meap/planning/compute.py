@@ -30,13 +30,12 @@ class Work:
 
 def work(args: Namespace) -> Work:
     """The work of a whole run, from step 0 to its end."""
-    phases = batch_sizes.phases(args)
-    samples = sum(phase.steps * phase.batch_size for phase in phases)
+    samples = batch_sizes.samples(args)
     if not samples:
         raise UsageError("--train-iters: how long is the run? Give --train-iters or --train-samples")
     model = num_floating_point_operations(args, samples)
     return Work(
-        steps=sum(phase.steps for phase in phases),
+        steps=sum(phase.steps for phase in batch_sizes.phases(args)),
         tokens=samples * args.seq_length,
         model_flops=model,
         hardware_flops=model + samples * _recomputed(args),

@@ -180,14 +180,15 @@ def parse_flags(command_line: list[str] | None = None) -> Namespace:
 
     args = parse_args(all_arguments)
     given = without_effect.changed(parsers[0], args)
+    without_effect.refuse_unread(given)
     _choose_precision(args)
-    if args.use_checkpoint_args:
+    if args.use_checkpoint_args:  # which take the place of given ones, and of what those need
         for source in ("pretrained_checkpoint", "load"):
             found = load_args_from_checkpoint(args, load_arg=source)
             if isinstance(found, tuple):  # else there is no checkpoint
                 model_arguments.take_over(found[1], args)
-    else:  # of the others, some come from the checkpoint
-        without_effect.check(given, args)
+    else:
+        without_effect.refuse_unaccompanied(given, args)
     return args
 
 

@@ -100,6 +100,11 @@ def phases(args: Namespace) -> list[Phase]:
     return [Phase(steps, args.global_batch_size, args.global_batch_size // together)]
 
 
+def samples(args: Namespace) -> int:
+    """Samples that the steps of a whole run train on."""
+    return sum(phase.steps * phase.batch_size for phase in phases(args))
+
+
 def most_micro_batches(args: Namespace) -> int:
     """Micro batches of a step on each data-parallel rank, where the run takes most."""
     return max(phase.micro_batches for phase in phases(args))

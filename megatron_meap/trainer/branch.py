@@ -5,8 +5,6 @@ copied, where the disk is the same: what the stable run deletes later stays here
 would have read next, because the data stays laid out for the length that it was laid out for.
 """
 
-import contextlib
-import os
 import shutil
 from argparse import Namespace
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from pathlib import Path
 from megatron_meap.checkpoint import latest
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.errors import UsageError
-from megatron_meap.files import whole_directory, whole_file
+from megatron_meap.files import link_or_copy, whole_directory, whole_file
 from megatron_meap.trainer.data_plan import planned_samples
 
 FLAGS = "branch_flags.txt"
@@ -58,7 +56,7 @@ class Branch:
         with whole_file(self.save / FLAGS, "w") as file:
             file.write("\n".join(flags) + "\n")
         with whole_directory(latest.directory(self.save, step), overwrite=True) as directory:
-            shutil.copytree(checkpoint.directory, directory, copy_function=_link, dirs_exist_ok=True)
+            shutil.copytree(checkpoint.directory, directory, copy_function=link_or_copy, dirs_exist_ok=True)
         latest.set_pointer(self.save, step)
         return flags
 
@@ -110,13 +108,3 @@ def _check_constant(args: Namespace, step: int, unit: str, each: int) -> None:
         last = (whole - getattr(args, f"lr_wsd_decay_{unit}")) // each
         if step > last:
             raise UsageError(f"--at {step}: the run itself decays from step {last} on; branch there or before")
-
-
-def _link(source: str, target: str) -> None:
-    """One more name for a file; a copy where the disk is another."""
-    try:
-        os.link(source, target)
-    except OSError:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(target)
-        shutil.copy2(source, target)

@@ -22,7 +22,7 @@ def amount(tokens: float) -> str:
 
 def tokens_read(args: Namespace) -> int:
     """Tokens that the training steps read, copies included."""
-    return sum(phase.steps * phase.batch_size for phase in batch_sizes.phases(args)) * int(args.seq_length)
+    return batch_sizes.samples(args) * int(args.seq_length)
 
 
 def lines(args: Namespace) -> list[str]:

@@ -97,7 +97,7 @@ class LogLine:
         self.peak = settings.peak()
         self._measure = settings.peak_tflops == MEASURED
         self._spikes = Spikes(settings.loss_spike)
-        self._total = sum(phase.steps * phase.batch_size for phase in batch_sizes.phases(args))
+        self._total = batch_sizes.samples(args)
         self._since: tuple[float, int] | None = None
 
     def begin(self) -> None:

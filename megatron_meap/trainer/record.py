@@ -19,6 +19,7 @@ from megatron_meap.checkpoint import model_arguments
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft.flags import SFTSettings
 from megatron_meap.tokenization.mask_token import special_id
+from megatron_meap.trainer.data_plan import run_samples
 from megatron_meap.trainer.data_record import data_record
 from megatron_meap.trainer.official import OfficialSettings
 
@@ -117,8 +118,10 @@ def describe(args: Namespace, tokenizer: Any = None) -> dict[str, Any]:
         found |= {
             "megatron-meap": megatron_meap.__version__,
             "--meap-mask-validation": args.meap_mask_validation,
-            "the samples of training": args.train_samples or (args.train_iters or 0) * args.global_batch_size,
+            "the samples of training": run_samples(args),
         }
+        if "muon" in args.optimizer and args.muon_tp_mode == "blockwise":
+            found[BLOCKS] = args.tensor_model_parallel_size
     return found
 
 
@@ -171,8 +174,12 @@ _LATER = (
 PADDING = "rows of the padded vocabulary"
 """Rows without a token are part of the softmax; how many they are may follow from the layout."""
 
+BLOCKS = "the parts of each matrix that Muon takes by themselves (--muon-tp-mode blockwise)"
+"""They are the tensor-parallel ranks' parts, so that there the layout decides what is learned."""
+
 _NAMED = {
     PADDING: Verdict.WARNED,
+    BLOCKS: Verdict.WARNED,
     "precision": Verdict.WARNED,
     "megatron-core": Verdict.WARNED,
     "megatron-meap": Verdict.WARNED,

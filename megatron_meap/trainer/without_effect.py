@@ -109,17 +109,22 @@ def changed(parser: argparse.ArgumentParser, args: Namespace) -> dict[str, str]:
     return found
 
 
-def check(given: dict[str, str], args: Namespace) -> None:
-    """Refuse flags without effect.
+def refuse_unread(given: dict[str, str]) -> None:
+    """Refuse flags that nothing reads; `given` is as `changed` gives it, of the command line alone."""
+    for name, flag in given.items():
+        for pattern, way_out in _NOWHERE.items():
+            if _matches(name, [pattern]):
+                raise UsageError(f"{flag}: megatron-core 0.19 reads it nowhere in such a training; {way_out}")
+
+
+def refuse_unaccompanied(given: dict[str, str], args: Namespace) -> None:
+    """Refuse flags that change nothing without another one, which is not there.
 
     Args:
-        given: as `changed` gives it, of the command line alone.
+        given: as for `refuse_unread`.
         args: parsed, not yet validated by Megatron.
     """
     for name, flag in given.items():
-        for patterns, way_out in _NOWHERE.items():
-            if _matches(name, [patterns]):
-                raise UsageError(f"{flag}: megatron-core 0.19 reads it nowhere in such a training; {way_out}")
         for patterns, needed, is_there in _NEEDS:
             if _matches(name, patterns.split()) and not is_there(args):
                 raise UsageError(f"{flag}: changes nothing without {needed}; add that, or drop it")

@@ -244,6 +244,8 @@ class TestCheckpoints:
         assert prepare(*changed, "--meap-allow-changed-settings").use_rope_scaling
         assert f"warning: {source}: the model is changed: use_rope_scaling False there" in capsys.readouterr().out
         assert not prepare(*changed, "--use-checkpoint-args").use_rope_scaling
+        unread = refused(*changed, "--use-checkpoint-args", "--rampup-batch-size", "8", "8", "64")
+        assert "--rampup-batch-size: megatron-core 0.19 reads it nowhere" in unread
 
     def test_another_tokenizer(self, refused, flags, saved: Path, corpus: Corpus, tmp_path: Path) -> None:
         other = tmp_path / "other.model"

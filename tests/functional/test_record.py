@@ -218,3 +218,13 @@ def test_an_optimizer_state_that_would_not_find_its_parameters_is_refused(
     if "flat" in said:
         state["distrib_optim_sharding_type"] = "fully_reshardable"
         prepare(*resume)
+
+
+def test_blocks_of_muon_are_recorded(corpus: Corpus, folder: Path) -> None:
+    """With `blockwise` the tensor parallelism decides what is learned."""
+    pytest.importorskip("emerging_optimizers")
+    flags = flags_of(corpus, folder / "muon", "--optimizer", "muon", "--muon-tp-mode")
+    whole, blocks = (prepare(*flags, mode) for mode in ("duplicated", "blockwise"))
+    assert record.BLOCKS not in whole.meap_record
+    saved = Namespace(meap_record=blocks.meap_record | {record.BLOCKS: 2})
+    assert list(record.differences(saved, blocks)) == [(record.Verdict.WARNED, f"{record.BLOCKS} 2 there, 1 here")]

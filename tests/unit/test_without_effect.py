@@ -19,7 +19,9 @@ def parser() -> argparse.ArgumentParser:
 
 def check(parser: argparse.ArgumentParser, flags: str) -> None:
     args = argparse.ArgumentParser.parse_args(parser, flags.split())
-    without_effect.check(without_effect.changed(parser, args), args)
+    given = without_effect.changed(parser, args)
+    without_effect.refuse_unread(given)
+    without_effect.refuse_unaccompanied(given, args)
 
 
 @pytest.mark.parametrize(

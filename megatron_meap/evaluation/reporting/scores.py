@@ -66,9 +66,9 @@ def read(table: Path) -> list[Score]:
     """
     if not table.exists():
         return []
-    with open(table, newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
+        with open(table, newline="") as file:
+            rows = list(csv.DictReader(file))
         return [
             Score(
                 int(row["step"]), int(row["tokens"]), row["task"], row["metric"],
@@ -77,7 +77,7 @@ def read(table: Path) -> list[Score]:
             )
             for row in rows
         ]  # fmt: skip
-    except (KeyError, ValueError, TypeError) as error:
+    except (OSError, csv.Error, KeyError, ValueError, TypeError) as error:
         raise UsageError(f"{table}: no table of scores ({one_line(error)}); move it away") from error
 
 
