@@ -88,7 +88,7 @@ def test_on_another_disk_files_are_copied(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(18, "Invalid cross-device link")
 
     save(tmp_path / "run", 10)
-    monkeypatch.setattr(following.os, "link", refuse)
+    monkeypatch.setattr("os.link", refuse)
     with following.held(tmp_path / "run", 10, tmp_path) as held:
         assert latest.damage(held) is None
 
