@@ -1,18 +1,16 @@
 """GPU training speed: the paper's four sizes, MEAP against NTP, Transformer Engine against PyTorch's attention (SDPA).
 
-    python benchmarks/gpu.py                                  # all sizes, on one GPU
+    python benchmarks/gpu.py                                             # all sizes, on one GPU
     python benchmarks/gpu.py --sizes 1.1b --rounds 20
-    python benchmarks/gpu.py --precision fp8 --sizes 1.1b     # Transformer Engine's fp8
+    python benchmarks/gpu.py --sizes 1.1b --contenders te te-fp8 te-plain-loss
     MEAP_DEVICE=cpu python benchmarks/gpu.py --sizes tiny --rounds 2     # exercises this code on a CPU
 
-For each size: tokens/s, TFLOP/s (model FLOPs, as Megatron counts them) and MFU, that is TFLOP/s as a share of the
-fastest bf16 matrix product measured here in the same run, not of a data sheet. Each implementation is a process of its
-own, alone on the GPU, which trains both objectives in turn on one model. The turns are rounds of a few steps; a ratio
-of objectives is the median over the rounds of the ratio within a round. A step has four micro batches, as large as the
-recipe's. Targets for 1.1b in bf16 on an H200: at least 55% of the measured peak with Transformer Engine, at least 45%
-with SDPA.
-
-Not yet measured: no GPU was at hand when this was written.
+For each size: tokens/s, TFLOP/s (model FLOPs, as Megatron counts them), MFU, that is TFLOP/s as a share of the fastest
+bf16 matrix product measured here in the same run, not of a data sheet, and the peak of allocated memory. Each contender
+is a process of its own, which trains both objectives in turn on one model, alone on the GPU: the next one waits with
+its imports done. The turns are rounds of a few steps; a ratio of objectives is the median over the rounds of the ratio
+within a round. A step has four micro batches, as large as the recipe's. Targets for 1.1b in bf16 on an H200: at least
+55% of the measured peak with Transformer Engine, at least 45% with SDPA.
 """
 
 import argparse
@@ -28,6 +26,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,14 @@ SIZES = {
     "1.1b": (24, 2048, 32, 5632, 4, 4096),
     "tiny": (2, 128, 2, 256, 2, 256),
 }
+#             in bf16; the loss is fused, as in the recipes, where nothing else is said
+CONTENDERS = {
+    "te": "--transformer-impl transformer_engine --cross-entropy-loss-fusion",
+    "te-fp8": "--transformer-impl transformer_engine --cross-entropy-loss-fusion --fp8-format hybrid",
+    "te-plain-loss": "--transformer-impl transformer_engine",
+    "sdpa": "--transformer-impl local --cross-entropy-loss-fusion",
+    "sdpa-plain-loss": "--transformer-impl local",
+}
 VOCABULARY = 32000
 RATIO = 0.15
 OBJECTIVES = {"meap": RATIO, "ntp": 0.0}
@@ -54,14 +61,16 @@ OBJECTIVES = {"meap": RATIO, "ntp": 0.0}
 def main() -> None:
     """Measure and print."""
     args = parse_arguments()
+    contenders = args.contenders or ["te", "sdpa"][not has_transformer_engine() :]
     fastest = in_a_process(matrix_peak)
     print(f"{device_name()}; fastest bf16 matrix product measured: {fastest / 1e12:,.1f} TFLOP/s", flush=True)
+    failed = False
     for size in args.sizes:
-        times: dict[str, list[float]] = {}
-        for name in implementations(args):  # one after the other: the memory of a GPU is for one
-            seconds, flops, tokens = take_turns(size, name, args)
-            times |= seconds
-        print_table(size, times, flops, tokens, fastest)
+        waiting = {name: Contender(name, command_line(size, name, args.micro_batch)) for name in contenders}
+        found = {name: contender.measure(args.rounds, args.steps) for name, contender in waiting.items()}
+        print_table(size, {name: each for name, each in found.items() if each is not None}, fastest)
+        failed = failed or None in found.values()
+    sys.exit(failed)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,8 +80,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10, help="of each contender (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="in a round (default: %(default)s)")
     parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences at a time (default: by size)")
-    parser.add_argument("--precision", choices=("bf16", "fp8"), default="bf16", help="(default: %(default)s)")
-    parser.add_argument("--implementations", nargs="+", choices=("te", "sdpa"), help="(default: what is installed)")
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, help="(default: te, where it is installed, and sdpa)"
+    )
     return parser.parse_args()
 
 
@@ -86,12 +96,9 @@ def device_name() -> str:
     return "CPU" if on_cpu() else torch.cuda.get_device_name()
 
 
-def implementations(args: argparse.Namespace) -> list[str]:
-    """Contenders: Transformer Engine where it is installed, SDPA everywhere but in fp8."""
-    if args.implementations:
-        return args.implementations
-    te = not on_cpu() and importlib.util.find_spec("transformer_engine") is not None
-    return (["te"] if te else []) + (["sdpa"] if args.precision == "bf16" else [])
+def has_transformer_engine() -> bool:
+    """Whether it is installed, and a GPU to use it."""
+    return not on_cpu() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def matrix_peak() -> float:
@@ -111,10 +118,10 @@ def in_a_process(function: Any) -> Any:
         return pool.submit(function).result()
 
 
-def command_line(size: str, implementation: str, args: argparse.Namespace) -> list[str]:
+def command_line(size: str, contender: str, micro_batch: int | None) -> list[str]:
     """Megatron's flags: those of examples/pretrain/paper.sh, on one GPU."""
     layers, hidden, heads, ffn, micro, length = SIZES[size]
-    batch = args.micro_batch or micro
+    batch = micro_batch or micro
     flags = (
         f"--num-layers {layers} --hidden-size {hidden} --num-attention-heads {heads} --ffn-hidden-size {ffn} "
         f"--kv-channels 64 --group-query-attention --num-query-groups 2 --seq-length {length} "
@@ -123,18 +130,73 @@ def command_line(size: str, implementation: str, args: argparse.Namespace) -> li
         f"--tokenizer-type NullTokenizer --vocab-size {VOCABULARY} --make-vocab-size-divisible-by 64 "
         f"--micro-batch-size {batch} --global-batch-size {4 * batch} --train-iters 100000 --lr 4e-4 --clip-grad 1.0 "
         "--weight-decay 0.05 --adam-beta2 0.95 --eval-iters 0 --mock-data --num-workers 0 --bf16 "
-        f"--meap-mask-ratio {RATIO} --transformer-impl {'transformer_engine' if implementation == 'te' else 'local'}"
+        f"--meap-mask-ratio {RATIO} {CONTENDERS[contender]}"
     )
-    fp8 = ["--fp8-format", "hybrid"] if args.precision == "fp8" else []
-    return [*flags.split(), *fp8]
+    return flags.split()
 
 
-def contend(pipe: Connection, flags: list[str], steps: int) -> None:
-    """Build the trainer; then do a round of steps of the objective asked for, and answer with the seconds of a step."""
+@dataclass
+class Measured:
+    """What a contender found."""
+
+    seconds: dict[str, list[float]]
+    """Of a step in every round, by objective."""
+    flops: float
+    """Of a step."""
+    tokens: int
+    """Of a step."""
+    memory: int
+    """Bytes that were allocated at most."""
+
+
+class ContenderError(Exception):
+    """A contender failed; its traceback."""
+
+
+class Contender:
+    """A process with a trainer in it."""
+
+    def __init__(self, name: str, flags: list[str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=contend, args=(theirs, flags), daemon=True)
+        self.process.start()
+
+    def measure(self, rounds: int, steps: int) -> Measured | None:
+        """Have it build its model and train both objectives in turn, and end it; None, and a word, where it fails."""
+        try:
+            flops, tokens = self.ask("build", 0)
+            seconds: dict[str, list[float]] = {objective: [] for objective in OBJECTIVES}
+            for turn in range(rounds + 1):
+                for objective in list(OBJECTIVES)[:: 1 if turn % 2 else -1]:
+                    seconds[objective].append(self.ask(objective, steps))
+            seconds = {name: each[1:] for name, each in seconds.items()}  # the first round warms up
+            return Measured(seconds, flops, tokens, self.ask("memory", 0))
+        except ContenderError as error:
+            print(f"{self.name} failed:\n{error}", flush=True)
+            return None
+        finally:
+            self.process.kill()
+            self.process.join()  # its memory is the next one's
+
+    def ask(self, *question: Any) -> Any:
+        """Its answer."""
+        self.pipe.send(question)
+        said = self.pipe.recv()
+        if isinstance(said, str):
+            raise ContenderError(said)
+        return said
+
+
+def contend(pipe: Connection, flags: list[str]) -> None:
+    """Import Megatron, build the trainer when told to; then do steps of the objective asked for, and say their time."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            from trainer import Trainer
+        from trainer import Trainer, import_megatron
 
+        import_megatron()
+        pipe.recv()
+        with contextlib.redirect_stdout(io.StringIO()):
             trainer = Trainer(flags)
         from megatron.core.rerun_state_machine import RerunDataIterator
         from megatron.training.training import num_floating_point_operations
@@ -143,7 +205,11 @@ def contend(pipe: Connection, flags: list[str], steps: int) -> None:
         batches = {name: RerunDataIterator(random_batches(args, ratio)) for name, ratio in OBJECTIVES.items()}
         size = args.global_batch_size
         pipe.send((num_floating_point_operations(args, size), size * args.seq_length))
-        while objective := pipe.recv():
+        while True:
+            objective, steps = pipe.recv()
+            if objective == "memory":
+                pipe.send(0 if on_cpu() else torch.cuda.max_memory_allocated())
+                continue
             args.meap_mask_ratio = OBJECTIVES[objective]
             trainer.step(batches[objective])  # takes its memory back
             synchronize()
@@ -171,45 +237,29 @@ def random_batches(args: argparse.Namespace, ratio: float) -> Iterator[dict[str,
     return itertools.cycle(batches)
 
 
-def take_turns(size: str, implementation: str, args: argparse.Namespace) -> tuple[dict[str, list[float]], float, int]:
-    """Seconds of a step in every round, by implementation and objective; FLOPs and tokens of a step."""
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    flags = command_line(size, implementation, args)
-    process = context.Process(target=contend, args=(theirs, flags, args.steps), daemon=True)
-    process.start()
-    try:
-        flops, tokens = answer(implementation, pipe)
-        times: dict[str, list[float]] = {f"{implementation} {objective}": [] for objective in OBJECTIVES}
-        for turn in range(args.rounds + 1):
-            for objective in list(OBJECTIVES)[:: 1 if turn % 2 else -1]:
-                pipe.send(objective)
-                times[f"{implementation} {objective}"].append(answer(implementation, pipe))
-        return {name: each[1:] for name, each in times.items()}, flops, tokens  # the first round warms up
-    finally:
-        process.kill()
-        process.join()  # its memory is the next one's
-
-
-def answer(name: str, pipe: Connection) -> Any:
-    """What a contender says; its failure ends the benchmark."""
-    said = pipe.recv()
-    if isinstance(said, str):
-        sys.exit(f"{name} failed:\n{said}")
-    return said
-
-
-def print_table(size: str, times: dict[str, list[float]], flops: float, tokens: int, peak: float) -> None:
+def print_table(size: str, found: dict[str, Measured], peak: float) -> None:
     """Figures of every contender, and the ratios."""
-    print(f"\n{size}, {tokens:,} tokens a step\n{'':<12}{'ms a step':>11}{'tokens/s':>12}{'TFLOP/s':>10}{'MFU':>8}")
-    for name, seconds in times.items():
-        step = statistics.median(seconds)
-        rate = flops / step
-        print(f"{name:<12}{1000 * step:>11.1f}{tokens / step:>12,.0f}{rate / 1e12:>10.1f}{100 * rate / peak:>7.1f}%")
-    for ours, other in (("te meap", "te ntp"), ("sdpa meap", "sdpa ntp"), ("te meap", "sdpa meap")):
-        if ours in times and other in times:
-            ratio = statistics.median(a / b for a, b in zip(times[ours], times[other], strict=True))
-            print(f"time of {ours} / {other}: {ratio:.3f}", flush=True)
+    if not found:
+        return
+    tokens = next(iter(found.values())).tokens
+    print(f"\n{size}, {tokens:,} tokens a step")
+    print(f"{'':<22}{'ms a step':>10}{'tokens/s':>12}{'TFLOP/s':>10}{'MFU':>8}{'GiB':>8}")
+    for name, each in found.items():
+        for objective, seconds in each.seconds.items():
+            step = statistics.median(seconds)
+            rate = each.flops / step
+            print(
+                f"{f'{name} {objective}':<22}{1000 * step:>10.1f}{tokens / step:>12,.0f}{rate / 1e12:>10.1f}"
+                f"{100 * rate / peak:>7.1f}%{each.memory / 2**30:>8.1f}"
+            )
+    for name, each in found.items():
+        ratio = statistics.median(a / b for a, b in zip(*(each.seconds[it] for it in ("meap", "ntp")), strict=True))
+        print(f"time of {name} meap / {name} ntp: {ratio:.3f}")
+    first, *others = found
+    for other in others:
+        ratio = statistics.median(found[first].seconds["meap"]) / statistics.median(found[other].seconds["meap"])
+        print(f"time of {first} meap / {other} meap: {ratio:.3f}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Megatron's trainer one step at a time, for the benchmarks: its own `train_step`, schedule, optimizer and clipping."""
 
+import importlib
 import os
 import socket
 import sys
@@ -39,9 +40,7 @@ class Trainer:
     """
 
     def __init__(self, command_line: list[str], stock: bool = False) -> None:
-        from megatron_meap.backend import device
-
-        device.prepare()
+        device = import_megatron()
         _be_the_only_rank()
         from megatron.core.enums import ModelType
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -91,6 +90,15 @@ class Trainer:
             iteration=0,
         )[0]
         return float(report["lm loss"])
+
+
+def import_megatron() -> Any:
+    """Megatron as this machine can use it, with all that training imports; returns `backend.device`."""
+    from megatron_meap.backend import device
+
+    device.prepare()
+    importlib.import_module("megatron_meap.trainer.run")
+    return device
 
 
 def random_batches(

@@ -8,7 +8,6 @@ Not yet run: no GPU was at hand when this was written.
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,7 +138,7 @@ def test_planned_memory_is_as_measured(implementation: str, folder: Path) -> Non
         "from megatron_meap.backend import device; device.prepare()\n"
         "from megatron_meap.trainer import run; run.run()"
     )
-    environ = {**os.environ, "MEAP_DEVICE": "cuda", "PYTHONPATH": str(REPOSITORY), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    environ = environment() | {"MEAP_DEVICE": "cuda", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     ran = subprocess.run([sys.executable, "-c", code, str(peak), *flags], env=environ, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     listing = folder / f"plan-{implementation}.json"
