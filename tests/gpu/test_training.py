@@ -18,7 +18,8 @@ from tests.launch import ENTRY, MODEL, REPOSITORY, TRAINING, Run, environment, e
 _ASK = """
 import importlib.util, torch
 count = torch.cuda.device_count()
-print(count, importlib.util.find_spec("transformer_engine") is not None, count and torch.cuda.get_device_capability() >= (8, 9))
+fp8 = count > 0 and torch.cuda.get_device_capability() >= (8, 9)
+print(count, importlib.util.find_spec("transformer_engine") is not None, fp8)
 """
 _FOUND = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, text=True).stdout.split() or ["0", "", ""]
 GPUS, HAS_TE, FP8 = int(_FOUND[0]), _FOUND[1] == "True", _FOUND[2] == "True"
