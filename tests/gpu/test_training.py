@@ -32,6 +32,8 @@ SHAPE = ["--hidden-size", "256", "--ffn-hidden-size", "512", "--seq-length", "25
 LOCAL = ["--transformer-impl", "local", "--no-gradient-accumulation-fusion", "--no-persist-layer-norm"]
 LOCAL += ["--no-masked-softmax-fusion", "--no-rope-fusion", "--no-bias-dropout-fusion", "--no-bias-swiglu-fusion"]
 BF16 = ["--bf16"]
+# At TRAINING's learning rate the loss jumps after ten steps, and rounding alone moves it by 0.3 (bf16 on a CPU, too).
+CALM = ["--lr", "1e-4", "--min-lr", "1e-5"]
 
 
 def without_fp32(flags: list[str]) -> list[str]:
@@ -55,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def common(corpus: Corpus, folder: Path) -> list[str]:
-    return [*MODEL, *TRAINING, *SHAPE, *corpus.data_flags, "--data-cache-path", str(folder / "cache")]
+    return [*MODEL, *TRAINING, *SHAPE, *CALM, *corpus.data_flags, "--data-cache-path", str(folder / "cache")]
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +87,14 @@ def test_fp32_follows_the_cpu(common: list[str], start: list[str], cpu: Run) -> 
 
 def test_sdpa_in_bf16_follows_fp32(common: list[str], start: list[str], cpu: Run) -> None:
     gpu = on_gpus(1, [*without_fp32(common), *BF16, *start, *LOCAL])
-    assert gpu.losses() == pytest.approx(cpu.losses(), abs=0.05)
+    assert gpu.losses() == pytest.approx(cpu.losses(), abs=0.01)
 
 
 @needs_te
 def test_transformer_engine_in_bf16_follows_fp32(common: list[str], start: list[str], cpu: Run) -> None:
     """It loads a checkpoint that the local layers saved on the CPU, too."""
     gpu = on_gpus(1, [*without_fp32(common), *BF16, *start, "--transformer-impl", "transformer_engine"])
-    assert gpu.losses() == pytest.approx(cpu.losses(), abs=0.05)
+    assert gpu.losses() == pytest.approx(cpu.losses(), abs=0.01)
 
 
 @needs_te
@@ -101,7 +103,7 @@ def test_fp8_follows_fp32(common: list[str], start: list[str], cpu: Run) -> None
     fp8 = ["--fp8-format", "hybrid", "--transformer-impl", "transformer_engine"]
     gpu = on_gpus(1, [*without_fp32(common), *BF16, *start, *fp8])
     assert all(math.isfinite(loss) for loss in gpu.losses())
-    assert gpu.losses() == pytest.approx(cpu.losses(), abs=0.2)
+    assert gpu.losses() == pytest.approx(cpu.losses(), abs=0.05)
 
 
 @needs_te
@@ -109,7 +111,7 @@ def test_fp8_follows_fp32(common: list[str], start: list[str], cpu: Run) -> None
 def test_context_parallel_follows_one_gpu(common: list[str], start: list[str], cpu: Run) -> None:
     layout = ["--transformer-impl", "transformer_engine", "--context-parallel-size", "2"]
     gpus = on_gpus(2, [*without_fp32(common), *BF16, *start, *layout])
-    assert gpus.losses() == pytest.approx(cpu.losses(), abs=0.05)
+    assert gpus.losses() == pytest.approx(cpu.losses(), abs=0.01)
     assert gpus.losses("lm loss masked inputs") == pytest.approx(cpu.losses("lm loss masked inputs"), abs=0.1)
 
 
