@@ -7,8 +7,8 @@
 
 For each size: tokens/s, TFLOP/s (model FLOPs, as Megatron counts them), MFU, that is TFLOP/s as a share of the fastest
 bf16 matrix product measured here in the same run, not of a data sheet, and the peak of allocated memory. Each contender
-is a process of its own, which trains both objectives in turn on one model, alone on the GPU: the others wait with
-their imports done. The turns are rounds of a few steps; a ratio of objectives is the median over the rounds of the ratio
+is a process of its own, which trains both objectives in turn on one model, alone on the GPU: the others wait with their
+imports done. The turns are rounds of a few steps; a ratio of objectives is the median over the rounds of the ratio
 within a round. A step has four micro batches, as large as the recipe's. Targets for 1.1b in bf16 on an H200: at least
 55% of the measured peak with Transformer Engine, at least 45% with SDPA.
 """
