@@ -49,8 +49,10 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """What an exception says, as one line of at most `most` characters; its type where it says nothing."""
+    """What an exception says, as one line of at most `most` characters; where it says nothing, the code that raised it."""
     said = " ".join(str(error).split()) or type(error).__name__
+    if said == type(error).__name__ and (frames := traceback.extract_tb(error.__traceback__)):
+        said = f"{said} at `{' '.join((frames[-1].line or '').split())}`"
     return said if len(said) <= most else said[: most - 3] + "..."
 
 

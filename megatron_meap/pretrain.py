@@ -5,20 +5,19 @@
 In a checkout `pretrain_gpt_meap.py` is the same. Without a GPU the CPU trains, with no further flag.
 """
 
-import contextlib
-import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 from megatron_meap import errors
+from megatron_meap.backend.garbage import nothing_is_garbage
 from megatron_meap.flags import with_files
 
 
 def main() -> None:
     """Choose the device, then hand over to Megatron's trainer; or show what it would do."""
     sys.argv = with_files(sys.argv)
-    with _imports():
+    with nothing_is_garbage():
         do = _what_is_asked()
     do()
 
@@ -42,17 +41,6 @@ def _what_is_asked() -> Callable[[], object]:
     from megatron_meap.trainer import run
 
     return partial(run.run, not_exported)
-
-
-@contextlib.contextmanager
-def _imports() -> Iterator[None]:
-    """Imports make half a million objects that stay: looking through them for garbage takes a sixth of the start."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()  # nor does a training ever look through them
-        gc.enable()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import megatron_meap
+from megatron_meap.backend.garbage import nothing_is_garbage
 from megatron_meap.errors import UsageError
 from megatron_meap.files import cannot_write
 from megatron_meap.preprocessing.blocks import BlockEncoder
@@ -71,9 +72,10 @@ def preprocess(job: Job, tokenizer_args: Any) -> list[dict[str, Any]]:
     found = find(job.inputs)
     _prepare_outputs(job, found.paths)
     files = Sources(found, job.options)
-    reference = load_reference(tokenizer_args)
-    before, after = _around_documents(job, reference)
-    encoder, note = choose_encoder(reference, files.sample(), job.encoder)
+    with nothing_is_garbage():
+        reference = load_reference(tokenizer_args)
+        before, after = _around_documents(job, reference)
+        encoder, note = choose_encoder(reference, files.sample(), job.encoder)
     workers = job.workers or min(available_cores(), DEFAULT_WORKERS)
     dtype = token_dtype(reference.vocab_size)
     print(f"encoder: {note}", f"workers: {workers}", sep="\n", file=sys.stderr, flush=True)

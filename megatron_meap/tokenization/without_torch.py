@@ -2,19 +2,31 @@
 
 What a folder holds only transformers knows: some of its classes rebuild what stands in tokenizer.json. So a short-lived
 process, from which PyTorch is hidden, loads it as Megatron does, and hands over what came out, which the library
-`tokenizers` alone then runs.
+`tokenizers` alone then runs. The process costs almost two seconds; a folder as Llama 3's, of which transformers takes
+tokenizer.json as it is, does without it.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from megatron_meap.errors import UsageError, one_line
 
 _SPECIAL = {"bos": "bos_token", "eod": "eos_token", "unk": "unk_token", "pad": "pad_token"}
+_SUBSTITUTES = {"sep_token": "eos_token", "eos_token": "sep_token", "bos_token": "cls_token", "cls_token": "bos_token"}
+"""What Megatron adds: one of two names for the same place stands for the other."""
+
+_TAKEN_AS_IT_IS = {"PreTrainedTokenizerFast", "TokenizersBackend"}
+_NAMES = {*_SPECIAL.values(), *_SUBSTITUTES, "mask_token"}
+_UNDERSTOOD = {*_NAMES, "tokenizer_class", "added_tokens_decoder"} | {
+    *("backend", "chat_template", "clean_up_tokenization_spaces", "model_input_names", "model_max_length")
+}
+_OTHER_FILES = ("added_tokens.json", "tokenizer.*.json", "tekken.json", "*.model", "*.tiktoken")
 
 
 class FastModel:
@@ -28,7 +40,7 @@ class FastModel:
         self.backend_tokenizer = Tokenizer.from_str(definition)
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
-        self.get_vocab = self.backend_tokenizer.get_vocab
+        self.get_vocab = cache(self.backend_tokenizer.get_vocab)
 
     @property
     def added_tokens_decoder(self) -> dict[int, Any]:
@@ -54,7 +66,8 @@ def load(args: argparse.Namespace) -> Any | None:
     """
     if args.trust_remote_code or args.vocab_file or args.merge_file:
         return None
-    found = _made_apart(args.tokenizer_model, args.special_tokens or [])
+    additional = args.special_tokens or []
+    found = (None if additional else _read(Path(args.tokenizer_model))) or _made_apart(args.tokenizer_model, additional)
     if found is None:
         return None
     model = FastModel(found["definition"])
@@ -67,13 +80,51 @@ def load(args: argparse.Namespace) -> Any | None:
     )
 
 
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What `made` returns, from the files alone; None where they say anything else that transformers may act on."""
+    if any(found for pattern in _OTHER_FILES for found in folder.glob(pattern)):
+        return None
+    try:
+        settings, model, map_ = (
+            json.loads(path.read_bytes()) if (path := folder / name).exists() else {}
+            for name in ("tokenizer_config.json", "config.json", "special_tokens_map.json")
+        )
+        definition = (folder / "tokenizer.json").read_text("utf-8")
+        inside = json.loads(definition)
+        added = {token["content"]: token for token in inside["added_tokens"]}
+        listed = settings.get("added_tokens_decoder")
+        names = {name: value for name in _NAMES if (value := settings.get(name)) is not None}
+        for one, other in _SUBSTITUTES.items():
+            if one not in names and other in names:
+                names[one] = names[other]
+        if (
+            settings["tokenizer_class"] not in _TAKEN_AS_IT_IS
+            or model.get("model_type", "llama") != "llama"
+            or not settings.keys() <= _UNDERSTOOD
+            or inside.get("padding")
+            or not all({**token, "id": int(id)} == added[token["content"]] for id, token in (listed or {}).items())
+            or (listed is None and not map_.items() <= settings.items())  # which is read then only
+            or not all(added[name]["special"] for name in names.values())
+        ):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # transformers explains it, or knows better
+    special = {name: added[names[each]]["id"] if each in names else None for name, each in _SPECIAL.items()}
+    return {"definition": definition, "special": special}
+
+
 def _made_apart(path: str, additional: list[str]) -> dict[str, Any] | None:
     """`made`, by a process of its own."""
     command = [sys.executable, "-P", "-m", "megatron_meap.tokenization.without_torch", path, *additional]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
-        reason = ended.stderr.strip().splitlines()[-1:] or [f"ended with status {ended.returncode}"]
-        raise UsageError(f"{path}: not a tokenizer of --tokenizer-type HuggingFaceTokenizer: {reason[0]}")
+        [reason] = ended.stderr.strip().splitlines()[-1:] or [f"ended with status {ended.returncode}"]
+        if not Path(path).exists():
+            raise UsageError(
+                f"--tokenizer-model {path}: no such folder here, nor a name that the Hugging Face hub or its cache on this "
+                f"machine gives; fetch its files where there is a connection, and name their folder ({reason})"
+            )
+        raise UsageError(f"{path}: not a tokenizer of --tokenizer-type HuggingFaceTokenizer: {reason}")
     return json.loads(ended.stdout)
 
 
@@ -84,13 +135,10 @@ def made(path: str, additional: list[str]) -> dict[str, Any] | None:
     tokenizer = AutoTokenizer.from_pretrained(path)
     if not hasattr(tokenizer, "backend_tokenizer"):
         return None
-    # What Megatron adds: one of two names for the same place stands for the other.
     missing: dict[str, Any] = {"additional_special_tokens": additional}
-    for one, other in (("sep_token", "eos_token"), ("bos_token", "cls_token")):
+    for one, other in _SUBSTITUTES.items():
         if getattr(tokenizer, one) is None and getattr(tokenizer, other):
             missing[one] = getattr(tokenizer, other)
-        elif getattr(tokenizer, other) is None and getattr(tokenizer, one):
-            missing[other] = getattr(tokenizer, one)
     tokenizer.add_special_tokens(missing)
     named = {name: getattr(tokenizer, attribute) for name, attribute in _SPECIAL.items()}
     return {

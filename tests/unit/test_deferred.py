@@ -11,7 +11,7 @@ PROGRAM = """
 import sys
 from megatron_meap import pretrain
 sys.argv = ["pretrain_gpt_meap.py"]
-with pretrain._imports():
+with pretrain.nothing_is_garbage():
     pretrain._what_is_asked()
 import torch
 import importlib.util

@@ -150,6 +150,13 @@ def test_one_line(error, said):
     assert one_line(error) == said
 
 
+def test_one_line_of_an_error_without_words():
+    """The code that raised it: a bare assertion of another library says nothing else."""
+    with pytest.raises(AssertionError) as caught:
+        exec(compile("assert 1 > 2", __file__, "exec"))  # pytest would put words into an assertion of its own
+    assert one_line(caught.value).startswith("AssertionError at `")
+
+
 def test_a_name_breaks_no_line(capsys):
     """POSIX names hold any bytes but `/` and zero; and the line is whole where a worker sends its traceback along."""
     name = "new\nline\r\x1b[2J\u2028" + os.fsdecode(b"\xe9")

@@ -315,7 +315,16 @@ WRONG_TOKENIZERS = {
         {"tokenizer_model": __file__},
         r"a file; a HuggingFaceTokenizer is named by its folder, .*/tests/unit",
     ),
-    "not tiktoken": ("TikTokenizer", {"tokenizer_model": __file__}, "not a tokenizer of"),
+    "a name on the hub": (
+        "HuggingFaceTokenizer",
+        {"tokenizer_model": "nobody/nothing"},
+        "nobody/nothing: no such folder here, nor a name that the Hugging Face hub .* name their folder",
+    ),
+    "not tiktoken": (
+        "TikTokenizer",
+        {"tokenizer_model": __file__},
+        r"not a tokenizer of .*: AssertionError at `assert path\.endswith\(\"\.json\"\)`",
+    ),
     "no merges": ("GPT2BPETokenizer", {"vocab_file": __file__}, "--merge-file: needed"),
     "no size": ("NullTokenizer", {}, "--vocab-size: needed"),
 }

@@ -1,6 +1,7 @@
 """Hugging Face tokenizers as preprocessing loads them: Megatron's ids and special tokens, whatever the folder holds."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,11 @@ LLAMA3 = (
 NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 ADDED = {"content": "<|im_end|>", "special": True, "normalized": False, "lstrip": False, "rstrip": True}
 
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast", **NAMES}
+PLAIN = {"special": True, **dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)}
+LISTED = {str(id): {"content": token, **PLAIN} for id, token in enumerate(SPECIAL)}
+OTHER = {**LISTED, "2": {**LISTED["2"], "lstrip": True}}
+
 FOLDERS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "as Llama 3's": ("byte level", {"tokenizer_class": "PreTrainedTokenizerFast", **NAMES}, "llama"),
     "rebuilt by the class of GPT-2": ("byte level", {"tokenizer_class": "GPT2Tokenizer", "pad_token": "<pad>"}, None),
@@ -30,7 +36,20 @@ FOLDERS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "tokens added by the configuration": ("byte level", {**NAMES, "added_tokens_decoder": {"800": ADDED}}, None),
     "BOS and EOS asked for": ("byte level", {**NAMES, "add_bos_token": True, "add_eos_token": True}, None),
     "without a configuration": ("byte level", {}, None),
+    "as Llama 3.1's": ("byte level", {**FAST, "added_tokens_decoder": LISTED, "model_max_length": 9}, "llama"),
+    "as Megatron's, without BOS": ("no post-processor", {**FAST, "bos_token": None, "cls_token": "<cls>"}, None),
+    "a listed token that is another": ("byte level", {**FAST, "added_tokens_decoder": OTHER}, "llama"),
+    "a token that is not there": ("byte level", {**FAST, "pad_token": "<nothing>"}, None),
+    "padded": ("padded", FAST, None),
+    "of a model with a tokenizer of its own": ("byte level", FAST, "phi3"),
+    "a setting that changes ids": (
+        "byte level",
+        {**FAST, "split_special_tokens": True},
+        None,
+    ),
 }
+READ = ("as Llama 3's", "as Llama 3.1's", "as Megatron's, without BOS")
+"""Those of which tokenizer.json is taken as it is."""
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +61,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
     definitions = {"metaspace": trained(*metaspace)}
     definitions["byte level"] = trained(pre_tokenizers.Sequence([split, byte_level[0]]), byte_level[1])
+    whole = json.loads(definitions["byte level"])
+    definitions["no post-processor"] = json.dumps({**whole, "post_processor": None})
+    padding = {"direction": "Right", "pad_id": 3, "pad_type_id": 0, "pad_token": "<pad>", "pad_to_multiple_of": None}
+    definitions["padded"] = json.dumps({**whole, "padding": {"strategy": "BatchLongest", **padding}})
     made = {}
     for number, (name, (kind, configuration, model_type)) in enumerate(FOLDERS.items()):
         made[name] = root / str(number)
@@ -69,11 +92,11 @@ def trained(pre_tokenizer: Any, decoder: Any) -> str:
 
 @pytest.fixture(scope="module")
 def made(folders: dict[str, Path]) -> dict[str, Any]:
-    """What is made of each folder in one process without PyTorch."""
+    """What is made of each folder in one process without PyTorch, without and with a further special token."""
     code = (
         "import sys, json; sys.modules['torch'] = None\n"
         "from megatron_meap.tokenization.without_torch import made\n"
-        "print(json.dumps([made(folder, ['<extra>']) for folder in sys.argv[1:]]))"
+        "print(json.dumps([[made(folder, extra) for extra in ([], ['<extra>'])] for folder in sys.argv[1:]]))"
     )
     command = [sys.executable, "-c", code, *map(str, folders.values())]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -84,7 +107,7 @@ def made(folders: dict[str, Path]) -> dict[str, Any]:
 def test_what_megatron_loads(name: str, folders: dict[str, Path], made: dict[str, Any], monkeypatch) -> None:
     from tests.unit.test_preprocessing_encoders import megatron
 
-    monkeypatch.setattr(without_torch, "_made_apart", lambda path, additional: made[name])
+    monkeypatch.setattr(without_torch, "_made_apart", lambda path, additional: made[name][1])
     args = tokenizer_args("HuggingFaceTokenizer", tokenizer_model=str(folders[name]), special_tokens=["<extra>"])
     theirs, ours = megatron(args), load_reference(args)
     assert ours.tokenizer.library == theirs.library == "huggingface"
@@ -98,6 +121,38 @@ def test_what_megatron_loads(name: str, folders: dict[str, Path], made: dict[str
         if "<" not in text:
             assert [*ours.prefix, *ours.encode(text), *ours.suffix] == whole
         assert ours.tokenizer.detokenize(whole) == theirs.detokenize(whole)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_is_read_without_transformers(name: str, folders: dict[str, Path], made: dict[str, Any]) -> None:
+    """The same as transformers makes of it, or nothing: then it is asked."""
+    found, theirs = without_torch._read(folders[name]), made[name][0]
+    assert (found is not None) == (name in READ)
+    if not found:
+        return
+    assert found["special"] == theirs["special"]
+    ours, other = (without_torch.FastModel(each["definition"]) for each in (found, theirs))
+    assert ours.get_vocab() == other.get_vocab()
+    assert ours.added_tokens_decoder == other.added_tokens_decoder
+    for text in [*TEXTS[:3], *TEXTS[4:], *topics()[:5], "a </s> b"]:
+        assert ours(text) == other(text)
+        assert ours.plain(text) == other.plain(text)
+
+
+def test_files_that_transformers_may_act_on(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Another list of special tokens, added tokens, a vocabulary of another kind: nothing is read without it."""
+    folder = shutil.copytree(folders["as Llama 3's"], tmp_path / "folder")
+    (folder / "special_tokens_map.json").write_text(json.dumps(NAMES))
+    assert without_torch._read(folder)
+    for name, text in (
+        ("special_tokens_map.json", '{"eos_token": "<sep>"}'),
+        ("added_tokens.json", "{}"),
+        ("tokenizer.model", ""),
+        ("tokenizer.4.0.0.json", "{}"),
+    ):
+        (folder / name).write_text(text)
+        assert without_torch._read(folder) is None, name
+        (folder / name).unlink()
 
 
 def test_pieces_of_bytes_are_shown_as_text(folders: dict[str, Path]) -> None:
