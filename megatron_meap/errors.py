@@ -49,7 +49,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """What an exception says, as one line of at most `most` characters; where it says nothing, the code that raised it."""
+    """What an exception says, in a line of at most `most` characters; the code that raised it where it says nothing."""
     said = " ".join(str(error).split()) or type(error).__name__
     if said == type(error).__name__ and (frames := traceback.extract_tb(error.__traceback__)):
         said = f"{said} at `{' '.join((frames[-1].line or '').split())}`"

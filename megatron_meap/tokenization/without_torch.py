@@ -121,8 +121,8 @@ def _made_apart(path: str, additional: list[str]) -> dict[str, Any] | None:
         [reason] = ended.stderr.strip().splitlines()[-1:] or [f"ended with status {ended.returncode}"]
         if not Path(path).exists():
             raise UsageError(
-                f"--tokenizer-model {path}: no such folder here, nor a name that the Hugging Face hub or its cache on this "
-                f"machine gives; fetch its files where there is a connection, and name their folder ({reason})"
+                f"--tokenizer-model {path}: no such folder here, nor a name that the Hugging Face hub or its cache "
+                f"gives; fetch its files where there is a connection, and name their folder ({reason})"
             )
         raise UsageError(f"{path}: not a tokenizer of --tokenizer-type HuggingFaceTokenizer: {reason}")
     return json.loads(ended.stdout)

@@ -42,11 +42,7 @@ FOLDERS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "a token that is not there": ("byte level", {**FAST, "pad_token": "<nothing>"}, None),
     "padded": ("padded", FAST, None),
     "of a model with a tokenizer of its own": ("byte level", FAST, "phi3"),
-    "a setting that changes ids": (
-        "byte level",
-        {**FAST, "split_special_tokens": True},
-        None,
-    ),
+    "a setting that is not known": ("byte level", {**FAST, "of_tomorrow": True}, None),
 }
 READ = ("as Llama 3's", "as Llama 3.1's", "as Megatron's, without BOS")
 """Those of which tokenizer.json is taken as it is."""
