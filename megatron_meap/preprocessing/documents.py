@@ -41,13 +41,14 @@ def _lines(block: bytes, options: InputOptions) -> list[bytes]:
 def _from_json(line: bytes, options: InputOptions) -> Texts | None:
     if not line or line.isspace():
         return None
+    checked = _checked
     try:
         data = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        data = _lenient_json(line, error)
+        data, checked = _lenient_json(line, error), _checked_unicode
     if not isinstance(data, dict):
         raise BadDocumentError(f"not a JSON object but {_kind_of(data)}")
-    return tuple(_checked(data, key) for key in options.keys)
+    return tuple(checked(data, key) for key in options.keys)
 
 
 def _lenient_json(line: bytes, error: orjson.JSONDecodeError) -> Any:
@@ -67,11 +68,16 @@ def _checked(data: dict[str, Any], key: str) -> str:
     value = data[key]
     if not isinstance(value, str):
         raise BadDocumentError(f"the value of {key!r} is not a string but {_kind_of(value)}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # Python's parser takes what orjson refuses
-            raise BadDocumentError(f"the value of {key!r} is not Unicode text (a lone surrogate)") from None
+    return value
+
+
+def _checked_unicode(data: dict[str, Any], key: str) -> str:
+    """The same for Python's parser, which takes what orjson refuses."""
+    value = _checked(data, key)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadDocumentError(f"the value of {key!r} is not Unicode text (a lone surrogate)") from None
     return value
 
 
