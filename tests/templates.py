@@ -128,6 +128,17 @@ GPT_OSS = (
 )
 """gpt-oss's: channels, and the date."""
 
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<|start|>' + role + '\n' + message['content'] | trim + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|start|>model\n'}}{% endif %}"
+)
+"""Gemma's, with other markers: it refuses a system prompt."""
+
 CHAT_TOKENS = [
     "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|User|>", "<|Assistant|>",
     "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>",

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Iterable
+from typing import Any
 
 SHAPE = (
     "num_layers",
@@ -19,7 +20,18 @@ SHAPE = (
     "rotary_base",
     "untie_embeddings_and_output_weights",
     "num_experts",
+    "moe_layer_freq",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_router_enable_expert_bias",
+    "moe_latent_size",
     "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
 )
 """Arguments that the weights depend on."""
 
@@ -51,6 +63,11 @@ FUNCTION = (
     "moe_router_num_groups",
     "moe_router_group_topk",
     "moe_apply_probs_on_input",
+    "moe_expert_capacity_factor",
+    "moe_token_drop_policy",
+    "moe_mlp_glu_interleave_size",
+    "moe_shared_expert_glu_interleave_size",
+    "rope_type",
     "rotary_scaling_factor",
     "mscale",
     "mscale_all_dim",
@@ -69,7 +86,8 @@ FUNCTION = (
 
 _ONLY_WITH = {
     "rope_scaling_factor": "use_rope_scaling",
-    **{n: "num_experts" for n in FUNCTION if n.startswith("moe_")},
+    **{n: "num_experts" for n in (*SHAPE, *FUNCTION) if n.startswith("moe_")},
+    **{n: "multi_latent_attention" for n in (*SHAPE[SHAPE.index("q_lora_rank") :], "rope_type")},
     **{n: "use_mup" for n in FUNCTION if n.startswith("mup_")},
 }
 
@@ -83,13 +101,19 @@ def differences(saved: Namespace, args: Namespace, names: Iterable[str]) -> list
     for name in names:
         switch = _ONLY_WITH.get(name)
         used = switch is None or getattr(saved, switch, None) or getattr(args, switch)
-        if used and hasattr(saved, name) and (old := getattr(saved, name)) != (new := getattr(args, name)):
+        if used and hasattr(saved, name) and (old := _value(saved, name)) != (new := _value(args, name)):
             found.append(f"{name} {old} there, {new} here")
     return found
 
 
+def _value(args: Namespace, name: str) -> Any:
+    """An argument as it takes effect: without `--group-query-attention` each head has a key and a value of its own."""
+    grouped = name != "num_query_groups" or getattr(args, "group_query_attention", True)
+    return getattr(args, name if grouped else "num_attention_heads")
+
+
 def take_over(saved: Namespace, args: Namespace) -> None:
-    """Set what Megatron's own `--use-checkpoint-args` leaves out: all that changes what the model computes."""
-    for name in FUNCTION:
-        if hasattr(saved, name):
+    """Set what Megatron's own `--use-checkpoint-args` leaves out of what the weights need, or what they compute."""
+    for name in (*SHAPE, *FUNCTION):
+        if hasattr(saved, name) and name != "num_layers":  # which may follow a pattern of this run's own
             setattr(args, name, getattr(saved, name))

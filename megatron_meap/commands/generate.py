@@ -84,6 +84,8 @@ def main() -> None:
     )
     if args.num_samples < 1:
         raise UsageError(f"--num-samples {args.num_samples}: must be at least 1")
+    if args.num_samples > 1 and sampling.temperature == 0:
+        raise UsageError(f"--num-samples {args.num_samples}: greedily chosen texts are all the same; drop one of both")
     if args.system and not args.chat:
         raise UsageError("--system: belongs to a chat; add --chat")
     generator = Generator(args.load, args.ckpt_step, args.tokenizer)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from megatron_meap.errors import UsageError
 from megatron_meap.sft.fields import BadConversation
 from megatron_meap.sft.records import Message
 from megatron_meap.sft.turns import TurnEncoder
@@ -27,8 +28,19 @@ class ChatHFLM(HFLM):
         """The text of a chat; it is kept, so that its ids can be found."""
         text = super().apply_chat_template(chat_history, add_generation_prompt)
         if add_generation_prompt:
-            self._chats[text] = [{"role": each["role"], "content": each["content"]} for each in chat_history]
+            chat = [{"role": each["role"], "content": each["content"]} for each in chat_history]
+            self._chats[text] = self._taken(chat)
         return text
+
+    def _taken(self, chat: list[Message]) -> list[Message]:
+        """The chat, without its system prompt where the template takes none (Gemma's): lm-eval drops it, too."""
+        try:
+            self._encoder.prompt(chat)
+            return chat
+        except BadConversation as error:
+            if any(message["role"] == "system" for message in chat):
+                return self._taken([message for message in chat if message["role"] != "system"])
+            raise UsageError(f"--chat-template: a prompt {error}") from error
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of the generation prompt, and of the answer without the space that separates it from a plain prompt."""

@@ -65,6 +65,8 @@ class Generator:
         else:
             self.model, self.tokenizer, self.mask_id = _from_megatron(path, iteration, tokenizer)
         self._encoder: TurnEncoder | None = None  # made for the first chat
+        ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
+        self._ends: list[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]
         on_gpu = torch.cuda.is_available() and os.environ.get("MEAP_DEVICE") != "cpu" and not device.is_cpu()
         self.model.eval().to("cuda" if on_gpu else "cpu")
 
@@ -93,6 +95,7 @@ class Generator:
         """
         if self._encoder is None:
             self._encoder = TurnEncoder(self.tokenizer, None)
+            self._ends = list(dict.fromkeys([*self._ends, self._encoder.end]))
         try:
             ids = self._encoder.prompt(messages).tolist()
         except BadConversation as error:
@@ -145,14 +148,13 @@ class Generator:
             print(f"the model's context leaves room for {room} new tokens", file=sys.stderr)
         greedy = sampling.temperature == 0
         how = {} if greedy else {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-        ends = self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id
-        end = ends[0] if isinstance(ends, list) else ends
+        ends, pad = self._ends or None, self.tokenizer.pad_token_id
         return GenerationConfig(
             max_new_tokens=min(sampling.max_new_tokens, room),
             do_sample=not greedy,
             suppress_tokens=None if self.mask_id is None else [self.mask_id],
             eos_token_id=ends,
-            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else end,
+            pad_token_id=pad if pad is not None or ends is None else ends[0],
             **how,
         )
 

@@ -18,7 +18,8 @@ from megatron_meap.sft.published import TEMPLATES
 from megatron_meap.sft.records import Message
 
 _THINK = "<think>"
-_THOUGHTS = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)", re.DOTALL)
+_THOUGHTS = re.compile(r"(\s*<think>\s*|(?!.*<think>.*</think>))(.*?)(\s*</think>\s*)", re.DOTALL)
+"""At the start of an answer; the prompt may have opened them, as DeepSeek-R1's does."""
 _DATE = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 _REWRITTEN = "is rewritten by the chat template, so that the answer cannot be found in its text"
 _QUESTION: list[Message] = [{"role": "user", "content": "a"}]
@@ -69,9 +70,10 @@ class ChatTemplate:
         own = own.get("default") if isinstance(own, dict) else own
         if text is None and not own:
             raise UsageError(
-                "--meap-sft-template: the tokenizer has no chat template of its own; "
-                f"name one of {', '.join(TEMPLATES)}"
+                "the tokenizer has no chat template of its own; name one of "
+                f"{', '.join(TEMPLATES)}, or a file, with --meap-sft-template in fine-tuning, which keeps it"
             )
+        named = "the tokenizer's chat template" if text is None else "--meap-sft-template"
         self._tokenizer = tokenizer
         self.text: str = own if text is None else text
         day = datetime.date.fromisoformat(date) if date else datetime.date.today()
@@ -79,13 +81,13 @@ class ChatTemplate:
         """The day that is written into the text; None where the template does not ask for it."""
         self._dated = _DATE.sub(lambda call: repr(day.strftime(call[2])), self.text)
         if re.search(r"strftime_now\s*\(", self._dated):
-            raise UsageError("--meap-sft-template: its strftime_now is called with more than one string; write it out")
+            raise UsageError(f"{named}: its strftime_now is called with more than one string; write it out")
         self._knows_thoughts = any(name in self.text for name in ("reasoning_content", "thinking"))
         try:
             if self._found([*_QUESTION, {"role": "assistant", "content": "b"}], None) is None:
                 raise BadConversation(_REWRITTEN)
         except BadConversation as error:
-            raise UsageError(f"--meap-sft-template: not usable: a question and an answer {error}") from error
+            raise UsageError(f"{named}: not usable: a question and an answer {error}") from error
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> Marked:
         """What the model is asked with: the messages, and the beginning of an answer.

@@ -55,6 +55,9 @@ TRAINED = ("optimizer", "mtp_num_layers", "mtp_loss_scaling_factor", "moe_z_loss
 BESIDE_THE_SCHEDULE = ("lr_warmup_init", "lr_wsd_*", "decoupled_*", "freeze_all_layers")
 """Settings of learning rates that are not in the schedule's state, which is compared apart: warned of."""
 
+BEGINS = ("--*-dropout", "--moe-*")
+"""Entries of which a run is told that begins with the weights of another and differs: how it trains the same model."""
+
 MODEL_GROUPS = ("network size", "moe", "mla", "experimental_attention_variant", "heterogeneous architecture")
 WARNED_GROUPS = (
     "transformer configuration",
@@ -143,8 +146,13 @@ def verdict(entry: str, args: Namespace) -> Verdict:
     return _verdict_of(by_flag[entry]) if entry in by_flag else Verdict.REFUSED
 
 
-def differences(saved: Namespace, args: Namespace) -> Iterator[tuple[Verdict, str]]:
+def differences(saved: Namespace, args: Namespace, among: tuple[str, ...] = ("*",)) -> Iterator[tuple[Verdict, str]]:
     """What differs between a checkpoint's arguments and a run's, a phrase each; free entries are left out.
+
+    Args:
+        saved: the checkpoint's.
+        args: the run's.
+        among: patterns of the entries that are compared.
 
     An entry that one of them does not know is not compared: it is older than the flag. For what could not be done to
     inputs before there was a flag for it, that is as if the flag had not been given.
@@ -153,7 +161,7 @@ def differences(saved: Namespace, args: Namespace) -> Iterator[tuple[Verdict, st
     if "--meap-mask-ratio" in there:  # a run of ours
         there = {MaskSettings.flag_of(name): getattr(MaskSettings, name) for name in _LATER} | there
     for entry in here:
-        if entry not in there or there[entry] == here[entry]:
+        if entry not in there or there[entry] == here[entry] or not _matches(entry, among):
             continue
         outcome = verdict(entry, args)
         if outcome is not Verdict.FREE:

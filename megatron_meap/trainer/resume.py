@@ -8,7 +8,7 @@ from megatron_meap.checkpoint import latest, model_arguments
 from megatron_meap.errors import UsageError
 from megatron_meap.trainer import batch_sizes, schedule
 from megatron_meap.trainer.optimizers import is_distributed
-from megatron_meap.trainer.record import ALLOW, Verdict, differences
+from megatron_meap.trainer.record import ALLOW, BEGINS, Verdict, differences
 
 
 def choose_start(args: Namespace, hash_files: latest.HashFiles | None) -> dict[str, Any]:
@@ -98,7 +98,8 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
     resumes = flag == "--load" and not args.finetune and path.name != "release"
     warnings = _compare_model(flag, path, saved, args, resumes)
     if not resumes:
-        return warnings
+        changed = [said for _, said in differences(saved, args, BEGINS)]
+        return warnings + ([f"{flag}: {path} was trained with {'; '.join(changed)}"] if changed else [])
     _refuse_another_optimizer(path, saved, args)
     found = list(differences(saved, args))
     refused = [said for outcome, said in found if outcome is Verdict.REFUSED]
@@ -121,8 +122,6 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
 def _compare_model(flag: str, path: Path, saved: Namespace, args: Namespace, resumes: bool) -> list[str]:
     """Refuse another model or tokenizer, which no flag allows; and one that computes something else, which one does."""
     shape = set(model_arguments.SHAPE)
-    if not args.group_query_attention:
-        shape.remove("num_query_groups")
     if not resumes:
         shape.remove("rotary_base")  # no weight depends on it: contexts are extended by changing it
     if args.hybrid_layer_pattern and not getattr(saved, "hybrid_layer_pattern", None):

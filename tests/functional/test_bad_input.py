@@ -240,9 +240,12 @@ class TestCheckpoints:
         """Changed where it is meant, with a warning; taken over where the checkpoint's arguments are asked for."""
         changed = [*flags, source, str(saved), "--use-rope-scaling", "--rope-scaling-factor", "4"]
         changed += ["--override-opt_param-scheduler"]  # this run is longer than the saved one
+        changed += ["--hidden-dropout", "0.2"]
         assert "use_rope_scaling False there, True here" in refused(*changed)
         assert prepare(*changed, "--meap-allow-changed-settings").use_rope_scaling
-        assert f"warning: {source}: the model is changed: use_rope_scaling False there" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"warning: {source}: the model is changed: use_rope_scaling False there" in said
+        assert "--hidden-dropout 0.0 there, 0.2 here" in said
         assert not prepare(*changed, "--use-checkpoint-args").use_rope_scaling
         unread = refused(*changed, "--use-checkpoint-args", "--rampup-batch-size", "8", "8", "64")
         assert "--rampup-batch-size: megatron-core 0.19 reads it nowhere" in unread

@@ -119,6 +119,24 @@ def test_prompts_from_a_file_and_from_standard_input(
     assert set(outputs) == {outputs[0]}
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num-samples", "0"], "--num-samples 0: must be at least 1"),
+        (["--num-samples", "2", "--greedy"], "--num-samples 2: greedily chosen texts are all the same"),
+        (["--system", "s"], "--system: belongs to a chat"),
+    ],
+)
+def test_flags_without_a_meaning(
+    flags: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(logging, "disable", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["g", "--load", "nowhere", *flags])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(REPOSITORY / "tools" / "generate.py"), run_name="__main__")
+    assert said in capsys.readouterr().err
+
+
 def test_missing_prompt_file(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Status 2."""
     monkeypatch.setattr(logging, "disable", lambda _: None)
@@ -126,6 +144,18 @@ def test_missing_prompt_file(folders: dict[str, Path], monkeypatch: pytest.Monke
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(REPOSITORY / "tools" / "generate.py"), run_name="__main__")
     assert caught.value.code == 2
+
+
+def test_an_answer_ends_where_the_template_ends_it(folders: dict[str, Path]) -> None:
+    """Whether or not a generation config says so."""
+    generator = Generator(str(folders["huggingface"]))
+    plain = generator._config(Sampling(8), 1).eos_token_id
+    generator.tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    generator.model.resize_token_embeddings(len(generator.tokenizer))
+    generator.tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<end>' }}{% endfor %}"
+    generator.answer([{"role": "user", "content": "a"}], Sampling(1, 0.0))
+    end = generator.tokenizer.convert_tokens_to_ids("<end>")
+    assert generator._config(Sampling(8), 1).eos_token_id == [*plain, end]
 
 
 def test_a_chat_is_asked_by_the_ids_of_fine_tuning(folders: dict[str, Path]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_meap.checkpoint import model_arguments
 from megatron_meap.cluster import meeting
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface import megatron_model
@@ -228,3 +229,41 @@ def test_blocks_of_muon_are_recorded(corpus: Corpus, folder: Path) -> None:
     assert record.BLOCKS not in whole.meap_record
     saved = Namespace(meap_record=blocks.meap_record | {record.BLOCKS: 2})
     assert list(record.differences(saved, blocks)) == [(record.Verdict.WARNED, f"{record.BLOCKS} 2 there, 1 here")]
+
+
+def test_every_flag_of_the_model_is_known_by_its_effect() -> None:
+    """What these tables do not know passes unnoticed where a run begins with the weights of another."""
+    known = {*model_arguments.SHAPE, *model_arguments.FUNCTION}
+    others = {
+        name
+        for name, (_, group) in record._megatrons_flags().items()
+        if group in record.MODEL_GROUPS and name not in known and record._verdict_of(name) is not record.Verdict.FREE
+    }
+    learning = {"moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_use_upcycling", "moe_upcycling_granularity"}
+    without_effect = {"relative_attention_num_buckets", "relative_attention_max_distance", "onnx_safe"}
+    without_effect |= {"bert_binary_head", "cache_mla_latents"}
+    by_others = {"use_rotary_position_embeddings", "add_position_embedding", "linear_attention_freq"}
+    by_others |= {"heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"}
+    assert others == learning | without_effect | by_others
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        ({"num_query_groups": 2, "group_query_attention": True}, {"num_query_groups": 2}, "num_query_groups 2 there, 4"),
+        ({"num_query_groups": 1}, {"num_query_groups": 4, "group_query_attention": True}, ""),
+        ({"num_experts": 4, "moe_ffn_hidden_size": 8}, {"num_experts": 4}, "moe_ffn_hidden_size 8 there, None here"),
+        ({"moe_ffn_hidden_size": 8}, {}, ""),
+        ({"multi_latent_attention": True, "q_lora_rank": 8}, {"multi_latent_attention": True}, "q_lora_rank 8 there, None"),
+        ({"q_lora_rank": 8}, {}, ""),
+    ],
+)
+def test_shapes_are_compared_as_they_take_effect(there: dict, here: dict, said: str) -> None:
+    """With the switch that they need, in words that name them; `--use-checkpoint-args` takes each over."""
+    plain = dict.fromkeys(model_arguments.SHAPE) | {"num_attention_heads": 4, "group_query_attention": False}
+    saved, args = (Namespace(**plain | each) for each in (there, here))
+    found = model_arguments.differences(saved, args, model_arguments.SHAPE)
+    assert [each[: len(said)] for each in found] == [said] * bool(said)
+    model_arguments.take_over(saved, args)
+    args.group_query_attention = saved.group_query_attention  # Megatron does
+    assert not model_arguments.differences(saved, args, model_arguments.SHAPE)

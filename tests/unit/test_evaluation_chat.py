@@ -7,14 +7,15 @@ import torch
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from megatron_meap.errors import UsageError
 from megatron_meap.evaluation import models
 from megatron_meap.evaluation.models import Model
 from megatron_meap.sft.published import TEMPLATES
 from megatron_meap.tokenization.huggingface import add_mask_token, begin_with_bos, from_sentencepiece, save_tokenizer
 from tests.conftest import Corpus
-from tests.templates import CHAT_TOKENS, GPT_OSS, QWEN3, R1, R1_FIRST
+from tests.templates import CHAT_TOKENS, GEMMA, GPT_OSS, QWEN3, R1, R1_FIRST
 
-ALL = {**TEMPLATES, "qwen3": QWEN3, "gpt-oss": GPT_OSS, "r1 as it was": R1_FIRST, "r1": R1}
+ALL = {**TEMPLATES, "qwen3": QWEN3, "gpt-oss": GPT_OSS, "r1 as it was": R1_FIRST, "r1": R1, "gemma": GEMMA}
 QUESTION = {"role": "user", "content": "What is a list? "}
 ANSWERS = [" A sequence.", "A mapping of keys", " nothing at all,\n or so"]
 
@@ -80,3 +81,17 @@ def test_scores_are_those_of_teacher_forcing(folders: dict[str, Path], kind: str
         assert greedy == bool((logits.argmax(-1) == torch.tensor(scored)).all())
     ids, mask = loaded.tok_batch_encode([text, loaded.apply_chat_template([QUESTION, *chat[1:], QUESTION])])
     assert ids[0][mask[0].bool()].tolist() == prompt
+
+
+def test_a_system_prompt_that_the_template_refuses_is_left_out(folders: dict[str, Path]) -> None:
+    """As lm-eval leaves it out of the text: a task's description is one."""
+    folder = folders["huggingface"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = GEMMA
+    tokenizer.save_pretrained(folder)
+    loaded = models.load(Model("m", folder, str(folder), "m"), 2, "cpu", None, chat=True)
+    plain, described = ([*system, QUESTION] for system in ([], [{"role": "system", "content": "Be brief."}]))
+    pairs = [loaded._encode_pair(loaded.apply_chat_template(chat), " yes") for chat in (plain, described)]
+    assert pairs[0] == pairs[1]
+    with pytest.raises(UsageError, match="--chat-template: a prompt is refused by the chat template: Conversation roles"):
+        loaded._taken([QUESTION, QUESTION])

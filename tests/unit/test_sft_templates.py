@@ -21,6 +21,7 @@ INLINE = {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\nIt
 FIELD = PLAIN | {"reasoning_content": "Two and two."}
 EMPTY = {"role": "assistant", "content": "<think>\n\n</think>\n\nIt is 4."}
 THOUGHT = "<think>\nTwo and two.\n</think>\n\nIt is 4."
+ON = "Two and two.\n</think>\n\nIt is 4."  # what a model writes whose prompt opens the thoughts
 NONE = "<think>\n\n</think>\n\nIt is 4."
 
 
@@ -33,7 +34,7 @@ def tokenizer(huggingface_folder: Path):
 
 
 WRITTEN = {  # template, answer: what the model writes, or what is said of it
-    "chatml": (TEMPLATES["chatml"], {"plain": "It is 4.<|im_end|>", "inline": f"{THOUGHT}<|im_end|>"}),
+    "chatml": (TEMPLATES["chatml"], {"plain": "It is 4.<|im_end|>", "inline": f"{THOUGHT}<|im_end|>", "on": f"{ON}<|im_end|>"}),
     "llama-3": (TEMPLATES["llama-3"], {"field": f"{THOUGHT}<|eot_id|>", "empty": f"{NONE}<|eot_id|>"}),
     "qwen3": (
         QWEN3,
@@ -42,18 +43,21 @@ WRITTEN = {  # template, answer: what the model writes, or what is said of it
             "empty": f"{NONE}<|im_end|>",
             "inline": f"{THOUGHT}<|im_end|>",
             "field": f"{THOUGHT}<|im_end|>",
+            "on": f"{THOUGHT}<|im_end|>",
         },
     ),
     "r1": (
         R1,
         {
             "plain": BadConversation("'<think>\\n' in the generation prompt"),
-            "inline": "Two and two.\n</think>\n\nIt is 4.<eos>",
-            "field": "Two and two.\n</think>\n\nIt is 4.<eos>",
+            **dict.fromkeys(("inline", "field", "on"), f"{ON}<eos>"),
             "empty": "</think>\n\nIt is 4.<eos>",
         },
     ),
-    "r1 as it was": (R1_FIRST, {"plain": "It is 4.<eos>", "inline": f"{THOUGHT}<eos>", "empty": f"{NONE}<eos>"}),
+    "r1 as it was": (
+        R1_FIRST,
+        {"plain": "It is 4.<eos>", "inline": f"{THOUGHT}<eos>", "empty": f"{NONE}<eos>", "on": f"{ON}<eos>"},
+    ),
     "gpt-oss": (
         GPT_OSS,
         {
@@ -63,7 +67,7 @@ WRITTEN = {  # template, answer: what the model writes, or what is said of it
         },
     ),
 }
-ANSWERS = {"plain": PLAIN, "inline": INLINE, "field": FIELD, "empty": EMPTY}
+ANSWERS = {"plain": PLAIN, "inline": INLINE, "field": FIELD, "empty": EMPTY, "on": PLAIN | {"content": ON}}
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, (_, kinds) in WRITTEN.items() for kind in kinds])
@@ -71,8 +75,7 @@ def test_the_model_learns_all_that_it_must_write(tokenizer, name: str, kind: str
     """The prompt's ids are those of transformers' generation prompt; what follows is as the data has it."""
     template, expected = WRITTEN[name][0], WRITTEN[name][1][kind]
     encoder = TurnEncoder(tokenizer, template)
-    history = [USER, PLAIN if name != "r1" else INLINE]
-    for before in ([], history):
+    for before in ([], [USER, PLAIN if name != "r1" else INLINE], [USER, ANSWERS["on"]] if kind == "on" else []):
         messages = [*before, USER, ANSWERS[kind]]
         if isinstance(expected, BadConversation):
             with pytest.raises(BadConversation, match="rendered otherwise than the model is asked") as refusal:
