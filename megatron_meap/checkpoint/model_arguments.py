@@ -87,7 +87,7 @@ FUNCTION = (
 _ONLY_WITH = {
     "rope_scaling_factor": "use_rope_scaling",
     **{n: "num_experts" for n in (*SHAPE, *FUNCTION) if n.startswith("moe_")},
-    **{n: "multi_latent_attention" for n in (*SHAPE[SHAPE.index("q_lora_rank") :], "rope_type")},
+    **dict.fromkeys((*SHAPE[SHAPE.index("q_lora_rank") :], "rope_type"), "multi_latent_attention"),
     **{n: "use_mup" for n in FUNCTION if n.startswith("mup_")},
 }
 

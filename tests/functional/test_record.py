@@ -239,7 +239,12 @@ def test_every_flag_of_the_model_is_known_by_its_effect() -> None:
         for name, (_, group) in record._megatrons_flags().items()
         if group in record.MODEL_GROUPS and name not in known and record._verdict_of(name) is not record.Verdict.FREE
     }
-    learning = {"moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_use_upcycling", "moe_upcycling_granularity"}
+    learning = {
+        "moe_router_load_balancing_type",
+        "moe_aux_loss_coeff",
+        "moe_use_upcycling",
+        "moe_upcycling_granularity",
+    }
     without_effect = {"relative_attention_num_buckets", "relative_attention_max_distance", "onnx_safe"}
     without_effect |= {"bert_binary_head", "cache_mla_latents"}
     by_others = {"use_rotary_position_embeddings", "add_position_embedding", "linear_attention_freq"}
@@ -250,11 +255,19 @@ def test_every_flag_of_the_model_is_known_by_its_effect() -> None:
 @pytest.mark.parametrize(
     ("there", "here", "said"),
     [
-        ({"num_query_groups": 2, "group_query_attention": True}, {"num_query_groups": 2}, "num_query_groups 2 there, 4"),
+        (
+            {"num_query_groups": 2, "group_query_attention": True},
+            {"num_query_groups": 2},
+            "num_query_groups 2 there, 4",
+        ),
         ({"num_query_groups": 1}, {"num_query_groups": 4, "group_query_attention": True}, ""),
         ({"num_experts": 4, "moe_ffn_hidden_size": 8}, {"num_experts": 4}, "moe_ffn_hidden_size 8 there, None here"),
         ({"moe_ffn_hidden_size": 8}, {}, ""),
-        ({"multi_latent_attention": True, "q_lora_rank": 8}, {"multi_latent_attention": True}, "q_lora_rank 8 there, None"),
+        (
+            {"multi_latent_attention": True, "q_lora_rank": 8},
+            {"multi_latent_attention": True},
+            "q_lora_rank 8 there, None",
+        ),
         ({"q_lora_rank": 8}, {}, ""),
     ],
 )

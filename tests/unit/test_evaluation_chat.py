@@ -93,5 +93,5 @@ def test_a_system_prompt_that_the_template_refuses_is_left_out(folders: dict[str
     plain, described = ([*system, QUESTION] for system in ([], [{"role": "system", "content": "Be brief."}]))
     pairs = [loaded._encode_pair(loaded.apply_chat_template(chat), " yes") for chat in (plain, described)]
     assert pairs[0] == pairs[1]
-    with pytest.raises(UsageError, match="--chat-template: a prompt is refused by the chat template: Conversation roles"):
+    with pytest.raises(UsageError, match="a prompt is refused by the chat template: Conversation roles"):
         loaded._taken([QUESTION, QUESTION])

@@ -34,7 +34,10 @@ def tokenizer(huggingface_folder: Path):
 
 
 WRITTEN = {  # template, answer: what the model writes, or what is said of it
-    "chatml": (TEMPLATES["chatml"], {"plain": "It is 4.<|im_end|>", "inline": f"{THOUGHT}<|im_end|>", "on": f"{ON}<|im_end|>"}),
+    "chatml": (
+        TEMPLATES["chatml"],
+        {"plain": "It is 4.<|im_end|>", "inline": f"{THOUGHT}<|im_end|>", "on": f"{ON}<|im_end|>"},
+    ),
     "llama-3": (TEMPLATES["llama-3"], {"field": f"{THOUGHT}<|eot_id|>", "empty": f"{NONE}<|eot_id|>"}),
     "qwen3": (
         QWEN3,
