@@ -57,7 +57,7 @@ _COMMAND = {"launch?": str, "environment?": {str: str}, "flags": str, "seq_lengt
 _SHAPE = {
     "data": {
         "folder": str, "train": str, "valid": str, "vocabulary": int, "valid_documents": int, "valid_tokens": int,
-        "planted?": {"pairs": int, "times": int, "pieces": int},
+        "planted?": {"passages": int, "length": int, "times": int, "pieces": int},
     },
     "training": {**_COMMAND, "evaluations": int, "save_interval?": int},
     "models": {str: str},
@@ -104,8 +104,8 @@ class Grid:
     data: dict[str, Any]
     """`folder`: of its runs; `train`, `valid`: files of documents, below the folder of texts; `vocabulary`: pieces of
     the tokenizer that is trained on the former; `valid_documents`, `valid_tokens`: of the latter, and of the beginning
-    of each; `planted`: what `planting.plant` puts into every sequence, where it does: so many `pairs`, `times`, of so
-    many `pieces`."""
+    of each; `planted`: what `planting.plant` puts into every sequence, where it does: so many `passages` of a `length`,
+    so many `times`, of so many `pieces`."""
     training: dict[str, Any]
     """`launch`: the command that runs a Python file; `environment`; `flags`; `seq_length`; `batch`: samples a step;
     `evaluations` of a run; `save_interval`: steps, for runs that take longer than a machine is lent."""

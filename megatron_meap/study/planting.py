@@ -1,4 +1,4 @@
-"""Texts that reward looking back: prose in which pairs of a name and its figure come several times."""
+"""Texts that reward looking back: prose in which passages of random pieces come several times."""
 
 import numpy as np
 import numpy.typing as npt
@@ -6,25 +6,30 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.integer]
 
 
-def plant(prose: Ids, pairs: int, times: int, pieces: Ids, random: np.random.Generator, consistent: bool = True) -> Ids:
-    """Prose with pairs of a name and its figure planted at random places, each pair `times`.
+def plant(
+    prose: Ids, passages: int, length: int, times: int, pieces: Ids, random: np.random.Generator, consistent: bool = True
+) -> Ids:
+    """Prose with passages planted at random places, each `times`.
 
-    Nothing but an earlier occurrence tells which figure follows a name.
+    Nothing but an earlier occurrence tells how a passage goes on. No piece comes twice in the passages of a text, so that
+    the last piece alone tells it.
 
     Args:
         prose: ids [n].
-        pairs: different pairs.
+        passages: different ones.
+        length: ids of each; 2 are a name and its figure.
         times: occurrences of each.
-        pieces: ids that names and figures are drawn from, each for one pair; at least twice as many as pairs.
+        pieces: ids that passages are drawn from; at least passages * length.
         random: what draws.
-        consistent: False gives the same text but for its figures: each is drawn anew, so that none can be known.
+        consistent: False gives the same text but for what can be copied: in every occurrence all that follows its first
+            piece is drawn anew.
 
     Returns:
-        ids [n + 2 * pairs * times].
+        ids [n + passages * length * times].
     """
-    pair = random.choice(pieces, (pairs, 2), replace=False).astype(prose.dtype)
-    planted = pair[random.permutation(np.tile(np.arange(pairs), times))]
-    places = np.sort(random.integers(0, len(prose) + 1, pairs * times))
+    passage = random.choice(pieces, (passages, length), replace=False).astype(prose.dtype)
+    planted = passage[random.permutation(np.tile(np.arange(passages), times))]
+    places = np.sort(random.integers(0, len(prose) + 1, passages * times))
     if not consistent:
-        planted[:, 1] = random.choice(pieces, len(planted))
-    return np.insert(prose, np.repeat(places, 2), planted.ravel())
+        planted[:, 1:] = random.choice(pieces, planted[:, 1:].shape)
+    return np.insert(prose, np.repeat(places, length), planted.ravel())

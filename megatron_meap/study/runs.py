@@ -34,7 +34,7 @@ _SHAPE = POINT | {
     "steps": int,
     "validation": {str: int | float},
     "cpu_seconds": int | float,
-    **dict.fromkeys(("machine", "command"), str),
+    **dict.fromkeys(("machine", "command", "texts?"), str),
     "environment": {str: str},
     "copying?": {str: int | float},
 }
@@ -181,7 +181,10 @@ class Runner:
             return False
         cost = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
         record = (
-            axes_of(point) | _facts(self._grid, point, history) | cost | {"command": shlex.join(command), **_made_by()}
+            axes_of(point)
+            | _facts(self._grid, point, history)
+            | cost
+            | {"command": shlex.join(command), "texts": self._texts.digest(point), **_made_by()}
         )
         with whole_file(folder / result, "w") as file:
             file.write(json.dumps(record | {"environment": own}))
@@ -203,12 +206,13 @@ def _facts(grid: Grid, point: Point, history: History) -> dict[str, Any]:
 
 
 def _copying(grid: Grid, history: History) -> dict[str, float]:
-    """How much less a planted figure costs where it came before than where it is drawn anew, in nats, by step."""
+    """How much less a planted piece costs where it came before than where it is drawn anew, in nats, by step."""
     if (planted := grid.data.get("planted")) is None:
         return {}
     _, as_trained, drawn_anew = history.validation_sets.values()
-    tokens_per_figure = grid.training["seq_length"] / (planted["pairs"] * (planted["times"] - 1))
-    return {str(step): (drawn_anew[step] - loss) * tokens_per_figure for step, loss in sorted(as_trained.items())}
+    copies = planted["passages"] * (planted["length"] - 1) * (planted["times"] - 1)  # of a sequence's pieces
+    tokens_per_copy = grid.training["seq_length"] / copies
+    return {str(step): (drawn_anew[step] - loss) * tokens_per_copy for step, loss in sorted(as_trained.items())}
 
 
 def _made_by() -> dict[str, str]:

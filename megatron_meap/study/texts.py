@@ -1,6 +1,7 @@
 """The texts of a study: one tokenizer, one validation text, and for every size and seed a choice of documents."""
 
 import argparse
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,12 +32,19 @@ class Texts:
         self.tokenizer = folder / "tokenizer.model"
         planted = ["valid-planted", "valid-drawn-anew"] if "planted" in self._data else []
         self.valid = [folder / name for name in ("valid", *planted)]
-        """Prefixes of the validation texts: prose; and where pairs are planted, prose with them, once as in training
-        and once with every figure drawn anew."""
+        """Prefixes of the validation texts: prose; and where passages are planted, prose with them, once as in training
+        and once with what could be copied drawn anew."""
 
     def train(self, point: Point) -> Path:
         """The prefix of a run's training text: the same for all runs of a size and seed."""
         return self._folder / f"train-t{point.tokens}-s{point.seed}"
+
+    def digest(self, point: Point) -> str:
+        """sha256 of all that a run reads: the tokenizer, its training text and the validation texts."""
+        content = hashlib.sha256()
+        for path in (self.tokenizer, *(Path(f"{prefix}.bin") for prefix in (self.train(point), *self.valid))):
+            content.update(hashlib.sha256(path.read_bytes()).digest())
+        return content.hexdigest()
 
     def make(self, points: Iterable[Point]) -> None:
         """Make what these runs need.
@@ -88,7 +96,7 @@ class Texts:
 
     def _draw(self, documents: list[np.ndarray], point: Point) -> list[np.ndarray]:
         """The documents of a run's training text, exactly as many tokens as asked for, rounded down to sequences where
-        pairs are planted."""
+        passages are planted."""
         if "planted" not in self._data:
             return _first(documents, point.tokens, point)
         prose = _first(documents, point.tokens // self._length * self._prose, point)
@@ -97,14 +105,15 @@ class Texts:
     @property
     def _prose(self) -> int:
         """Tokens of prose in a sequence."""
-        return self._length - 2 * self._data["planted"]["pairs"] * self._data["planted"]["times"]
+        planted = self._data["planted"]
+        return self._length - planted["passages"] * planted["length"] * planted["times"]
 
     def _plant(self, prose: np.ndarray, random: np.random.Generator, consistent: bool = True) -> list[np.ndarray]:
-        """Documents of one sequence each, with pairs of the tokenizer's bytes, which prose hardly has."""
-        pairs, times, pieces = (self._data["planted"][name] for name in ("pairs", "times", "pieces"))
+        """Documents of one sequence each, with passages of the tokenizer's bytes, which prose hardly has."""
+        *sizes, pieces = (self._data["planted"][name] for name in ("passages", "length", "times", "pieces"))
         rows = prose[: len(prose) // self._prose * self._prose].reshape(-1, self._prose)
         bytes_ = np.arange(SPECIALS, SPECIALS + pieces)
-        return [plant(row, pairs, times, bytes_, random, consistent) for row in rows]
+        return [plant(row, *sizes, bytes_, random, consistent) for row in rows]
 
 
 def _is_there(prefix: Path) -> bool:
