@@ -112,6 +112,8 @@ class Comparison:
 def compare(points: Iterable[Point], results: Results, metric: str = "best") -> list[Comparison]:
     """Each objective of a stage against the baseline at the same size; the baseline's own entry has no difference.
 
+    Two runs that are known to have read different texts are no pair.
+
     Args:
         points: of the stage; those without a result are left out.
         results: of all.
@@ -125,12 +127,17 @@ def compare(points: Iterable[Point], results: Results, metric: str = "best") -> 
     found = []
     for key, runs in rows.items():
         base = rows.get((*key[:3], BASELINE), {})
-        seeds = tuple(seed for seed in runs if seed in base)
+        seeds = tuple(seed for seed in runs if seed in base and _same_texts(results[runs[seed]], results[base[seed]]))
         if seeds:
             own = np.array([measure(results[runs[seed]]) for seed in seeds])
             gaps = own - [measure(results[base[seed]]) for seed in seeds]
             found.append(_comparison(runs[seeds[0]], seeds, own, gaps))
     return _corrected(found)
+
+
+def _same_texts(*results: dict[str, Any]) -> bool:
+    """Whether runs read the same, as far as it was recorded."""
+    return len({result["texts"] for result in results if "texts" in result}) < 2
 
 
 def _comparison(point: Point, seeds: tuple[int, ...], own: np.ndarray, gaps: np.ndarray) -> Comparison:

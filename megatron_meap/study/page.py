@@ -66,6 +66,8 @@ def _head(studies: Sequence[Written], page: Path) -> str:
     seconds = sum(result["cpu_seconds"] for result in every)
     scale = "; ".join(_scale(study) for study in studies if study.results) or "nothing has been run"
     rules = link(studies[0].grid.path.parent / "README.md")
+    texts = len({result["texts"] for result in every if "texts" in result})
+    unknown = sum("texts" not in result for result in every)
     machines = ", ".join(sorted({result["machine"] for result in every})) or "none yet"
     return f"""# Results: does input noise help?
 
@@ -76,7 +78,8 @@ last. Differences are to next-token prediction with the same seed: negative is b
 comparison alone; p and the verdict are corrected for the number of comparisons in a table.
 
 **Scale**: {scale}. It says nothing about models and texts a thousand times larger.
-**Cost**: {len(every)} runs, {seconds / 60:.0f} minutes of processor time in all ({machines})."""
+**Cost**: {len(every)} runs, {seconds / 60:.0f} minutes of processor time in all ({machines}).
+**Texts**: {texts} different ones by the digests in the records; of {unknown} runs, older, it was not recorded."""
 
 
 def _scale(study: Written) -> str:
@@ -229,8 +232,9 @@ texts and runs all of them; `study.py again` makes one a second time from its re
 def _same(point: Point, study: Written) -> str:
     first, second = study.results[point], study.again[point]
     different = [name for name in NUMBERS if first.get(name, {}) != second.get(name, {})]
+    texts = " and then ".join(each.get("texts", "not recorded")[:12] for each in (first, second))
     found = (
-        f"**differs** in {', '.join(different)}: see the changes in the study's README"
+        f"**differs** in {', '.join(different)} (digest of the texts: {texts}); see the changes in the study's README"
         if different
         else "gave the same numbers, digit for digit"
     )

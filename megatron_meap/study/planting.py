@@ -7,12 +7,18 @@ Ids = npt.NDArray[np.integer]
 
 
 def plant(
-    prose: Ids, passages: int, length: int, times: int, pieces: Ids, random: np.random.Generator, consistent: bool = True
+    prose: Ids,
+    passages: int,
+    length: int,
+    times: int,
+    pieces: Ids,
+    random: np.random.Generator,
+    consistent: bool = True,
 ) -> Ids:
     """Prose with passages planted at random places, each `times`.
 
-    Nothing but an earlier occurrence tells how a passage goes on. No piece comes twice in the passages of a text, so that
-    the last piece alone tells it.
+    Nothing but an earlier occurrence tells how a passage goes on, and there one piece is enough: the pieces of all
+    passages are different.
 
     Args:
         prose: ids [n].

@@ -148,7 +148,9 @@ def test_runs_are_resumed_and_only_those_without_a_result(tmp_path, grid, monkey
     assert "4 runs, 2 of them done" in said
     result = finished(runs)[points[0]]
     Runner(grid, texts(grid, tmp_path), runs, [{}], said.append).again(result)
-    assert finished(runs, AGAIN)[points[0]]["validation"] == result["validation"]
+    again = finished(runs, AGAIN)[points[0]]
+    assert (again["validation"], again["texts"]) == (result["validation"], result["texts"])
+    assert len({each["texts"] for each in finished(runs).values()}) == 1  # one size and seed
     assert list(result["validation"].values()) == pytest.approx([5.89, 5.88, 5.87, 5.86])
     assert (result["steps"], result["trained_tokens"]) == (4, 64)
     assert Path("runs/data/train-t64-s9.bin").stat().st_size == 2 * 64  # exactly the tokens asked for
@@ -184,10 +186,10 @@ def test_a_text_that_is_too_short_is_refused(tmp_path, grid):
         Texts(grid, tmp_path / "empty", tmp_path / "other").make([Point("tiny", 64, 1, "ntp", 0.1, 0.0, 1)])
 
 
-def test_what_copying_saves_is_measured_where_pairs_are_planted(tmp_path, monkeypatch):
+def test_what_copying_saves_is_measured_where_passages_are_planted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("pretrain_gpt_meap.py").write_text(TRAINER)
-    planted = "valid_tokens = 20\nplanted = { pairs = 1, times = 2, pieces = 8 }"
+    planted = "valid_tokens = 20\nplanted = { passages = 1, length = 2, times = 2, pieces = 8 }"
     Path("grid.toml").write_text(GRID.replace("valid_tokens = 20", planted))
     grid = grids.read(Path("grid.toml"))
     points = grid.stages[0].points()
@@ -199,23 +201,27 @@ def test_what_copying_saves_is_measured_where_pairs_are_planted(tmp_path, monkey
     assert copying_begins(result | {"copying": {"1": 0.5, "2": 0.9}}) is None
     text = np.memmap("runs/data/train-t64-s9.bin", np.uint16).reshape(-1, 8)
     assert len(text) == 64 // 8
-    bytes_ = [row[(row >= 4) & (row < 12)] for row in text]  # a name and a figure, twice
+    bytes_ = [row[(row >= 4) & (row < 12)] for row in text]  # a passage of two, twice
     assert all(len(each) == 4 and len(set(each)) == 2 for each in bytes_)
 
 
-def test_a_name_has_its_figure_wherever_it_comes_again():
+@pytest.mark.parametrize("length", [2, 5])
+def test_a_passage_goes_on_the_same_wherever_it_comes_again(length):
     prose, pieces = np.arange(1000, 1100), np.arange(4, 68)
-    text, anew = (plant(prose, 8, 5, pieces, np.random.default_rng(3), consistent) for consistent in (True, False))
-    assert len(text) == 100 + 2 * 8 * 5
+    text, anew = (
+        plant(prose, 8, length, 6, pieces, np.random.default_rng(3), consistent) for consistent in (True, False)
+    )
+    assert len(text) == 100 + 8 * length * 6
     assert np.array_equal(text[text >= 1000], prose)
-    for each, figures in ((text, 1), (anew, 2)):
-        planted = each[each < 68].reshape(-1, 2)
-        names = {name: planted[planted[:, 0] == name, 1] for name in set(planted[:, 0])}
-        assert len(names) == 8
-        assert all(len(found) == 5 and len(set(found)) >= figures for found in names.values())
-    assert all(len(set(found)) == 1 for found in (text[np.flatnonzero(text == n) + 1] for n in names))
-    assert sum(text != anew) > 30  # nearly all figures, and nothing else
-    assert set(np.flatnonzero(text != anew) - 1) <= set(np.flatnonzero(np.isin(text, list(names))))
+    for each, different in ((text, 8), (anew, 30)):
+        planted = each[each < 68].reshape(-1, length)
+        assert sorted(np.unique(planted[:, 0], return_counts=True)[1]) == [6] * 8
+        assert (len(np.unique(planted, axis=0)) == 8) == (different == 8)
+        assert len(np.unique(planted, axis=0)) >= different
+    changed = (text != anew)[text < 68].reshape(-1, length)
+    assert not changed[:, 0].any()  # only what can be copied, nearly all of it
+    assert changed[:, 1:].mean() > 0.9
+    assert np.array_equal(anew >= 1000, text >= 1000)
 
 
 def made_up(points, effect=0.0, noise=0.0, slope=0.3):
@@ -261,6 +267,17 @@ def test_many_comparisons_are_corrected():
     alone = compare([point for point in points if point.objective in ("ntp", "meap")], results)[1]
     among = next(each for each in compare(points, results) if each.point.objective == "meap")
     assert among.p_value == pytest.approx(5 * alone.p_value)  # the smallest of five
+
+
+def test_runs_that_read_different_texts_are_no_pair():
+    points = [Point("tiny", 64, 1, name, 1.0, 0.0, seed) for name in ("ntp", "meap") for seed in (1, 2, 3)]
+    results = made_up(points)
+    for point in points:
+        if point.seed < 3:  # of the third, as of older runs, it is not known
+            results[point]["texts"] = f"{point.seed}"
+    assert compare(points, results)[1].seeds == (1, 2, 3)
+    results[points[3]]["texts"] = "another"
+    assert compare(points, results)[1].seeds == (2, 3)
 
 
 def test_the_worth_in_tokens_is_what_the_losses_were_made_of():
@@ -326,7 +343,9 @@ def test_the_command_runs_repeats_lists_and_writes_up(tmp_path, grid, monkeypatc
     again.write_text(json.dumps(json.loads(again.read_text()) | {"validation": {"4": 1.0}}) + "\n")
     next(Path("runs").glob("*/*/again.json")).unlink()
     study("page", "--page", "page.md")
-    assert "**differs** in validation" in Path("page.md").read_text()
+    page = Path("page.md").read_text()
+    assert "**differs** in validation" in page
+    assert "of 0 runs, older, it was not recorded" in page
     with pytest.raises(UsageError, match="--stage x: none of tuning, comparison"):
         study("run", "--stage", "x")
 
