@@ -23,12 +23,12 @@ def plant(
     Args:
         prose: ids [n].
         passages: different ones.
-        length: ids of each; 2 are a name and its figure.
+        length: ids of each.
         times: occurrences of each.
         pieces: ids that passages are drawn from; at least passages * length.
         random: what draws.
-        consistent: False gives the same text but for what can be copied: in every occurrence all that follows its first
-            piece is drawn anew.
+        consistent: False gives the same text but for the order of what follows each occurrence's first piece, which is
+            drawn anew: it can be known which pieces come, and not when.
 
     Returns:
         ids [n + passages * length * times].
@@ -36,6 +36,7 @@ def plant(
     passage = random.choice(pieces, (passages, length), replace=False).astype(prose.dtype)
     planted = passage[random.permutation(np.tile(np.arange(passages), times))]
     places = np.sort(random.integers(0, len(prose) + 1, passages * times))
+    reordered = random.permuted(planted[:, 1:], axis=1)  # drawn in any case, so that all else is the same
     if not consistent:
-        planted[:, 1:] = random.choice(pieces, planted[:, 1:].shape)
+        planted[:, 1:] = reordered
     return np.insert(prose, np.repeat(places, length), planted.ravel())

@@ -206,13 +206,13 @@ def _facts(grid: Grid, point: Point, history: History) -> dict[str, Any]:
 
 
 def _copying(grid: Grid, history: History) -> dict[str, float]:
-    """How much less a planted piece costs where it came before than where it is drawn anew, in nats, by step."""
+    """How much less a planted piece costs where it came before than where the order is drawn anew, in nats, by step."""
     if (planted := grid.data.get("planted")) is None:
         return {}
-    _, as_trained, drawn_anew = history.validation_sets.values()
+    _, as_trained, reordered = history.validation_sets.values()
     copies = planted["passages"] * (planted["length"] - 1) * (planted["times"] - 1)  # of a sequence's pieces
     tokens_per_copy = grid.training["seq_length"] / copies
-    return {str(step): (drawn_anew[step] - loss) * tokens_per_copy for step, loss in sorted(as_trained.items())}
+    return {str(step): (reordered[step] - loss) * tokens_per_copy for step, loss in sorted(as_trained.items())}
 
 
 def _made_by() -> dict[str, str]:

@@ -30,10 +30,10 @@ class Texts:
         self._data, self._source, self._folder = grid.data, source, folder
         self._length = grid.training["seq_length"]
         self.tokenizer = folder / "tokenizer.model"
-        planted = ["valid-planted", "valid-drawn-anew"] if "planted" in self._data else []
+        planted = ["valid-planted", "valid-reordered"] if "planted" in self._data else []
         self.valid = [folder / name for name in ("valid", *planted)]
         """Prefixes of the validation texts: prose; and where passages are planted, prose with them, once as in training
-        and once with what could be copied drawn anew."""
+        and once with the order of their pieces drawn anew."""
 
     def train(self, point: Point) -> Path:
         """The prefix of a run's training text: the same for all runs of a size and seed."""
