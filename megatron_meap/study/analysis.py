@@ -16,8 +16,10 @@ EFFECT = 0.01
 NO_EFFECT = 0.02
 """Nats per token within which a whole interval must lie to be called no effect."""
 LEVEL = 0.05
+EFFECT_ON_TOKENS, NO_EFFECT_ON_TOKENS = 0.1, 0.2
+"""The same for the logarithm of the tokens until copying: about a tenth and a fifth of them."""
 COPIES = 1.0
-"""Nats per figure that a model must save where it could copy, to be said to copy."""
+"""Nats per piece that a model must save where it could copy, to be said to copy."""
 FEWEST = 3
 """Seeds without which nothing is claimed."""
 RESAMPLES = 2000
@@ -36,9 +38,14 @@ def final_loss(result: dict[str, Any]) -> float:
 
 
 def copying_begins(result: dict[str, Any]) -> float | None:
-    """Tokens trained on at the first evaluation that finds copying (`COPIES`); None where none does."""
-    steps = [int(step) for step, gain in result["copying"].items() if gain > COPIES]
-    return min(steps) * result["trained_tokens"] / result["steps"] if steps else None
+    """Tokens trained on when copying (`COPIES`) begins, on a line between evaluations; None where it never does."""
+    before = (0, 0.0)
+    for step, gain in ((int(step), gain) for step, gain in result["copying"].items()):
+        if gain > COPIES:
+            steps = before[0] + (step - before[0]) * (COPIES - before[1]) / (gain - before[1])
+            return steps * result["trained_tokens"] / result["steps"]
+        before = (step, gain)
+    return None
 
 
 def _log_copying(result: dict[str, Any]) -> float:
@@ -52,7 +59,7 @@ METRICS: dict[str, Callable[[dict[str, Any]], float]] = {
     "gain": lambda result: list(result["copying"].values())[-1],
 }
 """What is compared: losses in nats per token; the logarithm of the tokens until copying; what copying saves at the end,
-in nats per figure."""
+in nats per piece."""
 
 
 def tuned(grid: Grid, stage: Stage, results: Results) -> dict[str, tuple[float, ...]]:
@@ -98,15 +105,18 @@ class Comparison:
     """Its 95% interval (Student's t); infinite with one seed."""
     p_value: float
     """Paired t test, corrected over the objectives compared (Holm 1979)."""
+    margins: tuple[float, float] = (EFFECT, NO_EFFECT)
+    """What a difference must reach to be an effect, and what an interval must lie within to be none."""
 
     @property
     def verdict(self) -> str:
         """As the study's rules call it."""
         if len(self.seeds) < 2:
             return "one seed"
-        if self.p_value < LEVEL and abs(self.difference) >= EFFECT:
+        effect, none = self.margins
+        if self.p_value < LEVEL and abs(self.difference) >= effect:
             return "better" if self.difference < 0 else "worse"
-        return "no effect" if max(abs(self.low), abs(self.high)) <= NO_EFFECT else "undecided"
+        return "no effect" if max(abs(self.low), abs(self.high)) <= none else "undecided"
 
 
 def compare(points: Iterable[Point], results: Results, metric: str = "best") -> list[Comparison]:
@@ -132,7 +142,8 @@ def compare(points: Iterable[Point], results: Results, metric: str = "best") -> 
             own = np.array([measure(results[runs[seed]]) for seed in seeds])
             gaps = own - [measure(results[base[seed]]) for seed in seeds]
             found.append(_comparison(runs[seeds[0]], seeds, own, gaps))
-    return _corrected(found)
+    margins = (EFFECT_ON_TOKENS, NO_EFFECT_ON_TOKENS) if metric == "begins" else (EFFECT, NO_EFFECT)
+    return [replace(each, margins=margins) for each in _corrected(found)]
 
 
 def _same_texts(*results: dict[str, Any]) -> bool:

@@ -28,7 +28,7 @@ def draw_copying(done: Sequence[Point], results: Results, path: Path) -> None:
     def tokens(point: Point, step: int) -> float:
         return step / results[point]["steps"] * results[point]["trained_tokens"] / 1e6
 
-    _draw_curves(done, results, path, "copying", tokens, "million tokens trained on", "copying saves (nats per figure)")
+    _draw_curves(done, results, path, "copying", tokens, "million tokens trained on", "copying saves (nats per piece)")
 
 
 def _draw_curves(

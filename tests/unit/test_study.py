@@ -197,7 +197,8 @@ def test_what_copying_saves_is_measured_where_passages_are_planted(tmp_path, mon
     result = finished(Path("runs"))[points[0]]
     # The third set costs 1 nat a token more than the second at step 1: 4 for each of two known pieces of 8 tokens.
     assert result["copying"] == pytest.approx({"1": 4, "2": 8, "3": 12, "4": 16})
-    assert copying_begins(result) == 16  # at the first evaluation, after one step of 2 x 8 tokens
+    assert copying_begins(result) == 4  # 1 nat, a quarter of the way to the first evaluation after 2 x 8 tokens
+    assert copying_begins(result | {"copying": {"1": 0.5, "3": 1.5}}) == 32
     assert copying_begins(result | {"copying": {"1": 0.5, "2": 0.9}}) is None
     text = np.memmap("runs/data/train-t64-s9.bin", np.uint16).reshape(-1, 8)
     assert len(text) == 64 // 8
