@@ -88,7 +88,7 @@ def _scale(study: Written) -> str:
 
 
 def _section(study: Written, stage: Stage, figure: Path) -> tuple[str, list[Comparison]]:
-    """A stage's part of the page, and its comparisons of the best loss."""
+    """A stage's part of the page, and its comparisons of the best loss where it is judged by that."""
     points, results = points_of(study.grid, stage, study.results), study.results
     done = [point for point in points if point in results]
     parts = [f"## {stage.name}\n\n{stage.question[:1].upper()}{stage.question[1:]}? {_progress(stage, points, done)}"]
@@ -96,15 +96,16 @@ def _section(study: Written, stage: Stage, figure: Path) -> tuple[str, list[Comp
         return parts[0], []
     if len({point.setting for point in done if point.objective == BASELINE}) > 1:
         return "\n\n".join([*parts, _tuning_table(done, results)]), []
+    if all(results[point].get("copying") for point in done):
+        copying = figure.with_name(f"{figure.name}-copying.svg")
+        figures.draw_copying(done, results, copying)
+        parts += [_copying_table(done, results), f"![What copying saves]({copying.parent.name}/{copying.name})"]
+        return "\n\n".join(parts), []
     rows = compare(done, results, "best")
     parts.append(_loss_table(rows, compare(done, results, "final")))
     losses = figure.with_name(f"{figure.name}-losses.svg")
     figures.draw_losses(study.grid, done, results, losses)
     parts.append(f"![Clean validation loss over the epochs]({losses.parent.name}/{losses.name})")
-    if all(results[point].get("copying") for point in done):
-        copying = figure.with_name(f"{figure.name}-copying.svg")
-        figures.draw_copying(done, results, copying)
-        parts += [_copying_table(done, results), f"![What copying saves]({copying.parent.name}/{copying.name})"]
     return "\n\n".join(parts), rows
 
 

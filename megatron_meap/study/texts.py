@@ -16,6 +16,8 @@ from megatron_meap.study.grid import Grid, Point
 from megatron_meap.study.planting import plant
 from megatron_meap.tokenization.reference import add_tokenizer_flags
 
+_PLANTED = "passages", "length", "times", "pieces"
+
 
 class Texts:
     """What the runs read, made where it is missing.
@@ -110,10 +112,10 @@ class Texts:
 
     def _plant(self, prose: np.ndarray, random: np.random.Generator, consistent: bool = True) -> list[np.ndarray]:
         """Documents of one sequence each, with passages of the tokenizer's bytes, which prose hardly has."""
-        *sizes, pieces = (self._data["planted"][name] for name in ("passages", "length", "times", "pieces"))
+        passages, length, times, pieces = (self._data["planted"][name] for name in _PLANTED)
         rows = prose[: len(prose) // self._prose * self._prose].reshape(-1, self._prose)
         bytes_ = np.arange(SPECIALS, SPECIALS + pieces)
-        return [plant(row, *sizes, bytes_, random, consistent) for row in rows]
+        return [plant(row, passages, length, times, bytes_, random, consistent) for row in rows]
 
 
 def _is_there(prefix: Path) -> bool:
