@@ -57,9 +57,10 @@ METRICS: dict[str, Callable[[dict[str, Any]], float]] = {
     "final": final_loss,
     "begins": _log_copying,
     "gain": lambda result: list(result["copying"].values())[-1],
+    "planted": lambda result: list(result["planted"].values())[-1],
 }
 """What is compared: losses in nats per token; the logarithm of the tokens until copying; what copying saves at the end,
-in nats per piece."""
+in nats per piece; the loss of a text with passages then."""
 
 
 def tuned(grid: Grid, stage: Stage, results: Results) -> dict[str, tuple[float, ...]]:

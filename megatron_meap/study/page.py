@@ -158,19 +158,20 @@ def _loss_table(best_rows: Sequence[Comparison], final_rows: Sequence[Comparison
 
 
 def _copying_table(done: Sequence[Point], results: Results) -> str:
-    """Tokens until copying (their geometric mean), and what it saves at the end."""
-    rows = []
-    for begins, gain in zip(compare(done, results, "begins"), compare(done, results, "gain"), strict=True):
+    """Tokens until copying (their geometric mean), what it saves at the end, and what the text costs then."""
+    rows, measures = [], [compare(done, results, metric) for metric in ("begins", "gain", "planted")]
+    for begins, *ends in zip(*measures, strict=True):
         name = begins.point.objective
         own = [point for point in done if point.objective == name and point.seed in begins.seeds]
         copy = sum(copying_begins(results[point]) is not None for point in own)
         rows.append([
             f"`{name}`", ", ".join(map(str, begins.seeds)), f"{copy} of {len(own)}", f"{math.exp(begins.value):,.0f}",
-            *_judged(begins), f"{gain.value:.2f}" + ("" if name == BASELINE else f", {_gap(gain)}"),
+            *_judged(begins),
+            *(f"{end.value:.2f}" + ("" if name == BASELINE else f", {_gap(end)}") for end in ends),
         ])  # fmt: skip
     names = (
         "objective", "seeds", "copy", "tokens until copying", "difference of its logarithm", "p", "verdict",
-        "copying saves at the end",
+        "copying saves at the end", "loss of text with passages at the end",
     )  # fmt: skip
     return _table(names, rows)
 

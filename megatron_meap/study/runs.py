@@ -28,7 +28,7 @@ from megatron_meap.study.texts import Texts
 RESULT = "result.json"
 AGAIN = "again.json"
 """The result of a run that was made a second time, from its recorded command."""
-NUMBERS = ("validation", "train_loss", "retrieval", "copying")
+NUMBERS = ("validation", "train_loss", "retrieval", "planted", "copying")
 """What a run that is made again must give again, digit for digit on the same kind of machine."""
 _SHAPE = POINT | {
     "steps": int,
@@ -36,6 +36,7 @@ _SHAPE = POINT | {
     "cpu_seconds": int | float,
     **dict.fromkeys(("machine", "command", "texts?"), str),
     "environment": {str: str},
+    "planted?": {str: int | float},
     "copying?": {str: int | float},
 }
 """What is read of a result."""
@@ -201,18 +202,22 @@ def _facts(grid: Grid, point: Point, history: History) -> dict[str, Any]:
         "validation": {str(step): loss for step, loss in sorted(history.validation.items())},
         "train_loss": last.get("lm loss clean samples", last.get("lm loss")),
         "retrieval": {str(step): accuracy for step, (accuracy, _) in sorted(history.retrieval.items())},
-        "copying": _copying(grid, history),
+        **_copying(grid, history),
     }
 
 
-def _copying(grid: Grid, history: History) -> dict[str, float]:
-    """How much less a planted piece costs where it came before than where the order is drawn anew, in nats, by step."""
+def _copying(grid: Grid, history: History) -> dict[str, dict[str, float]]:
+    """By step, in nats: the loss of text with planted passages, and how much less a piece that came before costs in it
+    than where the order is drawn anew."""
     if (planted := grid.data.get("planted")) is None:
         return {}
     _, as_trained, reordered = history.validation_sets.values()
     copies = planted["passages"] * (planted["length"] - 1) * (planted["times"] - 1)  # of a sequence's pieces
     tokens_per_copy = grid.training["seq_length"] / copies
-    return {str(step): (reordered[step] - loss) * tokens_per_copy for step, loss in sorted(as_trained.items())}
+    return {
+        "planted": {str(step): loss for step, loss in sorted(as_trained.items())},
+        "copying": {str(step): (reordered[step] - loss) * tokens_per_copy for step, loss in sorted(as_trained.items())},
+    }
 
 
 def _made_by() -> dict[str, str]:

@@ -200,6 +200,13 @@ def test_what_copying_saves_is_measured_where_passages_are_planted(tmp_path, mon
     assert copying_begins(result) == 4  # 1 nat, a quarter of the way to the first evaluation after 2 x 8 tokens
     assert copying_begins(result | {"copying": {"1": 0.5, "3": 1.5}}) == 32
     assert copying_begins(result | {"copying": {"1": 0.5, "2": 0.9}}) is None
+    assert result["planted"] == pytest.approx({"1": 6.89, "2": 7.88, "3": 8.87, "4": 9.86})
+    half = result | {"copying": {step: each / 2 for step, each in result["copying"].items()}}
+    results = {point: half if point.objective == "meap" else result for point in points if point.weight_decay == 0.1}
+    write_page([Written(replace(grid, stages=grid.stages[:1]), results, {}, Path())], Path("page.md"))
+    page = Path("page.md").read_text()
+    assert "| `ntp` | 9 | 1 of 1 | 4 | - | - | baseline | 16.00 | 9.86 |" in page
+    assert "| `meap` | 9 | 1 of 1 | 8 | +0.693 | 1.000 | **one seed** | 8.00, -8.000 | 9.86, +0.000 |" in page
     text = np.memmap("runs/data/train-t64-s9.bin", np.uint16).reshape(-1, 8)
     assert len(text) == 64 // 8
     bytes_ = [row[(row >= 4) & (row < 12)] for row in text]  # a passage of three, twice
