@@ -49,7 +49,6 @@ SIZES = {
 CONTENDERS = {
     "te": "--transformer-impl transformer_engine --cross-entropy-loss-fusion",
     "te-fp8": "--transformer-impl transformer_engine --cross-entropy-loss-fusion --fp8-format hybrid",
-    "te-te-loss": "--transformer-impl transformer_engine --cross-entropy-loss-fusion --cross-entropy-fusion-impl te",
     "te-plain-loss": "--transformer-impl transformer_engine",
     "sdpa": "--transformer-impl local --cross-entropy-loss-fusion",
     "sdpa-plain-loss": "--transformer-impl local",
