@@ -227,7 +227,7 @@ def contend(pipe: Connection, flags: list[str]) -> None:
 
 
 def random_batches(args: argparse.Namespace, ratio: float) -> Iterator[dict[str, torch.Tensor]]:
-    """Random tokens in the form of Megatron's data loader, a share of the inputs masked; made beforehand."""
+    """Random tokens in the form of Megatron's data loader, a share of the inputs masked; pinned, made beforehand."""
     shape = args.micro_batch_size, args.seq_length
     generator = torch.Generator().manual_seed(0)
     positions = torch.arange(shape[1]).repeat(shape[0], 1)
@@ -237,7 +237,8 @@ def random_batches(args: argparse.Namespace, ratio: float) -> Iterator[dict[str,
         inputs = tokens[:, :-1].clone()
         inputs[torch.rand(shape, generator=generator) < ratio] = args.meap_mask_token_id
         labels, loss_mask = tokens[:, 1:].contiguous(), torch.ones(shape)
-        batches.append({"tokens": inputs, "labels": labels, "loss_mask": loss_mask, "position_ids": positions})
+        batch = {"tokens": inputs, "labels": labels, "loss_mask": loss_mask, "position_ids": positions}
+        batches.append(batch if on_cpu() else {name: each.pin_memory() for name, each in batch.items()})
     return itertools.cycle(batches)
 
 
