@@ -102,4 +102,4 @@ class Masking:
             Positions, int64 [n], and their new tokens, int64 [n] or one for all.
         """
         positions = self.positions(index, len(tokens), protected, tokens)
-        return positions, self.replacement(Stream(self.seed, self.split, index), tokens[positions], mask_id)
+        return positions, self.replacement(Stream(self.seed, self.split, index), tokens, positions, mask_id)

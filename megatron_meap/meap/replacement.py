@@ -37,12 +37,13 @@ class Replacement:
         rank[self.candidates] = np.arange(len(self.candidates))
         object.__setattr__(self, "rank", rank)
 
-    def __call__(self, stream: Stream, tokens: Ids, mask_id: int) -> Ids | int:
+    def __call__(self, stream: Stream, tokens: Ids, positions: Ids, mask_id: int) -> Ids | int:
         """What the chosen positions become.
 
         Args:
             stream: of the sample.
-            tokens: int64 [n], what stands there.
+            tokens: int64 [sequence length], the clean inputs.
+            positions: int64 [n], the chosen ones.
             mask_id: the mask token.
 
         Returns:
@@ -50,6 +51,7 @@ class Replacement:
         """
         if self.random_share == 0 and self.kept_share == 0:
             return mask_id
+        tokens = tokens[positions]
         words = stream.words(len(tokens), REPLACEMENTS)
         if self.random_share == 1:
             return self._drawn(words, tokens)

@@ -6,6 +6,7 @@ its data caches.
 """
 
 import zlib
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,7 +44,32 @@ class _CleanCache(gpt_dataset.GPTDataset):
 
 
 class GPTDataset(_CleanCache):
-    """Samples of packed documents."""
+    """Samples of packed documents, whose parts are slices of one array: to ask Megatron's index for each costs more."""
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray, list]:
+        tokens = self._tokens
+        if tokens is None or self.shuffle_index is None:  # not mapped, or not yet
+            return super()._query_document_sample_shuffle_indices(idx)
+        (first, skipped), (last, stop) = self.sample_index[self.shuffle_index[idx] :][:2].tolist()
+        documents = self.document_index[first : last + 1]
+        index = self.dataset.index
+        starts = (index.sequence_pointers[documents] // tokens.itemsize).tolist()
+        ends = [
+            start + length for start, length in zip(starts, index.sequence_lengths[documents].tolist(), strict=True)
+        ]
+        ends[-1] = starts[-1] + stop + self.config.add_extra_token_to_sequence
+        starts[0] += skipped
+        parts = [tokens[start:end] for start, end in zip(starts, ends, strict=True)]
+        lengths = [len(part) for part in parts]
+        if missing := self.config.sequence_length + self.config.add_extra_token_to_sequence - sum(lengths):
+            parts.append(np.full(missing, self._pad_token_id))
+        return np.concatenate(parts, dtype=np.int64), documents.astype(np.int64), lengths
+
+    @cached_property
+    def _tokens(self) -> np.ndarray | None:
+        """All tokens of the indexed dataset, where its file is mapped into memory."""
+        buffer = getattr(self.dataset.bin_reader, "_bin_buffer", None)
+        return None if buffer is None else np.frombuffer(buffer, self.dataset.index.dtype)
 
 
 class MockGPTDataset(_CleanCache, gpt_dataset.MockGPTDataset):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.utils import Split
@@ -30,13 +31,13 @@ SAMPLES = 96
 
 @pytest.fixture(scope="module")
 def build(corpus: Corpus, huggingface_folder: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Builds Megatron's train dataset of a kind: gpt, blend, documents (inter-document masking), fim, mock."""
+    """Builds a part of Megatron's dataset of a kind: gpt, blend, documents (inter-document masking), fim, mock."""
     tokenizer, fim_tokenizer = (
         MegatronTokenizer.from_pretrained(tokenizer_path=str(path), metadata_path={"library": library})
         for path, library in ((corpus.tokenizer, "sentencepiece"), (huggingface_folder, "huggingface"))
     )
 
-    def make(kind: str = "gpt", samples: int = SAMPLES, **settings):
+    def make(kind: str = "gpt", samples: int = SAMPLES, part: int = 0, **settings):
         blend = ([corpus.prefix, corpus.prefix], [0.7, 0.3]) if kind == "blend" else ([corpus.prefix], None)
         fields = {
             "random_seed": 1234,
@@ -61,7 +62,7 @@ def build(corpus: Corpus, huggingface_folder: Path, tmp_path_factory: pytest.Tem
         else:
             config = GPTDatasetConfig(**fields)
         dataset = {"mock": MockGPTDataset, "fim": StatelessFIMDataset}.get(kind, GPTDataset)
-        return BlendedMegatronDatasetBuilder(dataset, [samples, 8, 0], lambda: True, config).build()[0]
+        return BlendedMegatronDatasetBuilder(dataset, [samples, 8, 0], lambda: True, config).build()[part]
 
     return make
 
@@ -86,6 +87,26 @@ def test_the_same_data_uses_its_indices_again(build, tmp_path: Path) -> None:
         build(path_to_cache=str(tmp_path))
         seen.append({path: path.stat().st_mtime_ns for path in tmp_path.iterdir()})
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("length", [5, LENGTH, 3000])
+@pytest.mark.parametrize("kind", ["gpt", "documents"])
+def test_samples_are_megatrons_own(build, kind: str, length: int, mapped: bool) -> None:
+    """Bit for bit, of documents longer and shorter than a sample, to the last one, which is padded in validation."""
+    settings = {"sequence_length": length, "mmap_bin_files": mapped, "drop_last_partial_validation_sequence": False}
+    for part in (0, 1):
+        ours, theirs = (build(kind, part=part, **settings) for _ in range(2))
+        theirs.__class__ = gpt_dataset.GPTDataset
+        assert (ours._tokens is not None) == mapped
+        assert len(ours) == len(theirs)
+        for index in [*range(len(ours)), None]:
+            one, other = ours[index], theirs[index]
+            assert one.keys() == other.keys()
+            for key, value in one.items():
+                assert value.dtype == other[key].dtype
+                assert torch.equal(value, other[key]), (index, key)
+        assert part == 0 or ours[len(ours) - 1]["loss_mask"].min() == 0
 
 
 def masked(dataset, ratio: float = 0.15, **settings) -> MaskedInputDataset:

@@ -121,7 +121,7 @@ def test_replacement_is_uniform_over_the_other_ordinary_tokens() -> None:
 def test_a_special_token_that_is_not_protected_may_become_any_ordinary_one() -> None:
     replacement = Replacement(1.0, 0.0, ORDINARY)
     tokens = np.array([0] * 20000 + [VOCABULARY + 7] * 20000)
-    ids = replacement(Stream(1, "train", 0), tokens, MASK)
+    ids = replacement(Stream(1, "train", 0), tokens, np.arange(40000), MASK)
     for part in (ids[:20000], ids[20000:]):
         fits(np.bincount(part, minlength=VOCABULARY)[ORDINARY], 1)
 
