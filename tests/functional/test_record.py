@@ -127,7 +127,7 @@ def test_the_table_of_the_docs_is_true_and_complete(resume) -> None:
     """Every flag in a row that says one thing has that verdict; every setting of ours that decides stands in one."""
     table = (REPOSITORY / "docs/training.md").read_text().partition("## What may change")[2].partition("\n\nFiles")[0]
     rows = [re.split(r" *\| *", line)[1:3] for line in table.splitlines() if line.startswith("|")]
-    verdicts = {"refused": record.Verdict.REFUSED, "warned of": record.Verdict.WARNED, "free": record.Verdict.FREE}
+    verdicts = {"refused": record.Verdict.REFUSED, "a warning": record.Verdict.WARNED, "free": record.Verdict.FREE}
     args = Namespace(meap_mask_strategy="random", meap_clean_final_share=0.0)
     megatrons = [flag for flag, _ in record._megatrons_flags().values()]
     said: dict[str, record.Verdict] = {}
