@@ -329,6 +329,9 @@ def unsupported(args: Any) -> list[tuple[str, str]]:
             args.overlap_param_gather and args.optimizer not in ("adam", "sgd"),
             "gloo gathers tensors of one size only",
         ),
+        ("--gpu-sniff-test-interval", args.gpu_sniff_test_interval is not None, "its products would take minutes"),
+        ("--log-straggler", args.log_straggler, "it asks NVIDIA's driver"),
+        ("--use-nccl-ub", args.nccl_ub, "only gloo communicates between CPU processes"),
         ("--fp16", args.fp16, "half precision is not made for it; use --bf16 or --fp32"),
     ]
     return [(flag, reason) for flag, is_asked, reason in asked if is_asked]

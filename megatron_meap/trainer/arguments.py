@@ -178,9 +178,11 @@ def parse_flags(command_line: list[str] | None = None) -> Namespace:
         parsers.append(add_arguments(parser, command_line))
         return parser
 
-    args = parse_args(all_arguments)
+    with explained(Namespace()):
+        args = parse_args(all_arguments)
     given = without_effect.changed(parsers[0], args)
     without_effect.refuse_unread(given)
+    _check_intervals(given, args)
     _choose_precision(args)
     if args.use_checkpoint_args:  # which take the place of given ones, and of what those need
         for source in ("pretrained_checkpoint", "load"):
@@ -190,6 +192,14 @@ def parse_flags(command_line: list[str] | None = None) -> Namespace:
     else:
         without_effect.refuse_unaccompanied(given, args)
     return args
+
+
+def _check_intervals(given: dict[str, str], args: Namespace) -> None:
+    """Megatron divides by them, often in the middle of the run only."""
+    for name, flag_given in given.items():
+        value = getattr(args, name, None)
+        if name.endswith("_interval") and isinstance(value, int) and value < 1:
+            raise UsageError(f"{flag_given} {value}: must be at least 1; drop it for Megatron's default")
 
 
 def check(args: Namespace) -> None:

@@ -4,7 +4,9 @@ import copy
 from argparse import Namespace
 from typing import Any
 
+import torch
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.core.transformer.spec_utils import import_module
 from megatron.training import get_args
 from megatron.training.argument_utils import (
     gpt_config_from_args,
@@ -32,7 +34,14 @@ def model_config(args: Namespace) -> Any:
         config.transformer_layer_spec = local_block_spec if local else config.transformer_layer_spec
         config.rope_scaling_factor = args.rope_scaling_factor  # megatron-core 0.19 leaves this flag unused
     official.initialise(config.transformer, args)
+    if args.use_cpu_initialization and not device.is_cpu() and not args.use_torch_fsdp2:
+        config.pre_wrap_hooks.append(_to_the_gpu)
     return config
+
+
+def _to_the_gpu(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Megatron's builders leave a model that a CPU has initialised there, other than its older `get_model`."""
+    return [chunk.cuda(torch.cuda.current_device()) for chunk in chunks]
 
 
 def check(args: Namespace) -> None:
@@ -45,10 +54,22 @@ def check(args: Namespace) -> None:
         raise UsageError(f"--moe-router-topk {args.moe_router_topk}: more than the {args.num_experts} of --num-experts")
     if args.moe_apply_probs_on_input and args.moe_router_topk != 1:  # Megatron says so in the first step
         raise UsageError("--moe-apply-probs-on-input: works with --moe-router-topk 1 only")
+    if args.spec is not None:
+        _check_spec(args.spec)
     if device.plans_for_gpu():
         return  # what is not installed here, as Transformer Engine, may be there; `planning` builds with what is here
     with explained(args):
         pretrain_cfg_container_from_args(copy.copy(args), model_config(copy.copy(args)))
+
+
+def _check_spec(words: list[str]) -> None:
+    """Megatron builds its own layers where it cannot import the module."""
+    try:
+        found = import_module(words)
+    except (KeyError, ValueError):
+        found = None
+    if found is None:
+        raise UsageError(f"--spec {' '.join(words)}: is no module that can be imported, and a spec in it; name both")
 
 
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:

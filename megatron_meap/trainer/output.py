@@ -37,6 +37,9 @@ class Output:
         self.quiet = True
         """Whether what Megatron and PyTorch say, warnings apart, goes to the log file only: until the first step."""
 
+        self.last_of_library = ""
+        """What Megatron or PyTorch has said last."""
+
         self._streams: dict[str, _Stream | None] = {"stdout": None, "stderr": None}
         self._log: int | None = None
         self._failed = False  # what should stand in it could not be written
@@ -119,6 +122,7 @@ class _Stream(io.TextIOBase):
         if module.startswith("megatron.training.theoretical_memory_usage"):
             return
         if f"{module}.".startswith(_LIBRARIES):
+            self._output.last_of_library = " ".join(text.split()) or self._output.last_of_library
             lines = [line for line in text.splitlines(keepends=True) if not _NO_NEWS.search(line)]
             text = "".join(line for line in lines if not self._output.quiet or _WARNING.match(line))
             text = text if text.strip() else ""

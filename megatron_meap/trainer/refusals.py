@@ -13,11 +13,11 @@ import torch
 from megatron_meap.errors import UsageError, one_line
 from megatron_meap.files import is_disk_full
 
-_REFUSALS = (AssertionError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError)
-"""What Megatron raises where flags do not go together."""
+_UNCLEAR = (TypeError, LookupError, ArithmeticError, AttributeError, StopIteration)
+"""Errors whose words are about Python, not about flags."""
 
-_FAILURES = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
-"""Of these, what the machine is to blame for: memory, a device, a connection."""
+_FAILURES = (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
+"""What the machine is to blame for: memory, a disk, a device, a connection."""
 
 _PROCESSES = ("/torch/utils/data/", "/torch/_utils.py", "/multiprocessing/")
 """Where it is said that another process, such as a data loader's worker, has failed."""
@@ -60,7 +60,7 @@ def is_refusal(error: BaseException) -> bool:
 
     Not in our code, and not for want of memory, disk, a device or a connection.
     """
-    if not isinstance(error, _REFUSALS) or isinstance(error, _FAILURES):
+    if not isinstance(error, Exception) or isinstance(error, _FAILURES):
         return False
     if is_disk_full(error) or "allocate memory" in str(error):
         return False
@@ -71,15 +71,20 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def refusal(error: BaseException, args: Namespace) -> UsageError:
-    """The one line."""
+    """The one line; with the place in the code where the words alone would not tell what has failed."""
     said = one_line(error, most=1000) if str(error).strip() else ""
-    if not said or isinstance(error, (TypeError, KeyError, AttributeError)):
+    is_unclear = not said or isinstance(error, _UNCLEAR)
+    if is_unclear:
         said = _source_line(error) + (f" ({said})" if said else "")
     about = "; ".join(flags for words, flags in _ABOUT.items() if words in said)
     said = _with_flags(said, args)
     if "--" not in said and not about:
         about = ", ".join(_spelled_out(said, args))
-    return UsageError(f"Megatron refuses these flags: {said}{f' ({about})' if about else ''}")
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = ""
+    if is_unclear or not last.filename.startswith(_MEGATRON):
+        place = f" (at {last.filename.rpartition('site-packages/')[2]}:{last.lineno})"
+    return UsageError(f"Megatron refuses these flags: {said}{f' ({about})' if about else ''}{place}")
 
 
 def _spelled_out(said: str, args: Namespace) -> list[str]:

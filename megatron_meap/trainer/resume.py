@@ -33,7 +33,8 @@ def choose_start(args: Namespace, hash_files: latest.HashFiles | None) -> dict[s
             warnings += _compare("--load", choice.path, args)
             warnings += nothing_left(choice, args)
             return {"iteration": _settle(choice, args), "start": str(choice.path), "warnings": warnings}
-        if args.save is None or Path(args.load).resolve() != Path(args.save).resolve():
+        another = args.save is None or Path(args.load).resolve() != Path(args.save).resolve()
+        if another or (args.exit_on_missing_checkpoint and args.pretrained_checkpoint is None):
             raise UsageError(f"--load {args.load}: holds no checkpoint; check the path, or drop the flag to start anew")
     if args.pretrained_checkpoint is not None:  # Megatron starts from it where --load holds none yet
         flag = f"--pretrained-checkpoint {args.pretrained_checkpoint}"

@@ -95,6 +95,8 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
     except SystemExit as end:  # Megatron's own way out of the training loop
         if isinstance(end.code, int) and end.code in bad_steps.STATUSES:
             bad_steps.end(args, end.code, bad_steps.found_in(end.__cause__))
+        if end.code is None and _not_begun(args) and not args.ckpt_convert_format:  # no error, and yet no training
+            raise UsageError(f"Megatron ends before the first step: {output.last_of_library}") from end
         if (cause := _cause(args, stop)) is None:
             raise
         if args.rank == 0:
@@ -165,13 +167,11 @@ def _pretrain(
         raise
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         if bad_steps.found_in(error) is not None:
-            output.record(traceback.format_exc())
             raise SystemExit(bad_steps.REPEATS) from error
         problem = latest.full_disk(Path(args.save), error) if args.save else None
         if problem is None and (lost := connections.explain(error)) is not None:
             raise lost from error
         if problem is None and _not_begun(args) and refusals.is_refusal(error):
-            output.record(traceback.format_exc())
             raise refusals.refusal(error, args) from error
         if problem is None:
             raise

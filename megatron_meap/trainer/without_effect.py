@@ -9,11 +9,15 @@ from typing import Any
 from megatron_meap.errors import UsageError
 
 _NOWHERE = {
+    "adlr_autoresume*": "it needs a program of NVIDIA's own clusters; drop it",
     "apply_residual_connection_post_layernorm": "drop it",
+    "checkpoint_activations": "use --recompute-activations",
+    "create_all_gather_group": "drop it",
     "freeze_all_layers": "all layers would be trained; drop it",
     "logits_load_*": "there is no distillation here; drop it",
     "mask_prob": "it is BERT's; use --meap-mask-ratio",
     "openai_gelu": "drop it",
+    "perform_rl_step": "it is of Megatron's reinforcement learning; drop it",
     "rampup_batch_size": "use --step-batch-size-schedule",
     "save_retain_interval": "use --meap-keep-last and --meap-keep-every",
     "short_seq_prob": "it is BERT's; drop it",
@@ -39,8 +43,10 @@ def _is_rotary(args: Namespace) -> bool:
 
 _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("adam_*", "--optimizer adam", lambda args: args.optimizer not in ("sgd", "lion")),
+    ("ddp_bucket_size ddp_num_buckets", "--overlap-grad-reduce", _given("overlap_grad_reduce")),
     ("decoupled_min_lr", "--decoupled-lr", _given("decoupled_lr")),
     ("dsa_*", "--experimental-attention-variant dsa", _layers("D", "experimental_attention_variant", "dsa")),
+    ("exit_on_missing_checkpoint", "--load", lambda args: args.load or args.pretrained_checkpoint),
     ("fim_?*", "--fim-data", _given("fim_data")),
     ("fim_fragment_rate", "--fim-split-sample", _given("fim_split_sample")),
     ("first_last_layers_bf16 fp8_* num_layers_at_*", "--fp8-format", lambda args: args.fp8 or args.fp4),
@@ -69,10 +75,13 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("mtp_detach_heads mtp_loss_scaling_factor mtp_use_repeated_layer", "--mtp-num-layers",
      _layers("/", "mtp_num_layers")),
     ("mrope_section", "--position-embedding-type mrope", _given("position_embedding_type", "mrope")),
+    ("mscale mscale_all_dim", "--rotary-scaling-factor above 1", lambda args: args.rotary_scaling_factor > 1),
     ("mscale mscale_all_dim rotary_scaling_factor", "--position-embedding-type yarn or --multi-latent-attention",
      lambda args: args.position_embedding_type == "yarn" or args.multi_latent_attention),
     ("position_embedding_type", "--rotary-scaling-factor",  # of which yarn is rope
      lambda args: args.position_embedding_type != "yarn" or args.rotary_scaling_factor != 1),
+    ("non_persistent_*_dir non_persistent_local_ckpt_algo non_persistent_save_interval", "--non-persistent-ckpt-type",
+     _given("non_persistent_ckpt_type")),
     ("reset_position_ids", "--position-embedding-type learned_absolute: rotary positions do not look at them",
      lambda args: not _is_rotary(args)),
     ("apply_wd_to_qk_layernorm no_weight_decay_cond_type", "--qk-layernorm", _given("qk_layernorm")),
@@ -86,6 +95,7 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("distribute_saved_activations recompute_method recompute_modules recompute_num_layers", "--recompute-granularity",
      lambda args: args.recompute_granularity or args.recompute_activations),
     ("rope_scaling_factor", "--use-rope-scaling", _given("use_rope_scaling")),
+    ("save_?*_interval", "--save", _given("save")),
     ("sgd_momentum", "--optimizer sgd", _given("optimizer", "sgd")),
     ("validation_set_names", "--multiple-validation-sets", _given("multiple_validation_sets")),
     ("window_attn_skip_freq", "--window-size", _given("window_size")),

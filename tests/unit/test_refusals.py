@@ -1,5 +1,6 @@
 """An error before the first step is called a refusal of flags only where it is one."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import megatron.core
@@ -30,6 +31,9 @@ def raised(source: str, *files: str) -> BaseException:
         ("assert False, 'config.num_layers must be even'", [IN_MEGATRON]),
         ("raise NotImplementedError", [IN_MEGATRON]),
         ("torch.zeros(2, 3) @ torch.zeros(2, 3)", [IN_MEGATRON]),
+        ("1 // 0", [IN_MEGATRON]),
+        ("[][0]", [IN_MEGATRON]),
+        ("import kitchen_sink", [IN_MEGATRON]),
     ],
 )
 def test_what_is_about_flags(source: str, files: list[str]) -> None:
@@ -53,3 +57,16 @@ def test_what_is_about_flags(source: str, files: list[str]) -> None:
 )
 def test_what_is_not(source: str, files: list[str]) -> None:
     assert not refusals.is_refusal(raised(source, *files))
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("assert False, 'needs num_layers'", "Megatron refuses these flags: needs --num-layers 3"),
+        ("{}['num_layers']", f"Megatron refuses these flags: KeyError ('--num-layers 3') (at {IN_MEGATRON}:2)"),
+    ],
+)
+def test_the_place_is_told_where_the_words_do_not(source: str, line: str) -> None:
+    """It stands in no file otherwise: a refusal is no bug, whose traceback would be kept."""
+    said = str(refusals.refusal(raised(source, IN_MEGATRON), Namespace(num_layers=3)))
+    assert said == line.replace(str(Path(megatron.core.__file__).parents[2]) + "/", "")

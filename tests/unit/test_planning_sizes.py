@@ -1,0 +1,52 @@
+"""The planner counts the parameters of published models as their weights' files have them."""
+
+import contextlib
+import io
+
+import pytest
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
+from megatron_meap.planning.memory import count_parameters
+from megatron_meap.trainer import arguments
+
+LLAMA = (
+    "--seq-length 64 --max-position-embeddings 64 --position-embedding-type rope --normalization RMSNorm --swiglu "
+    "--disable-bias-linear --untie-embeddings-and-output-weights --micro-batch-size 1 --train-iters 1 --lr 1e-4 "
+    "--mock-data --bf16"
+)
+SHAPES = {
+    "Llama-2-7B": "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32",
+    "Llama-3-70B": (
+        "--num-layers 80 --hidden-size 8192 --ffn-hidden-size 28672 --num-attention-heads 64 --group-query-attention "
+        "--num-query-groups 8"
+    ),
+    "Mixtral-8x7B": (
+        "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention "
+        "--num-query-groups 8 --num-experts 8 --moe-router-topk 2"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "parameters"),
+    [
+        ("Llama-2-7B", 32_000, 6_738_415_616),
+        ("Llama-2-7B", 32_001, 6_738_423_808),  # with the mask token's row in both embeddings
+        ("Llama-3-70B", 128_256, 70_553_706_496),
+        ("Llama-3-70B", 128_264, 70_553_837_568),  # filled up to a multiple of 8, with the mask token's
+        ("Mixtral-8x7B", 32_000, 46_702_792_704),
+        ("Mixtral-8x7B", 32_001, 46_702_800_896),
+    ],
+)
+def test_parameters_of_published_models(
+    shape: str, rows: int, parameters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with contextlib.redirect_stdout(io.StringIO()):
+        args = arguments.parse_flags([*LLAMA.split(), *SHAPES[shape].split()])
+        try:
+            arguments.check(args)
+        finally:
+            destroy_num_microbatches_calculator()
+    args.padded_vocab_size = rows
+    assert count_parameters(args) == (parameters, [parameters])
