@@ -66,7 +66,7 @@ def run(main: Callable[[], None]) -> None:
 
     Under torchrun the line is in `$TORCHELASTIC_ERROR_FILE` too, which torchrun shows as the root cause.
 
-    Exit status: 0 success, 1 a `JobError`, 2 a `UsageError`, 130 interrupted by Ctrl-C. Other exceptions pass through.
+    Exit status: 0 success, 1 a `JobError` or no memory left, 2 a `UsageError`, 130 interrupted by Ctrl-C. Other exceptions pass through.
     """
     try:
         main()
@@ -76,6 +76,8 @@ def run(main: Callable[[], None]) -> None:
         _leave(f"error: {shown(message)}", 2)
     except JobError as error:
         _leave(f"error: {error}", 1)
+    except MemoryError as error:
+        _leave(f"error: out of memory: {one_line(error)}", 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

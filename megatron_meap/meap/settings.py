@@ -340,6 +340,8 @@ def check_batches(args: Namespace) -> None:
 def masking_of(args: Namespace, split: str) -> Masking | None:
     """The masking of a split of the run that these arguments describe; None where its inputs stay clean."""
     total = args.train_samples or (args.train_iters or 0) * args.global_batch_size
+    if args.step_batch_size_schedule is None:
+        total -= total % args.global_batch_size  # what makes no whole batch is not trained on
     batch = args.global_batch_size if split == "train" else args.eval_global_batch_size
     settings = MaskSettings.of(args)
     if settings.random_share == 0 and settings.mask_weights is None:

@@ -20,7 +20,7 @@ from megatron_meap.meap import settings as meap
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft import flags as sft
 from megatron_meap.sft.flags import BadLineSettings, SFTSettings
-from megatron_meap.trainer import batch_sizes, blend, wandb_run, without_effect, writable
+from megatron_meap.trainer import batch_sizes, blend, ranges, wandb_run, without_effect, writable
 from megatron_meap.trainer.data_plan import DataSettings
 from megatron_meap.trainer.log_line import LogSettings
 from megatron_meap.trainer.official import OfficialSettings
@@ -182,7 +182,7 @@ def parse_flags(command_line: list[str] | None = None) -> Namespace:
         args = parse_args(all_arguments)
     given = without_effect.changed(parsers[0], args)
     without_effect.refuse_unread(given)
-    _check_intervals(given, args)
+    ranges.check(given, args)
     _choose_precision(args)
     if args.use_checkpoint_args:  # which take the place of given ones, and of what those need
         for source in ("pretrained_checkpoint", "load"):
@@ -192,14 +192,6 @@ def parse_flags(command_line: list[str] | None = None) -> Namespace:
     else:
         without_effect.refuse_unaccompanied(given, args)
     return args
-
-
-def _check_intervals(given: dict[str, str], args: Namespace) -> None:
-    """Megatron divides by them, often in the middle of the run only."""
-    for name, flag_given in given.items():
-        value = getattr(args, name, None)
-        if name.endswith("_interval") and isinstance(value, int) and value < 1:
-            raise UsageError(f"{flag_given} {value}: must be at least 1; drop it for Megatron's default")
 
 
 def check(args: Namespace) -> None:

@@ -18,6 +18,8 @@ def check(args: Namespace) -> None:
     """
     if not (args.train_iters or args.train_samples):
         raise UsageError("--train-iters: missing; how many steps does the run take (or --train-samples)?")
+    if not args.train_iters and args.global_batch_size and args.train_samples < args.global_batch_size:
+        raise UsageError(f"--train-samples {args.train_samples}: less than one batch of {args.global_batch_size}")
     if args.skip_train:
         return
     optimizers.check(args)
@@ -44,13 +46,23 @@ def _check_parts(args: Namespace, unit: str) -> None:
     fraction, warmup = args.lr_warmup_fraction, getattr(args, f"lr_warmup_{unit}")
     if fraction is not None and not 0 <= fraction < 1:
         raise UsageError(f"--lr-warmup-fraction {fraction}: must be at least 0 and below 1, the whole schedule")
-    if warmup and warmup >= whole:
+    if warmup < 0:
+        raise UsageError(f"--lr-warmup-{unit} {warmup}: must be 0 or more")
+    if warmup >= whole:
         raise UsageError(
             f"--lr-warmup-{unit} {warmup}: must be less than the {whole} {unit} of the schedule "
             f"(--lr-decay-{unit}, else --train-{unit})"
         )
-    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
+    if args.lr_decay_style != "WSD":
+        return
+    decay = getattr(args, f"lr_wsd_decay_{unit}")
+    if decay is None:
         raise UsageError(f"--lr-wsd-decay-{unit}: missing; --lr-decay-style WSD ends with a decay over so many {unit}")
+    if not 0 < decay <= whole - warmup:
+        raise UsageError(
+            f"--lr-wsd-decay-{unit} {decay}: must be above 0, and at most the {whole - warmup} {unit} of the schedule "
+            "after its warm-up"
+        )
 
 
 def _flag(name: str) -> str:

@@ -22,7 +22,7 @@ def arguments(**changes) -> Namespace:
         "context_parallel_size": 1, "data_parallel_size": 4, "micro_batch_size": 2, "seq_length": 64,
         "global_batch_size": None, "step_batch_size_schedule": None,
         "decrease_batch_size_if_needed": False, "train_iters": None, "train_samples": None,
-        "virtual_pipeline_model_parallel_size": None,
+        "virtual_pipeline_model_parallel_size": None, "phase_transition_iterations": None,
     }  # fmt: skip
     return Namespace(**fields | changes)
 
@@ -63,6 +63,13 @@ def test_a_schedule_has_megatrons_steps(schedule: str, samples: int) -> None:
         ({"step_batch_size_schedule": "1:8", "train_samples": 40}, None),  # 1 token is sample 0
         ({"step_batch_size_schedule": "64:8", "train_samples": 40}, "must have threshold 0"),
         ({"step_batch_size_schedule": "0:8 1K:16", "train_samples": 41}, "end at 32 and 48 samples"),
+        (
+            {"step_batch_size_schedule": "0:8", "train_samples": 40, "phase_transition_iterations": "1"},
+            "contradicts --phase-transition-iterations",
+        ),
+        ({"phase_transition_iterations": "1", "train_iters": 4}, "needs --train-samples"),
+        ({"micro_batch_size": 0}, "--micro-batch-size 0: must be at least 1"),
+        ({"tensor_model_parallel_size": 0}, "--tensor-model-parallel-size 0: must be at least 1"),
         ({"global_batch_size": 12}, "use 8 or 16"),
         ({"global_batch_size": 6}, "use 8,"),
         ({"global_batch_size": 6, "decrease_batch_size_if_needed": True}, "use 8,"),
@@ -84,6 +91,14 @@ def test_a_decreased_batch_is_the_batch_of_all(capsys: pytest.CaptureFixture) ->
     masking = masking_of(args, "train")
     masked = [len(masking.positions(index, 64)) > 0 for index in range(16)]
     assert masked == [True] * 8 + [False] * 8
+
+
+def test_the_clean_share_is_of_the_samples_that_steps_take() -> None:
+    """20 samples are two steps of 8: the last 4 are never trained on."""
+    args = arguments(global_batch_size=8, train_samples=20)
+    args.meap_mask_ratio, args.meap_mask_seed, args.meap_clean_final_share = 0.15, 1, 0.5
+    masking = masking_of(args, "train")
+    assert [len(masking.positions(index, 64)) > 0 for index in range(16)] == [True] * 8 + [False] * 8
 
 
 def test_micro_batches_in_flight_are_the_schedules() -> None:
