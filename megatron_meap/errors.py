@@ -66,7 +66,8 @@ def run(main: Callable[[], None]) -> None:
 
     Under torchrun the line is in `$TORCHELASTIC_ERROR_FILE` too, which torchrun shows as the root cause.
 
-    Exit status: 0 success, 1 a `JobError` or no memory left, 2 a `UsageError`, 130 interrupted by Ctrl-C. Other exceptions pass through.
+    Exit status: 0 success, 1 a `JobError` or no memory left, 2 a `UsageError`, 130 interrupted by Ctrl-C. Other
+    exceptions pass through.
     """
     try:
         main()

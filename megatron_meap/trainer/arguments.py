@@ -302,9 +302,12 @@ def _refuse_what_this_device_cannot(args: Namespace) -> None:
             f"--context-parallel-size {args.context_parallel_size}: needs Transformer Engine, whose attention reaches "
             "beyond a rank's part of the sequence; install it (docs/cluster.md), or use tensor parallelism"
         )
-    if args.transformer_impl == "local" and args.mtp_num_layers and args.dataloader_inter_document_masking:
+    if args.transformer_impl != "local" or not args.dataloader_inter_document_masking:
+        return
+    asked = {"--mtp-num-layers": args.mtp_num_layers, "--multi-latent-attention": args.multi_latent_attention}
+    for flag_given in (name for name, value in asked.items() if value):
         raise UsageError(
-            f"--mtp-num-layers {args.mtp_num_layers}: its local layers cannot keep documents apart (--meap-sft, "
+            f"{flag_given}: its local layers cannot keep documents apart (--meap-sft, "
             "--dataloader-inter-document-masking); needs Transformer Engine"
         )
 

@@ -112,6 +112,8 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
     if found:
         warnings.append(f"{path} was trained with other settings: {'; '.join(said for _, said in found)}")
     warnings += schedule.compare(path, state, args)
+    if getattr(saved, "no_save_rng", False) and not args.no_load_rng:
+        warnings.append(f"{path} has no state of random generators (--no-save-rng): dropout draws anew")
     layers = getattr(saved, "transformer_impl", args.transformer_impl)
     if layers != args.transformer_impl:
         warnings.append(f"{path} was trained with the layers of {layers}; {args.transformer_impl} layers resume it")
@@ -181,8 +183,10 @@ def unusable_optimizer_state(path: Path, saved: Namespace, args: Namespace) -> s
 
 def _refuse_another_optimizer(path: Path, saved: Namespace, args: Namespace) -> None:
     """Refuse an optimizer state that this run cannot load."""
-    if args.no_load_optim or getattr(saved, "no_save_optim", False):
+    if args.no_load_optim or args.skip_train:
         return
+    if getattr(saved, "no_save_optim", False):
+        raise UsageError(f"--load: {path} has no optimizer state (--no-save-optim); add --no-load-optim for a new one")
     if problem := unusable_optimizer_state(path, saved, args):
         raise UsageError(
             f"--load: the optimizer state in {path} {problem}, or start with a new optimizer (--no-load-optim)"

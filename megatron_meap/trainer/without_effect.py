@@ -41,15 +41,23 @@ def _is_rotary(args: Namespace) -> bool:
     return rotary or args.use_rotary_position_embeddings or args.multi_latent_attention
 
 
+def _has_yarn(args: Namespace) -> bool:
+    """Whether multi-latent attention has its rotary positions by YaRN, Megatron's default there."""
+    return args.multi_latent_attention and args.rope_type != "rope"
+
+
 _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("adam_*", "--optimizer adam", lambda args: args.optimizer not in ("sgd", "lion")),
     ("ddp_bucket_size ddp_num_buckets", "--overlap-grad-reduce", _given("overlap_grad_reduce")),
     ("decoupled_min_lr", "--decoupled-lr", _given("decoupled_lr")),
     ("dsa_*", "--experimental-attention-variant dsa", _layers("D", "experimental_attention_variant", "dsa")),
+    ("eval_*_batch_size meap_mask_validation start_eval_at_iter", "--eval-iters above 0",
+     lambda args: args.eval_iters != 0 or args.full_validation),
     ("exit_on_missing_checkpoint", "--load", lambda args: args.load or args.pretrained_checkpoint),
     ("fim_?*", "--fim-data", _given("fim_data")),
     ("fim_fragment_rate", "--fim-split-sample", _given("fim_split_sample")),
     ("first_last_layers_bf16 fp8_* num_layers_at_*", "--fp8-format", lambda args: args.fp8 or args.fp4),
+    ("grad_reduce_in_bf16", "--bf16", _given("bf16")),
     ("hysteresis *loss_scale loss_scale_window", "--fp16", _given("fp16")),
     ("kv_lora_rank mla_* q_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim", "--multi-latent-attention",
      _given("multi_latent_attention")),
@@ -74,10 +82,13 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
      "--moe-shared-expert-intermediate-size", _given("moe_shared_expert_intermediate_size")),
     ("mtp_detach_heads mtp_loss_scaling_factor mtp_use_repeated_layer", "--mtp-num-layers",
      _layers("/", "mtp_num_layers")),
+    ("mtp_hybrid_override_pattern", "--hybrid-layer-pattern", _given("hybrid_layer_pattern")),
     ("mrope_section", "--position-embedding-type mrope", _given("position_embedding_type", "mrope")),
-    ("mscale mscale_all_dim", "--rotary-scaling-factor above 1", lambda args: args.rotary_scaling_factor > 1),
-    ("mscale mscale_all_dim rotary_scaling_factor", "--position-embedding-type yarn or --multi-latent-attention",
-     lambda args: args.position_embedding_type == "yarn" or args.multi_latent_attention),
+    ("mscale mscale_all_dim", "--multi-latent-attention and --rotary-scaling-factor above 1",
+     lambda args: args.multi_latent_attention and args.rotary_scaling_factor > 1),
+    ("mscale", "--rope-type yarn", lambda args: args.rope_type != "rope"),
+    ("rotary_scaling_factor", "--position-embedding-type yarn, or --multi-latent-attention with --rope-type yarn",
+     lambda args: args.position_embedding_type == "yarn" or _has_yarn(args) or args.mscale_all_dim),
     ("position_embedding_type", "--rotary-scaling-factor",  # of which yarn is rope
      lambda args: args.position_embedding_type != "yarn" or args.rotary_scaling_factor != 1),
     ("non_persistent_*_dir non_persistent_local_ckpt_algo non_persistent_save_interval", "--non-persistent-ckpt-type",
@@ -102,6 +113,20 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("yarn_*", "--position-embedding-type yarn", _given("position_embedding_type", "yarn")),
 )  # fmt: skip
 """Patterns of arguments, the flag that makes them count, and whether it is there."""
+
+_NOT_WITH: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
+    ("add_qkv_bias no_rope_freq rotary_seq_len_* use_rope_scaling", "--multi-latent-attention",
+     _given("multi_latent_attention")),
+    ("mtp_*", "--hybrid-layer-pattern that has no layers for it, after a /",
+     lambda args: args.hybrid_layer_pattern and "/" not in args.hybrid_layer_pattern),
+    ("no_rope_freq use_rope_scaling", "--hybrid-layer-pattern", _given("hybrid_layer_pattern")),
+    ("position_embedding_type", "--multi-latent-attention, whose heads have rotary positions",
+     lambda args: args.multi_latent_attention and args.position_embedding_type == "none"),
+    ("rotary_percent", "--multi-latent-attention but with --rope-type rope", _has_yarn),
+    ("use_mup", "--multi-latent-attention but with --mup-base-hidden-size",
+     lambda args: args.multi_latent_attention and not args.mup_base_hidden_size),
+)  # fmt: skip
+"""Patterns of arguments, what makes them of no effect, and whether it is there."""
 
 
 def changed(parser: argparse.ArgumentParser, args: Namespace) -> dict[str, str]:
@@ -128,7 +153,7 @@ def refuse_unread(given: dict[str, str]) -> None:
 
 
 def refuse_unaccompanied(given: dict[str, str], args: Namespace) -> None:
-    """Refuse flags that change nothing without another one, which is not there.
+    """Refuse flags that change nothing without another one, which is not there, or with another one, which is.
 
     Args:
         given: as for `refuse_unread`.
@@ -138,6 +163,9 @@ def refuse_unaccompanied(given: dict[str, str], args: Namespace) -> None:
         for patterns, needed, is_there in _NEEDS:
             if _matches(name, patterns.split()) and not is_there(args):
                 raise UsageError(f"{flag}: changes nothing without {needed}; add that, or drop it")
+        for patterns, other, is_there in _NOT_WITH:
+            if _matches(name, patterns.split()) and is_there(args):
+                raise UsageError(f"{flag}: changes nothing with {other}; drop it")
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -201,6 +201,7 @@ def test_the_length_of_training_decides_where_the_masks_follow_it(
             "--use-distributed-optimizer",
             "flat, in the order of its run's parameters, and does not fit: --tensor-model-parallel-size 2 there",
         ),
+        ({"no_save_optim": True}, "", "has no optimizer state (--no-save-optim); add --no-load-optim"),
     ],
 )
 def test_an_optimizer_state_that_would_not_find_its_parameters_is_refused(

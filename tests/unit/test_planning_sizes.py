@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from argparse import Namespace
 
 import pytest
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
@@ -11,9 +12,9 @@ from megatron_meap.trainer import arguments
 
 LLAMA = (
     "--seq-length 64 --max-position-embeddings 64 --position-embedding-type rope --normalization RMSNorm --swiglu "
-    "--disable-bias-linear --untie-embeddings-and-output-weights --micro-batch-size 1 --train-iters 1 --lr 1e-4 "
-    "--mock-data --bf16"
+    "--disable-bias-linear --untie-embeddings-and-output-weights"
 )
+RUN = "--micro-batch-size 1 --train-iters 1 --lr 1e-4 --mock-data --bf16"
 SHAPES = {
     "Llama-2-7B": "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32",
     "Llama-3-70B": (
@@ -27,6 +28,17 @@ SHAPES = {
 }
 
 
+def checked(model: list[str]) -> Namespace:
+    """The arguments of a run of one process, as Megatron completes them."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        args = arguments.parse_flags([*model, *RUN.split()])
+        try:
+            arguments.check(args)
+        finally:
+            destroy_num_microbatches_calculator()
+    return args
+
+
 @pytest.mark.parametrize(
     ("shape", "rows", "parameters"),
     [
@@ -38,15 +50,7 @@ SHAPES = {
         ("Mixtral-8x7B", 32_001, 46_702_800_896),
     ],
 )
-def test_parameters_of_published_models(
-    shape: str, rows: int, parameters: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with contextlib.redirect_stdout(io.StringIO()):
-        args = arguments.parse_flags([*LLAMA.split(), *SHAPES[shape].split()])
-        try:
-            arguments.check(args)
-        finally:
-            destroy_num_microbatches_calculator()
+def test_parameters_of_published_models(shape: str, rows: int, parameters: int) -> None:
+    args = checked([*LLAMA.split(), *SHAPES[shape].split()])
     args.padded_vocab_size = rows
     assert count_parameters(args) == (parameters, [parameters])

@@ -39,6 +39,15 @@ def check(parser: argparse.ArgumentParser, flags: str) -> None:
         ("--mask-prob 0.3", "--meap-mask-ratio"),
         ("--rampup-batch-size 8 8 64", "--step-batch-size-schedule"),
         ("--openai-gelu", "drop it"),
+        ("--create-all-gather-group", "drop it"),
+        ("--ddp-num-buckets 3", "--overlap-grad-reduce"),
+        ("--save-wgrads-interval 1", "--save"),
+        ("--eval-iters 0 --meap-mask-validation", "--eval-iters above 0"),
+        ("--multi-latent-attention --add-qkv-bias", "with --multi-latent-attention"),
+        ("--multi-latent-attention --position-embedding-type none", "with --multi-latent-attention"),
+        ("--multi-latent-attention --rotary-percent 0.5", "--rope-type rope"),
+        ("--multi-latent-attention --rope-type rope --rotary-scaling-factor 4", "--rope-type yarn"),
+        ("--hybrid-layer-pattern *-*- --mtp-num-layers 2", "with --hybrid-layer-pattern"),
     ],
 )
 def test_a_flag_without_its_partner(parser: argparse.ArgumentParser, flags: str, needed: str) -> None:
@@ -55,6 +64,9 @@ def test_a_flag_without_its_partner(parser: argparse.ArgumentParser, flags: str,
         "--multi-latent-attention --kv-lora-rank 64 --rotary-base 1000",
         "--position-embedding-type rope --rotary-base 640000 --use-rope-scaling --rope-scaling-factor 4",
         "--use-rotary-position-embeddings --rotary-percent 0.5",
+        "--multi-latent-attention --rope-type rope --rotary-percent 0.5",
+        "--multi-latent-attention --rotary-scaling-factor 4 --mscale 0.7",
+        "--hybrid-layer-pattern *-*-/*- --mtp-num-layers 2",
         "--moe-router-topk 2 --rotary-base 10000 --adam-beta1 0.9",  # the defaults
     ],
 )
@@ -63,6 +75,9 @@ def test_a_flag_with_its_partner(parser: argparse.ArgumentParser, flags: str) ->
 
 
 def test_every_pattern_names_arguments_of_this_megatron(parser: argparse.ArgumentParser) -> None:
-    patterns = [*without_effect._NOWHERE, *(each for row in without_effect._NEEDS for each in row[0].split())]
+    patterns = [
+        *without_effect._NOWHERE,
+        *(each for row in (*without_effect._NEEDS, *without_effect._NOT_WITH) for each in row[0].split()),
+    ]
     names = [action.dest for action in parser._actions]
     assert [each for each in patterns if not any(fnmatchcase(name, each) for name in names)] == []

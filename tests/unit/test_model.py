@@ -1,0 +1,31 @@
+"""The model's configuration, where it differs from what Megatron's own builders make of the flags."""
+
+import pytest
+import torch
+
+from megatron_meap.backend import device
+from megatron_meap.errors import UsageError
+from megatron_meap.trainer import model
+from tests.launch import MODEL
+from tests.unit.test_planning_sizes import checked
+
+
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_a_model_that_the_cpu_has_initialised_goes_to_the_gpu(is_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's builder leaves it there; its older `get_model` does not."""
+    args = checked([*MODEL, "--use-cpu-initialization"])
+    args.padded_vocab_size = 64
+    monkeypatch.setattr(device, "is_cpu", lambda: is_cpu)
+    sent = []
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda self, where: sent.append(self) or self)
+    chunk = torch.nn.Linear(1, 1)
+    for hook in model.model_config(args).pre_wrap_hooks:
+        assert hook([chunk]) == [chunk]
+    assert sent == ([] if is_cpu else [chunk])
+
+
+@pytest.mark.parametrize("spec", ["nowhere a_spec", "megatron.core nothing", "local"])
+def test_a_spec_that_is_lost_is_not_replaced(spec: str) -> None:
+    args = checked([*MODEL, "--spec", *spec.split()])
+    with pytest.raises(UsageError, match=f"^--spec {spec}: "):
+        model.check(args)
