@@ -72,7 +72,6 @@ def resume(corpus: Corpus, folder: Path, capsys: pytest.CaptureFixture):
         ("--meap-clean-final-share 0.1", "--meap-clean-final-share 0.0 there, 0.1 here"),
         ("--meap-mask-warmup-samples 8", "--meap-mask-warmup-samples 0 there, 8 here"),
         ("--optimizer sgd", "--optimizer adam there, sgd here"),
-        ("--phase-transition-iterations 3", "--phase-transition-iterations None there, 3 here"),
         ("--train-iters 5000", "epochs of the training data, by the length of training 1, 1 there"),
     ],
 )
