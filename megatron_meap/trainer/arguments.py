@@ -213,7 +213,7 @@ def check(args: Namespace) -> None:
     args.create_attention_mask_in_dataloader |= args.reset_attention_mask  # then it is more than the causal one
     with explained(args):
         validate_args(args)
-    _check_query_groups(args)
+    ranges.check_heads(args)
     if args.full_validation:  # its sampler gives every data-parallel rank one sample at a time
         args.eval_micro_batch_size, args.eval_global_batch_size = 1, args.data_parallel_size
     meap.check_batches(args)
@@ -228,15 +228,6 @@ def _require_the_models_shape(args: Namespace) -> None:
         raise UsageError(f"{', '.join(missing)}: missing, and no run goes without; README.md shows a whole command")
     if args.save and args.save_interval is None:
         raise UsageError("--save-interval: missing; how many steps lie between the checkpoints that --save asks for?")
-
-
-def _check_query_groups(args: Namespace) -> None:
-    """Megatron would fail when it builds the attention."""
-    groups = args.num_query_groups or 1
-    if args.group_query_attention and args.num_attention_heads % groups:
-        raise UsageError(
-            f"--num-query-groups {groups}: does not divide the {args.num_attention_heads} of --num-attention-heads"
-        )
 
 
 def _choose_precision(args: Namespace) -> None:

@@ -29,10 +29,6 @@ def settle(args: Namespace) -> None:
     Raises:
         UsageError: a batch size that no step can have, or that does not become what was asked for.
     """
-    sizes = ("micro_batch_size", *(f"{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context")))
-    for name in sizes:
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.phase_transition_iterations and args.train_samples is None:
         raise UsageError("--phase-transition-iterations: needs --train-samples in the place of --train-iters")
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size

@@ -2,19 +2,23 @@
 
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 from megatron_meap.errors import UsageError
 
-_AT_LEAST: dict[str, float] = {
-    "*_interval": 1,
-    "adam_eps": 0,
-    "clip_grad": 0,
-}
-"""Patterns of arguments, and the least that one can be."""
-
-_BELOW_ONE = ("adam_beta?", "lion_beta?", "muon_momentum", "sgd_momentum")
-"""Of arguments that must be at least 0 and below 1."""
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "*_channels *_dim *_interval *_rank *_size *_topk max_position_embeddings mtp_num_layers mup_base_* "
+        "num_attention_heads num_experts num_layers num_query_groups rotary_seq_len_* seq_length",
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    ("*_eps *_std clip_grad weight_decay", lambda value: value >= 0, "0 or more"),
+    ("moe_input_jitter_eps", lambda value: 0 < value < 1, "above 0 and below 1"),
+    ("*_dropout adam_beta? lion_beta? muon_momentum sgd_momentum", lambda value: 0 <= value < 1, "from 0 to below 1"),
+)
+"""Patterns of arguments, whether a number is possible, and which are."""
 
 
 def check(given: dict[str, str], args: Namespace) -> None:
@@ -33,8 +37,31 @@ def check(given: dict[str, str], args: Namespace) -> None:
             continue
         if not math.isfinite(value):
             raise UsageError(f"{flag} {value}: must be a finite number")
-        least = next((least for pattern, least in _AT_LEAST.items() if fnmatchcase(name, pattern)), None)
-        if least is not None and value < least:
-            raise UsageError(f"{flag} {value}: must be at least {least}")
-        if any(fnmatchcase(name, pattern) for pattern in _BELOW_ONE) and not 0 <= value < 1:
-            raise UsageError(f"{flag} {value}: must be at least 0 and below 1")
+        for patterns, is_possible, words in _RANGES:
+            if any(fnmatchcase(name, pattern) for pattern in patterns.split()) and not is_possible(value):
+                raise UsageError(f"{flag} {value}: must be {words}")
+
+
+def check_heads(args: Namespace) -> None:
+    """Refuse numbers of heads, or lengths, of which Megatron could not make its attention or rotary positions.
+
+    Args:
+        args: validated by Megatron, which completes them.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    groups = args.num_query_groups or 1
+    if args.group_query_attention and args.num_attention_heads % groups:
+        raise UsageError(
+            f"--num-query-groups {groups}: does not divide the {args.num_attention_heads} of --num-attention-heads"
+        )
+    flag, length = "--kv-channels (else --hidden-size / --num-attention-heads)", args.kv_channels
+    if args.multi_latent_attention:
+        flag, length = "--qk-pos-emb-head-dim", args.qk_pos_emb_head_dim
+    elif args.position_embedding_type not in ("rope", "yarn", "mrope"):
+        return
+    elif args.rotary_percent < 1 and args.position_embedding_type != "yarn":
+        flag, length = f"--rotary-percent {args.rotary_percent}", int(length * args.rotary_percent)
+    if length % 2 or length < 2:
+        raise UsageError(f"{flag}: makes {length} rotary dimensions of a head; must be an even number, at least 2")

@@ -120,9 +120,13 @@ _NOT_WITH: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("mtp_*", "--hybrid-layer-pattern that has no layers for it, after a /",
      lambda args: args.hybrid_layer_pattern and "/" not in args.hybrid_layer_pattern),
     ("no_rope_freq use_rope_scaling", "--hybrid-layer-pattern", _given("hybrid_layer_pattern")),
+    ("num_experts", "--hybrid-layer-pattern without an E",
+     lambda args: args.hybrid_layer_pattern and "E" not in args.hybrid_layer_pattern),
     ("position_embedding_type", "--multi-latent-attention, whose heads have rotary positions",
      lambda args: args.multi_latent_attention and args.position_embedding_type == "none"),
     ("rotary_percent", "--multi-latent-attention but with --rope-type rope", _has_yarn),
+    ("rotary_percent rotary_seq_len_* use_rope_scaling", "--position-embedding-type yarn",
+     _given("position_embedding_type", "yarn")),
     ("use_mup", "--multi-latent-attention but with --mup-base-hidden-size",
      lambda args: args.multi_latent_attention and not args.mup_base_hidden_size),
 )  # fmt: skip
@@ -140,7 +144,9 @@ def changed(parser: argparse.ArgumentParser, args: Namespace) -> dict[str, str]:
         value = getattr(args, name, None)
         if all(value != action.default for action in those):  # two flags of one argument may differ in it
             setting = next((action for action in those if action.const == value), those[0])
-            found[name] = setting.option_strings[-1]
+            is_off = isinstance(setting, argparse.BooleanOptionalAction) and not value
+            long = [each for each in setting.option_strings if each.startswith("--")]
+            found[name] = long[-1 if is_off else 0]
     return found
 
 

@@ -113,7 +113,7 @@ def test_another_blend_is_refused(resume, corpus: Corpus, tmp_path: Path) -> Non
         ("--lr-warmup-init 1e-5", "--lr-warmup-init 0.0 there, 1e-05 here"),
         ("--make-vocab-size-divisible-by 768", "rows of the padded vocabulary 512 there, 768 here"),
         ("--global-batch-size 16", "--global-batch-size 8 there, 16 here"),
-        ("--meap-mask-validation", "--meap-mask-validation False there, True here"),
+        ("--eval-iters 1 --meap-mask-validation", "--meap-mask-validation False there, True here"),
     ],
 )
 def test_what_is_often_changed_on_purpose_is_said(resume, extra: str, said: str) -> None:
