@@ -12,6 +12,7 @@ import numpy as np
 from megatron_meap.files import whole_file
 from megatron_meap.study import figures
 from megatron_meap.study.analysis import (
+    COPIES,
     FEWEST,
     Comparison,
     Results,
@@ -66,8 +67,7 @@ def _head(studies: Sequence[Written], page: Path) -> str:
     seconds = sum(result["cpu_seconds"] for result in every)
     scale = "; ".join(_scale(study) for study in studies if study.results) or "nothing has been run"
     rules = link(studies[0].grid.path.parent / "README.md")
-    texts = len({result["texts"] for result in every if "texts" in result})
-    unknown = sum("texts" not in result for result in every)
+    known = sum("texts" in result for result in every)
     machines = ", ".join(sorted({result["machine"] for result in every})) or "none yet"
     return f"""# Results: does input noise help?
 
@@ -79,12 +79,14 @@ comparison alone; p and the verdict are corrected for the number of comparisons 
 
 **Scale**: {scale}. It says nothing about models and texts a thousand times larger.
 **Cost**: {len(every)} runs, {seconds / 60:.0f} minutes of processor time in all ({machines}).
-**Texts**: {texts} different ones by the digests in the records; of {unknown} runs, older, it was not recorded."""
+**Texts**: the records of {known} runs hold a digest of theirs; of {len(every) - known} older ones it was
+not recorded."""
 
 
 def _scale(study: Written) -> str:
     tokens, models = sorted({p.tokens for p in study.results}), sorted({p.model for p in study.results})
-    return f"models {', '.join(models)} of `{study.grid.path.name}`, {tokens[0]:,} to {tokens[-1]:,} unique tokens"
+    size = " to ".join(f"{each:,}" for each in dict.fromkeys((tokens[0], tokens[-1])))
+    return f"models {', '.join(models)} of `{study.grid.path.name}`, {size} unique tokens"
 
 
 def _section(study: Written, stage: Stage, figure: Path) -> tuple[str, list[Comparison]]:
@@ -99,7 +101,11 @@ def _section(study: Written, stage: Stage, figure: Path) -> tuple[str, list[Comp
     if all(results[point].get("copying") for point in done):
         copying = figure.with_name(f"{figure.name}-copying.svg")
         figures.draw_copying(done, results, copying)
-        parts += [_copying_table(done, results), f"![What copying saves]({copying.parent.name}/{copying.name})"]
+        parts += [
+            _COPYING,
+            _copying_table(done, results),
+            f"![What copying saves]({copying.parent.name}/{copying.name})",
+        ]
         return "\n\n".join(parts), []
     rows = compare(done, results, "best")
     parts.append(_loss_table(rows, compare(done, results, "final")))
@@ -155,6 +161,11 @@ def _loss_table(best_rows: Sequence[Comparison], final_rows: Sequence[Comparison
         ])  # fmt: skip
     names = "objective", "unique tokens", "setting", "seeds", "best loss", "difference", "p", "verdict", "final loss"
     return _table(names, rows)
+
+
+_COPYING = f"""What copying saves, per piece of a passage that came before: the nats by which the same text costs more with the
+order of its pieces drawn anew. Copying begins where it saves more than {COPIES:g} nat; the tokens until then are a geometric
+mean. What stands of the end is shown, and not judged."""
 
 
 def _copying_table(done: Sequence[Point], results: Results) -> str:
