@@ -163,7 +163,7 @@ def _loss_table(best_rows: Sequence[Comparison], final_rows: Sequence[Comparison
     return _table(names, rows)
 
 
-_COPYING = f"""What copying saves, per piece of a passage that came before: the nats by which the same text costs more with
+_COPYING = f"""What copying saves, per piece of a passage that came before: the nats by which the text costs more with
 the order of its pieces drawn anew. Copying begins where it saves more than {COPIES:g} nat; the tokens until then are a
 geometric mean. What stands of the end is shown, and not judged."""
 
