@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import shlex
+import sys
 import types
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
@@ -106,21 +107,46 @@ def add_group(parser: argparse.ArgumentParser, title: str, description: str, *se
         each.add_arguments(group)
 
 
-def refuse_in_one_line(parser: argparse.ArgumentParser) -> None:
-    """Let a parser raise a `UsageError` for a command line that it cannot take, instead of printing all its flags."""
+class Parser(argparse.ArgumentParser):
+    """Of a tool's command line: what it cannot take is a `UsageError`, in place of a list of all flags.
 
-    def refuse(message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown == message:
-            raise UsageError(message.removeprefix("argument "))
-        flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("-")]
-        if not flags:
-            raise UsageError(
-                f"{unknown}: belongs to no flag; quote a value that has spaces, and give each flag its own"
+    The description, mostly a module's docstring, is shown as it is written.
+    """
+
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it; a flag that there is not comes before what is missing, which it may stand for."""
+        missing = message.removeprefix("the following arguments are required: ")
+        if missing != message:
+            flags = (word.partition("=")[0] for word in self._words if word.startswith("--"))
+            unknown = "".join(
+                f"{name}: no such flag{_similar(name, self)}; " for name in flags if not _is_known(name, self)
             )
-        raise UsageError("; ".join(f"{name}: no such flag{_similar(name, parser)}" for name in flags))
+            raise UsageError(f"{unknown}{missing}: missing; --help lists the flags")
+        _refuse(self, message)
 
-    parser.error = refuse  # type: ignore[method-assign]
+
+def refuse_in_one_line(parser: argparse.ArgumentParser) -> None:
+    """Let a parser that others made raise a `UsageError` for a command line that it cannot take."""
+    parser.error = lambda message: _refuse(parser, message)  # type: ignore[method-assign]
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Raise what argparse says, without its way to say it."""
+    unknown = message.removeprefix("unrecognized arguments: ")
+    if unknown == message:
+        raise UsageError(message.removeprefix("argument "))
+    flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("-")]
+    if not flags:
+        raise UsageError(f"{unknown}: belongs to no flag; quote a value that has spaces, and give each flag its own")
+    raise UsageError("; ".join(f"{name}: no such flag{_similar(name, parser)}" for name in flags))
 
 
 def with_files(command_line: Sequence[str]) -> list[str]:
@@ -142,6 +168,11 @@ def with_files(command_line: Sequence[str]) -> list[str]:
         else:
             words.append(word)
     return words
+
+
+def _is_known(name: str, parser: argparse.ArgumentParser) -> bool:
+    """Whether there is such a flag, or one that begins so."""
+    return any(flag.startswith(name) for flag in parser._option_string_actions)
 
 
 def _similar(name: str, parser: argparse.ArgumentParser) -> str:

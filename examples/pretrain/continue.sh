@@ -26,7 +26,7 @@ LAYOUT=(
   --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 )
 if ((TP > 1)); then LAYOUT+=(--sequence-parallel); fi
-LOGGING=(--log-interval 10 --log-throughput --eval-interval 500 --eval-iters 10)
+LOGGING=(--log-interval 10 --eval-interval 500 --eval-iters 10)
 CHECKPOINTS=(
   --pretrained-checkpoint "$CHECKPOINT"
   --save "$RUN/checkpoints" --load "$RUN/checkpoints" --save-interval 500 --meap-keep-last 2

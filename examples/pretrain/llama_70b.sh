@@ -36,7 +36,7 @@ LAYOUT=(
 )
 if ((TP > 1)); then LAYOUT+=(--sequence-parallel --tp-comm-overlap); fi
 if ((PP > 1)); then LAYOUT+=(--num-layers-per-virtual-pipeline-stage "${VIRTUAL_LAYERS:-5}"); fi
-LOGGING=(--log-interval 10 --log-throughput --eval-interval 1000 --eval-iters 10)
+LOGGING=(--log-interval 10 --eval-interval 1000 --eval-iters 10)
 CHECKPOINTS=(
   --save "$RUN/checkpoints" --load "$RUN/checkpoints" --save-interval 500 --meap-keep-last 3 --async-save
 )

@@ -43,7 +43,7 @@ LAYOUT=(
   --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 )
 if ((TP > 1)); then LAYOUT+=(--sequence-parallel); fi
-LOGGING=(--log-interval 10 --log-throughput --eval-interval 200 --eval-iters 5)
+LOGGING=(--log-interval 10 --eval-interval 200 --eval-iters 5)
 CHECKPOINTS=(
   --pretrained-checkpoint "$CHECKPOINT"
   --save "$RUN/checkpoints" --load "$RUN/checkpoints" --save-interval 200 --meap-keep-last 2

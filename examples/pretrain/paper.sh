@@ -44,7 +44,7 @@ LAYOUT=( # the models are small: by default data parallel alone
   --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 )
 if ((TP > 1)); then LAYOUT+=(--sequence-parallel); fi
-LOGGING=(--log-interval 10 --log-throughput --eval-interval 500 --eval-iters 10)
+LOGGING=(--log-interval 10 --eval-interval 500 --eval-iters 10)
 CHECKPOINTS=(
   --save "$RUN/checkpoints" --load "$RUN/checkpoints" --save-interval 500 --meap-keep-last 3
 )

@@ -6,7 +6,6 @@ Corpus, tokenizer, preprocessing, training, a validation perplexity, a generated
 `runs/demo`. Every step is a command that is printed first. Ctrl-C stops it; the next `make demo` resumes.
 """
 
-import argparse
 import math
 import os
 import signal
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError, run
+from megatron_meap.flags import Parser
 from megatron_meap.inspection.curves import plot
 from megatron_meap.inspection.training_log import History, Reader, follow, read_log
 from megatron_meap.preprocessing.statistics import unigram_entropy
@@ -28,7 +28,7 @@ VOCABULARY = 4096
 
 def main() -> None:
     """Do what is not yet done, then sum up."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)")
     parser.add_argument("--train-iters", type=int, default=320, help="optimiser steps (default: %(default)s)")
     parser.add_argument(

@@ -8,7 +8,6 @@ them, and from there the model is fine-tuned on questions twice: next-token pred
 place of the answer. Everything goes below `runs/sft`; steps that are done are not repeated.
 """
 
-import argparse
 import os
 import shlex
 import subprocess
@@ -20,6 +19,7 @@ from facts import DOCUMENTS, write_conversations, write_questions, write_texts
 
 from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError, run
+from megatron_meap.flags import Parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VARIANTS = {
@@ -40,7 +40,7 @@ TRAINING = shlex.split("""
 
 def main() -> None:
     """Do what is not yet done, then evaluate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/sft"), help="folder of the run (default: %(default)s)")
     parser.add_argument("--pretrain-iters", type=int, default=1500, help="steps of pretraining (default: %(default)s)")
     parser.add_argument("--train-iters", type=int, default=600, help="steps of fine-tuning (default: %(default)s)")

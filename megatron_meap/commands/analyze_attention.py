@@ -13,10 +13,12 @@ import os
 import warnings
 from pathlib import Path
 
+from megatron_meap.flags import Parser
+
 
 def parse_flags() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="[NAME=]PATH[@ITERATION]; the first is the baseline")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer of all models (default: each one's own)")
     parser.add_argument("--text", required=True, metavar="FILE", help="JSON lines with a key text, Parquet or text")

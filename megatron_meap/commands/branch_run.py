@@ -7,16 +7,15 @@ The second command trains the branch, and resumes it. It reads the data that the
 Nothing of the stable run is changed, and what it deletes later stays in the branch.
 """
 
-import argparse
 import os
 from pathlib import Path
+
+from megatron_meap.flags import Parser
 
 
 def main() -> None:
     """Make the branch, and say how it is trained."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__, allow_abbrev=False)
     parser.add_argument("stable", type=Path, help="what the stable run was given as --save")
     parser.add_argument("--at", type=int, metavar="STEP", help="where to branch (default: its newest checkpoint)")
     parser.add_argument("--decay", type=int, required=True, metavar="STEPS", help="length of the decay")

@@ -5,16 +5,16 @@
 Nothing is downloaded, and the same installation always gives the same two files.
 """
 
-import argparse
 import math
 
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import Parser
 from megatron_meap.preprocessing.corpus import build_corpus
 
 
 def main() -> None:
     """Parse the flags and build."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--train", required=True, help="JSON Lines file to write the training documents to")
     parser.add_argument("--valid", required=True, help="JSON Lines file to write the validation documents to")
     parser.add_argument("--max-mb", type=float, default=20, help="text of both, in 10^6 bytes (default 20)")

@@ -6,9 +6,8 @@ With the tokenizer's flags (--tokenizer-type, --tokenizer-model, ...) it also co
 and prints a few decoded samples.
 """
 
-import argparse
-
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import Parser
 from megatron_meap.preprocessing.manifest import check_manifest
 from megatron_meap.preprocessing.statistics import Statistics, inspect, read_documents
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
@@ -17,7 +16,7 @@ from megatron_meap.tokenization.reference import add_tokenizer_flags, load_refer
 
 def main() -> None:
     """Parse the flags and check each dataset."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data", nargs="+", required=True, help="datasets, without .bin or .idx")
     parser.add_argument("--samples", type=int, default=3, help="documents to decode (default: 3)")
     add_tokenizer_flags(parser, required=False)

@@ -5,15 +5,14 @@
 The batch scripts in examples/slurm do so before every launch.
 """
 
-import argparse
-
 from megatron_meap.cluster.nodes import Node, check_gpus, check_network, check_pytorch
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import Parser
 
 
 def main() -> None:
     """Parse the flags and check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("nodes", nargs="+", metavar="NAME=ADDRESS", help="all nodes, in the same order everywhere")
     parser.add_argument("--index", type=int, required=True, help="which of them this one is, from 0")
     parser.add_argument("--port", type=int, required=True, help="the rendezvous's; nothing may listen there yet")

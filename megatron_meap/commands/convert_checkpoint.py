@@ -11,11 +11,13 @@ import logging
 import os
 import warnings
 
+from megatron_meap.flags import Parser
+
 
 def parse_flags() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    directions = parser.add_subparsers(dest="direction", required=True)
+    parser = Parser(__doc__)
+    directions = parser.add_subparsers(dest="direction", required=True, metavar="export|import")
     export = directions.add_parser("export", help="a torch_dist checkpoint of any layout to a Hugging Face directory")
     export.add_argument("--load", required=True, metavar="DIR", help="checkpoint directory, as given to --save")
     export.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the latest)")

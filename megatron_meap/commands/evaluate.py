@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import Parser
 
 OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "context-lengths": ("max_seq_lengths", {"type": int, "nargs": "+"}, "tokens of the generated prompts"),
@@ -71,7 +72,7 @@ UNFINISHED = "unfinished.txt"
 
 def parse_flags() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="[NAME=]PATH[@ITERATION|@all]")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--overwrite", action="store_true", help="replace finished results there")

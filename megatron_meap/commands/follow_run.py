@@ -18,6 +18,7 @@ from typing import IO, Any
 from megatron_meap.commands import evaluate
 from megatron_meap.errors import UsageError
 from megatron_meap.files import whole_file
+from megatron_meap.flags import Parser
 from megatron_meap.records import read_json
 
 TABLE, PICTURE, OPTIONS = "scores.csv", "scores.png", "options.json"
@@ -25,7 +26,7 @@ TABLE, PICTURE, OPTIONS = "scores.csv", "scores.png", "options.json"
 
 def parse_flags() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="--save directory of the training")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the results (default: RUN/evaluation)")
     parser.add_argument("--name", help="of the run in the picture (default: by its path)")

@@ -13,11 +13,12 @@ import warnings
 from dataclasses import replace
 
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import Parser
 
 
 def parse_flags() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--load", required=True, help="checkpoint directory, as given to --save, or Hugging Face directory"
     )

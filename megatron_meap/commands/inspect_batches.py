@@ -13,14 +13,12 @@ from pathlib import Path
 
 from megatron_meap.backend import device
 from megatron_meap.errors import UsageError
-from megatron_meap.flags import with_files
+from megatron_meap.flags import Parser, with_files
 
 
 def parse() -> argparse.Namespace:
     """Take this tool's flags from the command line and leave the rest for Megatron's parser."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__, allow_abbrev=False)
     parser.add_argument(
         "--show", type=int, nargs="+", default=[], metavar="INDEX", help="samples to decode (default: 0)"
     )

@@ -8,14 +8,15 @@ What is named is a directory as given to --save (its latest checkpoint, or --ckp
 status: 0; 1 where a run of the one would be refused as a resumption of the other; 2 where files are damaged.
 """
 
-import argparse
 import os
 import sys
+
+from megatron_meap.flags import Parser
 
 
 def main() -> None:
     """Look at the checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="its directory")
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the latest)")
     parser.add_argument("--compare", metavar="DIR", help="another checkpoint: say what differs and nothing else")

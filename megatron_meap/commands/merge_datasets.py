@@ -5,14 +5,13 @@
 Datasets made with different tokenizers or flags are refused, as far as their manifests tell.
 """
 
-import argparse
-
+from megatron_meap.flags import Parser
 from megatron_meap.preprocessing.merge import find_datasets, merge_datasets
 
 
 def main() -> None:
     """Parse the flags and merge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="datasets (without .bin or .idx), or folders of them")
     parser.add_argument("--output-prefix", required=True, help="the merged dataset, without .bin or .idx")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")

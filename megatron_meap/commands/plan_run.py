@@ -17,14 +17,12 @@ import warnings
 
 from megatron_meap.backend import device
 from megatron_meap.errors import UsageError
-from megatron_meap.flags import with_files
+from megatron_meap.flags import Parser, with_files
 
 
 def parse() -> argparse.Namespace:
     """Take this tool's flags from the command line and leave the rest for Megatron's parser."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__, allow_abbrev=False)
     parser.add_argument("--gpu", default="h100", metavar="KIND", help="a100-40, a100, h100, h200, b200, l40s")
     parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs (default: WORLD_SIZE, or 1)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: %(default)s)")

@@ -11,6 +11,7 @@ import re
 import sys
 
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import Parser
 from megatron_meap.preprocessing.pipeline import Job, preprocess
 from megatron_meap.preprocessing.readers import InputOptions
 from megatron_meap.tokenization.reference import add_tokenizer_flags
@@ -56,7 +57,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     """The tool's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     group = parser.add_argument_group("input")
     group.add_argument("--input", nargs="+", required=True, help="files, globs, folders, or - for standard input")
     group.add_argument("--input-format", choices=["jsonl", "text", "parquet"], help="default: recognised by content")

@@ -5,10 +5,10 @@
 Use it with `--tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer/tokenizer.model`.
 """
 
-import argparse
 import math
 
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import Parser
 from megatron_meap.preprocessing.readers import InputOptions
 from megatron_meap.preprocessing.tokenizer_training import train_tokenizer
 from megatron_meap.tokenization.mask_token import MASK_TOKEN
@@ -16,7 +16,7 @@ from megatron_meap.tokenization.mask_token import MASK_TOKEN
 
 def main() -> None:
     """Parse the flags and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="files, globs or folders, as for preprocessing")
     parser.add_argument("--output", required=True, help="path of the .model file")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of ids, special tokens included")

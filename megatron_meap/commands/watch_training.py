@@ -8,17 +8,17 @@ A run is the file that its output goes to, or its --save directory with the trai
 Megatron run that has logged a step, finished or not. It ends when all are at 100%, with --once at once, or at Ctrl-C.
 """
 
-import argparse
 from pathlib import Path
 
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import Parser
 from megatron_meap.inspection.curves import plot, plot_runs
 from megatron_meap.inspection.training_log import Reader, follow, read_log
 
 
 def main() -> None:
     """Follow logs, or draw them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]LOG", help="log of a run, or its --save directory")
     parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw the curves there, all in one, and end")
     parser.add_argument("--once", action="store_true", help="show the last progress and end")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from megatron_meap.errors import UsageError
+from megatron_meap.flags import Parser
 from megatron_meap.study import grid as grids
 from megatron_meap.study.analysis import points_of
 from megatron_meap.study.grid import Grid, Stage
@@ -63,10 +64,8 @@ def _list(study: Study, stages: list[Stage], args: argparse.Namespace) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=sys.modules["__main__"].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("do", choices=["list", "run", "again", "page"])
+    parser = Parser(sys.modules["__main__"].__doc__)
+    parser.add_argument("do", choices=["list", "run", "again", "page"], metavar="list|run|again|page")
     parser.add_argument(
         "--grid", type=Path, action="append", help=f"may be given again (default: {' and '.join(map(str, GRIDS))})"
     )

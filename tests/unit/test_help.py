@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 
 from megatron_meap import cli
+from megatron_meap.errors import UsageError
+from megatron_meap.flags import Parser
 from megatron_meap.trainer.arguments import GROUPS
 from tests.launch import ENTRY, REPOSITORY
 
 SCRIPTS = sorted(path for folder in ("tools", "benchmarks", "examples") for path in (REPOSITORY / folder).rglob("*.py"))
+MEGATRONS = (cli.PRETRAIN, "inspect-batches", "plan-run")
+"""Subcommands whose flags are the trainer's."""
+
 RUNNABLE = [path for path in SCRIPTS if '__name__ == "__main__"' in path.read_text()]
 
 
@@ -54,6 +59,30 @@ def test_a_python_without_our_packages_is_said(script: str, missing: str):
 def test_subcommands_explain_themselves(name: str, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["megatron-meap", name, "--help"])
     assert "usage" in printed(cli.main, capsys)
+
+
+@pytest.mark.parametrize("name", [name for name in cli.subcommands() if name not in MEGATRONS])
+def test_tools_refuse_a_flag_in_one_line(name: str, monkeypatch, capsys):
+    """Before what is missing, of which a mistyped flag is the reason."""
+    monkeypatch.setattr(sys, "argv", ["megatron-meap", name, "--outptu=x"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert len(said) == 1
+    assert said[0].startswith("error: --outptu: no such flag")
+
+
+def test_a_mistyped_flag_is_put_right():
+    parser = Parser("any")
+    parser.add_argument("--vocab-size", required=True)
+    for words, line in {
+        ("--vocabsize=3",): "--vocabsize: no such flag; did you mean --vocab-size?; --vocab-size: missing; --help",
+        (): "--vocab-size: missing; --help lists the flags",
+        ("--vocab", "3", "--vocabsize"): "--vocabsize: no such flag; did you mean --vocab-size?$",
+    }.items():
+        with pytest.raises(UsageError, match="^" + line.replace("?;", r"\?;").replace("?$", r"\?$")):
+            parser.parse_args(words)
 
 
 def test_the_command_lists_its_subcommands(monkeypatch, capsys):
