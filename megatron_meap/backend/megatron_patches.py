@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_meap.backend import optimizer_patches
+from megatron_meap.backend import helpers, optimizer_patches
 from megatron_meap.backend.loss_patches import over_steps_that_have_it
 from megatron_meap.backend.patching import original_of, replace, replaced
 from megatron_meap.errors import UsageError
@@ -46,6 +46,7 @@ def silence_known_warnings() -> None:
 def apply() -> None:
     """Apply all patches; doing it twice is doing it once. Megatron must be importable (`device.prepare`)."""
     _use_shipped_dataset_helpers()
+    helpers.end_with_this_process()
     optimizer_patches.apply()
     _load_weights_or_fail()
     _decay_all_parameters_on_request()

@@ -10,15 +10,15 @@ import time
 
 import torch
 
+from megatron_meap.cluster import torchrun
 from megatron_meap.cluster.run_files import Requests
 
 EXIT_STOPPED = 75
 """Exit status of a rank stopped by a signal, after its checkpoint is saved (EX_TEMPFAIL: run it again later)."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-# A Ctrl-C reaches the ranks from the terminal and once more from torchrun, and so may a signal that Slurm passes on; on
-# a busy machine torchrun takes its time.
 _SAME_REQUEST_S = 10.0
+"""A signal may reach a rank by more ways than one, as from Slurm and from a script that it started."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -26,7 +26,8 @@ class StopRequest:
     """Takes the place of Megatron's signal handler, which knows one signal; its trainer asks it after every step.
 
     The first SIGTERM, SIGUSR1, SIGINT or SIGHUP (a closed terminal) asks for a checkpoint and an orderly end; a second
-    one, later than ten seconds after it, ends the process at once with status 128 + signal.
+    one, later than ten seconds after it, ends the process at once with status 128 + signal. What torchrun sends on is
+    no second one, however late: on a busy machine it takes its time.
     """
 
     def __init__(self, requests: Requests) -> None:
@@ -40,6 +41,8 @@ class StopRequest:
         self._requests = requests
 
         self._received_at = 0.0
+        self._launcher = os.getppid()
+        self._sent_on = False  # by torchrun, and come to this rank
 
     def install(self) -> "StopRequest":
         """Start listening; also when the launcher dies, by whatever signal, which would leave the ranks behind."""
@@ -69,6 +72,8 @@ class StopRequest:
         now = time.monotonic()
         if self.received is None:
             self._received_at, self.received = now, number
+        elif not self._sent_on and torchrun.passes_on() and os.getppid() == self._launcher:
+            self._sent_on = True  # else torchrun's end has sent it
         elif now - self._received_at > _SAME_REQUEST_S:
             os._exit(128 + number)
 

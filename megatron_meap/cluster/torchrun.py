@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from megatron_meap.errors import LAST_STATUS
@@ -65,7 +65,31 @@ def _prepare() -> None:
     folder = Path(tempfile.mkdtemp(prefix="meap-torchrun-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ[LAST_STATUS] = str(folder / "status")
+    _mark_signals()
     sys.excepthook = _say
+
+
+def _mark_signals() -> None:
+    """Let the ranks know that torchrun has got a signal, before it sends it on to them (`passes_on`)."""
+    from torch.distributed.elastic.multiprocessing import api
+
+    handle = api._terminate_process_handler
+
+    def mark_and_handle(signum: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):
+            _mark().touch()
+        handle(signum, frame)
+
+    api._terminate_process_handler = mark_and_handle
+
+
+def _mark() -> Path:
+    return Path(os.environ[LAST_STATUS]).with_name("signal")
+
+
+def passes_on() -> bool:
+    """Whether this rank's torchrun has got a signal, of which the rank gets one more from it, if not yet then soon."""
+    return LAST_STATUS in os.environ and _mark().exists()
 
 
 def _say(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -3,11 +3,13 @@
 import importlib.util
 import os
 import secrets
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 from megatron.training import global_vars
 
+from megatron_meap.backend.patching import replaced
 from megatron_meap.errors import UsageError, one_line
 from megatron_meap.files import whole_file
 from megatron_meap.trainer.log_names import WANDB_ID
@@ -42,9 +44,11 @@ def begin(args: Namespace) -> None:
     import wandb
 
     try:
-        global_vars._set_wandb_writer(args)
+        with open(os.devnull) as nobody, replaced(sys, "stdin", nobody):  # it would ask for a key, and all ranks wait
+            global_vars._set_wandb_writer(args)
     except (wandb.Error, ValueError) as error:  # the latter is Megatron's, without --wandb-exp-name
-        raise UsageError(f"--wandb-project: {one_line(error)}; WANDB_MODE=offline keeps the run here") from error
+        said = one_line(error).rstrip(".")
+        raise UsageError(f"--wandb-project: {said}; WANDB_MODE=offline keeps the run here") from error
 
 
 def _starts_anew(args: Namespace) -> bool:

@@ -19,6 +19,7 @@ from megatron_meap.cluster import run_files
 from megatron_meap.errors import UsageError
 from tests.conftest import Corpus
 from tests.launch import ENTRY, MODEL, REPOSITORY, TRAINING, environment, launch, parse, torchrun
+from tests.processes import children, ended
 
 STOPPED = 75  # the ranks' exit status, as documented
 
@@ -48,8 +49,7 @@ class Job:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks: the launcher's children."""
-        listed = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True)
-        return [int(pid) for pid in listed.stdout.split()]
+        return children(self.process.pid)
 
     def end(self, timeout: float = 90) -> int:
         """Wait for the launcher to end; whatever is left is killed, so that a failing test leaves nothing behind."""
@@ -67,21 +67,6 @@ class Job:
         except ProcessLookupError:
             return
         self.process.wait()
-
-
-def ended(pids: list[int], timeout: float = 60) -> bool:
-    """Whether the processes end in time; one that its parent has not yet asked for counts as ended."""
-    deadline = time.monotonic() + timeout
-
-    def alive(pid: int) -> bool:
-        stat = Path(f"/proc/{pid}/stat")
-        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-    while any(alive(pid) for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 @pytest.fixture
@@ -253,6 +238,11 @@ def test_killed_and_resumed_ends_with_the_same_bits(corpus: Corpus, tmp_path: Pa
         job = start("killed")
         job.wait_for_step(12 * kill + rng.randint(3, 12))
         time.sleep(rng.uniform(0, 0.3))
+        job.process.send_signal(signal.SIGSTOP)  # torchrun would end the others in its own way
+        helpers = [pid for rank in job.ranks() for pid in [rank, *children(rank)]]
+        for rank in job.ranks():
+            os.kill(rank, signal.SIGKILL)
+        assert ended(helpers)
         job.kill()
     assert start("killed").end(200) == 0, (tmp_path / "killed.log").read_text()[-3000:]
     whole, killed = (open_checkpoint(tmp_path / name) for name in ("whole", "killed"))

@@ -27,8 +27,9 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, str | None]
         pass
 
     def init(**settings: object) -> None:
-        if settings["project"] == "unreachable":
-            raise Error("api_key not configured\n(no-tty)")
+        if settings["project"] == "no key":
+            assert not sys.stdin.isatty(), "W&B asks for the key"
+            raise Error("No API key configured.\nUse `wandb login` to log in.")
         runs.append((os.environ.get("WANDB_RUN_ID"), os.environ.get("WANDB_RESUME")))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error, __spec__=object()))
@@ -79,8 +80,10 @@ def test_only_a_training_begins_a_run(
 
 
 def test_what_wandb_refuses_is_one_line(begun: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"--wandb-project: api_key not configured \(no-tty\); WANDB_MODE=offline"):
-        begin(tmp_path, monkeypatch, wandb_project="unreachable")
+    """In a terminal too, where it would ask for a key and the other ranks would wait for it."""
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    with pytest.raises(UsageError, match=r"--wandb-project: No API key configured. Use .*in; WANDB_MODE=offline"):
+        begin(tmp_path, monkeypatch, wandb_project="no key")
 
 
 @pytest.mark.slow

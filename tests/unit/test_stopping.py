@@ -1,0 +1,100 @@
+"""What a rank takes for a second request to stop, and what ends with a rank that is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing import SignalException, api
+
+from megatron_meap.cluster import signals, torchrun
+from megatron_meap.cluster.run_files import Requests
+from megatron_meap.errors import LAST_STATUS
+from tests.launch import environment
+from tests.processes import ended
+
+LATE = signals._SAME_REQUEST_S + 50
+START_ONE_OF_EACH_KIND = """
+import multiprocessing, time
+from megatron_meap.backend import helpers
+helpers.end_with_this_process()
+for kind in ("fork", "spawn", "forkserver"):
+    process = multiprocessing.get_context(kind).Process(target=time.sleep, args=(60,), daemon=True)
+    process.start()
+    print(process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+class Ended(Exception):
+    """In place of the end of the process."""
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> signals.StopRequest:
+    """A rank of torchrun, here both in one process; a signal that ends it raises `Ended`."""
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    monkeypatch.setenv(LAST_STATUS, str(tmp_path / "status"))
+    monkeypatch.setattr(api, "_terminate_process_handler", api._terminate_process_handler)
+    monkeypatch.setattr(signals.os, "_exit", end)
+    torchrun._mark_signals()
+    return signals.StopRequest(Requests(None))
+
+
+def launcher_gets(number: int) -> None:
+    with pytest.raises(SignalException):
+        api._terminate_process_handler(number, None)
+
+
+def at(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals.time, "monotonic", lambda: 1000 + seconds)
+
+
+def test_what_torchrun_sends_on_late_is_no_second_request(rank: signals.StopRequest, monkeypatch) -> None:
+    """Ctrl-C reaches the rank from the terminal, and on a busy machine much later from torchrun."""
+    at(0, monkeypatch)
+    rank._note(signal.SIGINT)
+    at(LATE, monkeypatch)
+    launcher_gets(signal.SIGINT)
+    rank._note(signal.SIGINT)
+    with pytest.raises(Ended, match=str(128 + signal.SIGINT)):
+        rank._note(signal.SIGINT)
+
+
+def test_a_second_request_of_a_person_ends_it(rank: signals.StopRequest, monkeypatch) -> None:
+    """To the rank alone, of which torchrun knows nothing; or to torchrun, which it ends, and that ends the rank."""
+    at(0, monkeypatch)
+    rank._note(signal.SIGTERM)
+    rank._note(signal.SIGTERM)  # the same one, by another way
+    at(LATE, monkeypatch)
+    with pytest.raises(Ended):
+        rank._note(signal.SIGTERM)
+    launcher_gets(signal.SIGTERM)
+    monkeypatch.setattr(signals.os, "getppid", lambda: 1)
+    with pytest.raises(Ended):
+        rank._note(signal.SIGTERM)
+
+
+def test_a_rank_without_torchrun(rank: signals.StopRequest, monkeypatch) -> None:
+    monkeypatch.delenv(LAST_STATUS)
+    at(0, monkeypatch)
+    rank._note(signal.SIGTERM)
+    at(LATE, monkeypatch)
+    with pytest.raises(Ended):
+        rank._note(signal.SIGTERM)
+
+
+def test_helpers_end_with_a_killed_rank() -> None:
+    """Those that multiprocessing forks, spawns, or lets a server fork."""
+    command = [sys.executable, "-c", START_ONE_OF_EACH_KIND]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None
+        helpers = [int(rank.stdout.readline()) for _ in range(3)]
+        assert not ended(helpers, 0)
+        os.kill(rank.pid, signal.SIGKILL)
+    assert ended(helpers, 20)
