@@ -88,8 +88,14 @@ class Choice:
 
 def iterations(folder: Path) -> list[int]:
     """Iterations that have a directory in a checkpoint folder, ascending; complete or not."""
-    found = (_DIRECTORY.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
-    return sorted(int(match[1]) for match in found if match)
+    found = (iteration_of(entry) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(iteration for iteration in found if iteration is not None)
+
+
+def iteration_of(path: Path) -> int | None:
+    """The iteration whose directory is named so; None for another name."""
+    match = _DIRECTORY.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def directory(folder: Path, iteration: int) -> Path:

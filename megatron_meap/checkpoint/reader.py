@@ -33,6 +33,8 @@ class Checkpoint:
     args: Namespace
     """The arguments of the run that saved it."""
     metadata: Metadata
+    scheduler: dict[str, Any]
+    """State of the scheduler of learning rate and weight decay; empty where none was saved."""
 
     def weights(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the model's own tensors, as they are stored (layers may be stacked)."""
@@ -119,7 +121,8 @@ def open_checkpoint(path: str | Path, iteration: int | None = None) -> Checkpoin
         raise UsageError(f"{directory}: the checkpoint cannot be read ({error or type(error).__name__})") from error
     if not isinstance(args, Namespace):
         raise UsageError(f"{directory}: holds no arguments of Megatron's, so its model is unknown")
-    return Checkpoint(directory, int(common.get("iteration", 0)), args, metadata)
+    scheduler = common.get("opt_param_scheduler") or {}
+    return Checkpoint(directory, int(common.get("iteration", 0)), args, metadata, scheduler)
 
 
 def directory_of(path: Path, iteration: int | None = None) -> Path:

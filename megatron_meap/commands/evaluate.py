@@ -138,6 +138,8 @@ def prepare(flags: argparse.Namespace) -> None:
         UsageError: names the flag, or lm-evaluation-harness where it is not installed.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars are for terminals
     warnings.simplefilter("ignore")  # the libraries' chatter: what matters is printed or raised
     logging.disable(logging.ERROR)
     _prepare_output(flags)

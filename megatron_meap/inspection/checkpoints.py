@@ -9,7 +9,7 @@ from megatron_meap.checkpoint import latest, model_arguments
 from megatron_meap.checkpoint.integrity import FILE
 from megatron_meap.checkpoint.reader import Checkpoint, directory_of, open_checkpoint
 from megatron_meap.errors import UsageError
-from megatron_meap.trainer import carried
+from megatron_meap.trainer import carried, schedule
 from megatron_meap.trainer.optimizers import is_distributed
 from megatron_meap.trainer.record import Verdict, differences, record_of, verdict
 from megatron_meap.trainer.resume import unusable_optimizer_state
@@ -47,11 +47,13 @@ def compare(path: str, iteration: int | None, other: str) -> tuple[list[str], bo
     lines += [f"another model: {said}" for said in model]
     if problem := unusable_optimizer_state(there.directory, there.args, here.args):
         lines.append(f"another optimizer: the state there {problem}")
+    schedules = schedule.differences(there.scheduler, here.scheduler)
+    lines += [f"another schedule: {said}" for said in schedules]
     found = sorted(differences(there.args, here.args), key=lambda each: list(Verdict).index(each[0]))
     lines += [f"{outcome.value}: {said}" for outcome, said in found]
     if len(lines) == 2:
         lines.append("nothing that decides a run differs")
-    return lines, not (model or problem) and all(outcome is not Verdict.REFUSED for outcome, _ in found)
+    return lines, not (model or problem or schedules) and all(outcome is not Verdict.REFUSED for outcome, _ in found)
 
 
 def verify(path: str, iteration: int | None) -> str:

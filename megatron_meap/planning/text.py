@@ -39,12 +39,12 @@ def describe(plan: Plan) -> str:
         f"vocabulary {args.padded_vocab_size})",
         f"layout        {layout_of(args)} on {args.world_size} GPU{'' if args.world_size == 1 else 's'}",
         f"batch         {batch_sizes.describe(args)}",
-        f"work          {work.steps:,} steps, {work.tokens / 1e9:,.2f} B tokens, model FLOPs {work.model_flops:.3e}, "
-        f"hardware FLOPs {work.hardware_flops:.3e}",
+        f"work          {work.steps:,} steps, {data_use.amount(work.tokens)} tokens, "
+        f"model FLOPs {work.model_flops:.3e}, hardware FLOPs {work.hardware_flops:.3e}",
         f"optimizer     {optimizers.words(args)}",
         *data_use.lines(args),
         *_copies(args, work.tokens),
-        f"checkpoint    {memory.checkpoint / GIB:,.2f} GiB each, optimizer state included",
+        f"checkpoint    {memory.checkpoint / GIB:,.3g} GiB each, optimizer state included",
         "",
         "memory of a rank, GiB",
         f"{'stage':<14}{'parameters':>14}" + "".join(f"{kind:>13}" for kind in _KINDS),
@@ -63,8 +63,8 @@ def _copies(args: Namespace, tokens: int) -> list[str]:
     if args.meap_copy_weight is None:
         return []
     return [
-        f"copies        half of that: {tokens / 2e9:,.2f} B tokens of the data, each trained on clean and as a noised "
-        "copy; as many tokens of the data without copies take half the FLOPs"
+        f"copies        half of that: {data_use.amount(tokens / 2)} tokens of the data, each trained on clean and "
+        "as a noised copy; as many tokens of the data without copies take half the FLOPs"
     ]
 
 

@@ -5,6 +5,7 @@ and the document boundaries: the number of the first sequence of every document,
 (int64). What preprocessing writes has one sequence a document.
 """
 
+import difflib
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,6 +82,19 @@ class Index:
         return int(self.lengths.sum(dtype=np.int64))
 
 
+def _hint(prefix: str) -> str:
+    """What to say where a dataset is not: which one may be meant."""
+    place = Path(prefix)
+    there = {path.stem for path in place.parent.glob("*.idx")} - {place.name}
+    likely = [place.name.removesuffix(".bin").removesuffix(".idx"), f"{place.name}_text_document"]
+    meant = [name for name in likely if name in there] or difflib.get_close_matches(place.name, there, 1, 0.8)
+    if meant:
+        return f"did you mean {place.with_name(meant[0])}?"
+    if place.is_file():
+        return f"{prefix} is no dataset; tools/preprocess_data.py makes one of text"
+    return "a dataset is named by its path without .bin and .idx"
+
+
 def read_index(prefix: str) -> Index:
     """Open `PREFIX.idx` and make sure that it is whole and belongs to `PREFIX.bin`.
 
@@ -90,13 +104,7 @@ def read_index(prefix: str) -> Index:
     path, data = Path(prefix + ".idx"), Path(prefix + ".bin")
     for file in (path, data):
         if not file.is_file():
-            near = f"{prefix}_text_document"
-            hint = (
-                f"did you mean {near}?"
-                if Path(near + ".idx").is_file()
-                else "a dataset is named by its path without .bin and .idx"
-            )
-            raise UsageError(f"{file}: no such file; {hint}")
+            raise UsageError(f"{file}: no such file; {_hint(prefix)}")
     with open(path, "rb") as opened:
         header = opened.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):

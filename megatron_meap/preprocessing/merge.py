@@ -14,7 +14,7 @@ from megatron_meap.errors import UsageError
 from megatron_meap.files import cannot_write
 from megatron_meap.preprocessing.index import CHUNK, Index, read_index
 from megatron_meap.preprocessing.manifest import read_manifest, to_bytes
-from megatron_meap.preprocessing.outputs import refuse_existing
+from megatron_meap.preprocessing.outputs import refuse_existing, refuse_prefix
 from megatron_meap.preprocessing.writer import DatasetWriter
 
 _SUMMED = ("documents", "tokens", "empty_documents", "skipped_lines", "text_bytes")
@@ -69,6 +69,7 @@ def merge_datasets(prefixes: list[str], output_prefix: str, *, overwrite: bool =
         UsageError: datasets that are damaged, hold nothing, or were made with different tokenizers or flags.
     """
     begun = time.monotonic()
+    refuse_prefix(output_prefix)
     if not overwrite:
         refuse_existing([output_prefix])
     dtype, documents = read_index(prefixes[0]).dtype, 0

@@ -23,6 +23,15 @@ def dataset_prefix(prefix: str, key: str) -> str:
     return f"{prefix}_{key}_document"
 
 
+def refuse_prefix(prefix: str) -> None:
+    """Raise a UsageError for what cannot be meant as the beginning of the names of a dataset's files."""
+    if prefix.endswith((".bin", ".idx")):
+        raise UsageError(f"--output-prefix {prefix}: give it without {prefix[-4:]}: both files' names begin with it")
+    if os.path.basename(prefix) in ("", ".", ".."):
+        name = os.path.join(prefix, "train")
+        raise UsageError(f"--output-prefix {prefix}: names a folder; add how the files' names begin, such as {name}")
+
+
 def refuse_existing(prefixes: list[str]) -> None:
     """Raise a UsageError where one of the datasets exists already."""
     for prefix in prefixes:
@@ -123,8 +132,8 @@ class Outputs:
             if not writer.documents:
                 paths = [each["path"] for each in facts["inputs"]]
                 raise UsageError(
-                    f"{paths[0]}{' and others' * (len(paths) > 1)}: no documents for {key!r}: the input held "
-                    f"{self._totals[key].empty} empty documents and {self.skipped} bad lines, and nothing else"
+                    f"{paths[0]}{' and others' * (len(paths) > 1)}: no text under {key!r}: "
+                    f"{self._totals[key].empty} empty documents and {self.skipped} bad lines are all there is"
                 )
         manifests = []
         for key, writer in self._writers.items():

@@ -14,7 +14,7 @@ from megatron_meap.preprocessing.blocks import BlockEncoder
 from megatron_meap.preprocessing.index import token_dtype
 from megatron_meap.preprocessing.inputs import STDIN, find
 from megatron_meap.preprocessing.journal import Journal
-from megatron_meap.preprocessing.outputs import Outputs, dataset_prefix, refuse_existing, state_shape
+from megatron_meap.preprocessing.outputs import Outputs, dataset_prefix, refuse_existing, refuse_prefix, state_shape
 from megatron_meap.preprocessing.progress import Counts, Progress
 from megatron_meap.preprocessing.readers import InputOptions
 from megatron_meap.preprocessing.sources import Sources
@@ -124,6 +124,7 @@ def _prepare_outputs(job: Job, inputs: list[str]) -> None:
         raise UsageError(f"--json-keys {' '.join(job.options.keys)}: a key is named twice")
     if job.options.separator == "":
         raise UsageError("--text-separator '': is empty; leave it out, and each file is one document")
+    refuse_prefix(job.output_prefix)
     folder = os.path.dirname(job.output_prefix) or os.curdir
     try:
         os.makedirs(folder, exist_ok=True)

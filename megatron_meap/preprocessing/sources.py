@@ -56,7 +56,11 @@ class Sources:
             packed = Counter(look.compression for look in self._looks if look.kind == kind and look.compression)
             inside = ", ".join(f"{each} {name}" for name, each in packed.most_common())
             parts.append(f"{count:,} {KINDS[kind]}" + (f" ({inside})" if inside else ""))
-        files = "standard input" if self._stdin else f"{len(self.paths):,} files, {self.total_bytes / 1e6:.1f} MB"
+        files = (
+            "standard input"
+            if self._stdin
+            else f"{len(self.paths):,} file{'s' * (len(self.paths) != 1)}, {self.total_bytes / 1e6:.1f} MB"
+        )
         print(f"input: {files}: {', '.join(parts)}" + (f"; left out: {left_out}" if left_out else ""), file=sys.stderr)
         if self._options.separator and "text" not in kinds:
             print("note: --text-separator changes nothing: there is no plain text among the inputs", file=sys.stderr)

@@ -130,8 +130,8 @@ def _sample(paths: list[str], options: InputOptions, max_bytes: int) -> tuple[li
             if share <= 0:
                 partly += 1
                 break
-    used = f"{(max_bytes - left) / 1e6:.1f} MB of text from {len(paths):,} files"
-    used += f", of {partly:,} of them the beginning (--max-mb)" * bool(partly)
+    used = f"{(max_bytes - left) / 1e6:.1f} MB of text from {len(paths):,} file{'s' * (len(paths) != 1)}"
+    used += f", {partly:,} of which only in part (--max-mb)" * bool(partly)
     return [line for path in paths for line in found[path]], used
 
 

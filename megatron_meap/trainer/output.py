@@ -22,6 +22,8 @@ _WARNING = re.compile(r"\s*warning\b", re.IGNORECASE)
 _NO_NEWS = re.compile(
     r"one_logger|RerunStateMachine|could not find the metadata file|rerun_state_machine|Result validation enabled"
     r"|memory \(MB\) \| allocated: 0\.00 |compute_activation_memory|async save is deprecated"
+    r"|exiting program after receiving SIGTERM|Overwriting old incomplete|Detected an existing checkpoint"
+    r"|prepare_local_plan"
 )
 
 

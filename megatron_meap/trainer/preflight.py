@@ -95,7 +95,11 @@ def look(args: Namespace, data_only: bool = False, hash_files: HashFiles | None 
         _look_at_save_directory(args)
     else:
         _lock_save_directory(args)
-    return found | choose_start(args, hash_files)
+    try:
+        return found | choose_start(args, hash_files)
+    except UsageError:
+        _leave_save_directory(args)
+        raise
 
 
 def _check_data(args: Namespace) -> None:
@@ -206,6 +210,17 @@ def _lock_save_directory(args: Namespace) -> None:
     opened.write(f"process {os.getpid()} on {os.uname().nodename}")
     opened.flush()
     _lock = opened
+
+
+def _leave_save_directory(args: Namespace) -> None:
+    """Let nothing remind of a refused start; what others have left there stays."""
+    global _lock
+    if _lock is None or args.dry_run:
+        return
+    path, _lock = Path(_lock.name), _lock.close()
+    with contextlib.suppress(OSError):
+        path.unlink()
+        path.parent.rmdir()
 
 
 def _take_lock(opened: Any, save: str) -> None:

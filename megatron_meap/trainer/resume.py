@@ -30,12 +30,12 @@ def choose_start(args: Namespace, hash_files: latest.HashFiles | None) -> dict[s
         choice = latest.choose(Path(args.load), args.ckpt_step, args.meap_refuse_damaged_checkpoint, hash_files)
         if choice is not None:
             warnings = [] if choice.warning is None else [choice.warning]
+            warnings += _later_ones(choice, args)
             warnings += _compare("--load", choice.path, args)
             warnings += nothing_left(choice, args)
             return {"iteration": _settle(choice, args), "start": str(choice.path), "warnings": warnings}
-        another = args.save is None or Path(args.load).resolve() != Path(args.save).resolve()
-        if another or (args.exit_on_missing_checkpoint and args.pretrained_checkpoint is None):
-            raise UsageError(f"--load {args.load}: holds no checkpoint; check the path, or drop the flag to start anew")
+        if not _continues_in_place(args) or (args.exit_on_missing_checkpoint and args.pretrained_checkpoint is None):
+            raise UsageError(f"--load {args.load}: holds no checkpoint; {_hint(Path(args.load))}")
     if args.pretrained_checkpoint is not None:  # Megatron starts from it where --load holds none yet
         flag = f"--pretrained-checkpoint {args.pretrained_checkpoint}"
         choice = latest.choose(Path(args.pretrained_checkpoint), None, refuse_damaged=False, hash_files=hash_files)
@@ -46,6 +46,28 @@ def choose_start(args: Namespace, hash_files: latest.HashFiles | None) -> dict[s
         warnings = _compare("--pretrained-checkpoint", choice.path, args)
         return {"iteration": args.ckpt_step, "start": str(choice.path), "warnings": warnings}
     return {"iteration": args.ckpt_step, "start": None, "warnings": []}
+
+
+def _continues_in_place(args: Namespace) -> bool:
+    """Whether the run saves where it loads from."""
+    return args.save is not None and args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()
+
+
+def _hint(path: Path) -> str:
+    """What to do where a directory holds no checkpoint."""
+    if (step := latest.iteration_of(path)) is not None and path.is_dir():
+        return f"give the directory around it: --load {path.parent} --ckpt-step {step}"
+    return "check the path, or drop the flag to start anew"
+
+
+def _later_ones(choice: latest.Choice, args: Namespace) -> list[str]:
+    """A line where a run that goes back will replace checkpoints."""
+    later = [str(step) for step in latest.iterations(Path(args.load)) if step > choice.iteration]
+    if not later or args.finetune or not _continues_in_place(args):
+        return []
+    return [
+        f"--save {args.save}: the later checkpoints there ({', '.join(later)}) are replaced as this run comes to them"
+    ]
 
 
 def nothing_left(choice: latest.Choice, args: Namespace) -> list[str]:
@@ -63,7 +85,7 @@ def _keep_checkpoints(args: Namespace) -> None:
     if args.save is None or args.meap_overwrite_checkpoints:
         return
     newest = latest.newest_saved(Path(args.save))
-    resumes = args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()
+    resumes = _continues_in_place(args)
     if newest is None or (resumes and not args.finetune):
         return
     how = "drop --finetune" if resumes else f"add --load {args.save}"
@@ -77,7 +99,7 @@ def _settle(choice: latest.Choice, args: Namespace) -> int | None:
     """The iteration to ask for; where an older one is taken, the pointer follows if this job owns the directory."""
     if choice.warning is None:
         return args.ckpt_step
-    if not args.dry_run and args.save is not None and Path(args.load).resolve() == Path(args.save).resolve():
+    if not args.dry_run and _continues_in_place(args):
         latest.set_pointer(Path(args.load), choice.iteration)
     return choice.iteration
 
@@ -130,7 +152,9 @@ def _compare_model(flag: str, path: Path, saved: Namespace, args: Namespace, res
     if args.hybrid_layer_pattern and not getattr(saved, "hybrid_layer_pattern", None):
         shape.remove("num_layers")  # a GPTModel's, which Megatron pairs with the pattern itself
     if different := model_arguments.differences(saved, args, sorted(shape)):
-        raise UsageError(f"{flag}: {path} holds another model: {'; '.join(different)}")
+        raise UsageError(
+            f"{flag}: {path} holds another model: {'; '.join(different)}; repeat its sizes, or name another"
+        )
     if getattr(saved, "meap_tokenizer_sha256", args.meap_tokenizer_sha256) != args.meap_tokenizer_sha256:
         raise UsageError(
             f"{flag}: {path} was trained with another tokenizer ({saved.tokenizer_model} there, "

@@ -9,6 +9,14 @@ from megatron_meap.errors import UsageError
 from megatron_meap.trainer import optimizers
 from megatron_meap.trainer.refusals import explained
 
+_WORDS = {
+    "max_lr": "--lr",
+    "lr_warmup_steps": "warm-up (samples)",
+    "lr_decay_steps": "decay of the learning rate (samples)",
+    "wd_incr_steps": "growth of the weight decay (samples)",
+}
+"""How people know what the scheduler's state holds."""
+
 
 def check(args: Namespace) -> None:
     """Refuse a run without a length, or with a schedule that Megatron's scheduler cannot have.
@@ -85,6 +93,15 @@ def state_of(args: Namespace) -> dict[str, Any]:
         vars(args).update(before)
 
 
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """In what two states of the scheduler differ, however far they have come; Megatron counts its steps in samples."""
+    return [
+        f"{_WORDS.get(name, name)} {there[name]} there, {value} here"
+        for name, value in here.items()
+        if name != "num_steps" and name in there and there[name] != value
+    ]
+
+
 def compare(path: Path, state: dict[str, Any], args: Namespace) -> list[str]:
     """Refuse another schedule than the checkpoint's, unless a flag says whose counts; then say it.
 
@@ -96,13 +113,7 @@ def compare(path: Path, state: dict[str, Any], args: Namespace) -> list[str]:
     there = state.get("opt_param_scheduler")
     if there is None or args.no_load_optim:
         return []
-    here = state_of(args)
-    changed = [
-        f"{name} {there[name]} there, {here[name]} here"
-        for name in here
-        if name != "num_steps" and name in there and there[name] != here[name]
-    ]
-    if not changed:
+    if not (changed := differences(there, state_of(args))):
         return []
     said = f"{path} has another schedule: {'; '.join(changed)}"
     if args.override_opt_param_scheduler:

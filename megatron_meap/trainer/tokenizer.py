@@ -34,8 +34,12 @@ def set_tokenizer(args: Namespace) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
             tokenizer = build_tokenizer(args)
     except Exception as error:
-        path = args.tokenizer_model or args.vocab_file or "(no --tokenizer-model given)"
-        reason = one_line(error)
+        path, reason = args.tokenizer_model or args.vocab_file, one_line(error)
+        if path is None:
+            raise UsageError(
+                f"--tokenizer-model: missing, which --tokenizer-type {args.tokenizer_type} needs; give both, as the "
+                "data was made with"
+            ) from error
         raise UsageError(f"--tokenizer-model {path}: not a {args.tokenizer_type} tokenizer ({reason})") from error
     args.pad_vocab_size = pad_vocab_size
     mask = resolve_mask_token(tokenizer, args.meap_mask_token)

@@ -149,7 +149,7 @@ def test_the_learning_rate_changes_on_purpose(saved: Saved, tmp_path: Path) -> N
     done = launch_many(1, runs, tmp_path)
     for name, factor in (("own", 2), ("other", 1)):
         whose = "this run's" if name == "own" else "the checkpoint's"
-        assert f"has another schedule: max_lr 0.001 there, 0.002 here; {whose} is taken" in done[name].output
+        assert f"has another schedule: --lr 0.001 there, 0.002 here; {whose} is taken" in done[name].output
         for step in (5, 6):
             share = (whole.steps[step]["learning rate"] - 1e-4) / 9e-4  # of the way from the least to the largest
             expected = 1e-4 + share * (factor * 1e-3 - 1e-4)

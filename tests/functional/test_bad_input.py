@@ -125,7 +125,8 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--load nowhere", "--load nowhere: holds no checkpoint"),
         ("--pretrained-checkpoint nowhere", "--pretrained-checkpoint nowhere: holds no checkpoint"),
         (f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {__file__}", "is named by its folder"),
-        ("--data-path nowhere", "nowhere.idx: no such file"),
+        ("--data-path nowhere", "nowhere.idx: no such file; a dataset is named by its path"),
+        (f"--data-path {__file__}", "test_bad_input.py is no dataset; tools/preprocess_data.py makes one"),
         ("--tokenizer-model nowhere", "--tokenizer-model nowhere: no such file"),
         ("--data-cache-path /dev/null/cache", "--data-cache-path /dev/null/cache: cannot be written"),
         ("--save /dev/null/save --save-interval 5", "--save /dev/null/save: cannot be written"),
@@ -197,6 +198,12 @@ def test_an_index_that_is_none(refused, flags: list[str], dataset: str) -> None:
 def test_a_dataset_shorter_than_one_sequence(refused, flags: list[str]) -> None:
     length = ["--seq-length", "10000000", "--max-position-embeddings", "10000000"]
     assert "less than one sample of 10000000 + 1" in refused(*flags, *length)
+
+
+def test_a_tokenizer_that_is_not_named(refused, flags: list[str]) -> None:
+    place = flags.index("--tokenizer-model")
+    del flags[place : place + 2]
+    assert refused(*flags).startswith("--tokenizer-model: missing, which --tokenizer-type SentencePieceTokenizer needs")
 
 
 def test_a_dataset_of_another_tokenizer(refused, flags: list[str], dataset: str) -> None:
@@ -277,12 +284,27 @@ class TestCheckpoints:
 
     @pytest.mark.parametrize("how", [(), ("--load", "saved"), ("--load", "copy", "--finetune"), ("--dry-run",)])
     def test_checkpoints_that_would_be_replaced(self, refused, flags, copy: Path, saved: Path, how) -> None:
-        before = sorted(path.name for path in copy.iterdir())
+        before = {path.name for path in copy.iterdir()} - {".lock"}
         more = [{"saved": str(saved), "copy": str(copy)}.get(word, word) for word in how]
         message = refused(*flags, "--save", str(copy), "--save-interval", "1", *more)
         assert f"--save {copy}: holds checkpoints up to iteration 3" in message
         assert "--meap-overwrite-checkpoints" in message
-        assert {path.name for path in copy.iterdir()} - set(before) <= {".lock"}
+        assert {path.name for path in copy.iterdir()} - {".lock"} == before
+
+    def test_a_refused_start_makes_no_directory(self, refused, flags, saved: Path, tmp_path: Path) -> None:
+        wrong = saved / "iter_0000002"
+        message = refused(*flags, "--load", str(wrong), "--save", str(tmp_path / "new"), "--save-interval", "1")
+        assert message.endswith(f"give the directory around it: --load {saved} --ckpt-step 2")
+        assert list(tmp_path.iterdir()) == [tmp_path / "cache"]
+
+    def test_later_checkpoints_are_not_replaced_silently(self, flags, copy: Path, capsys) -> None:
+        flags += ["--load", str(copy), "--save-interval", "1", "--override-opt_param-scheduler"]
+        for save in (copy, copy.parent / "other"):
+            capsys.readouterr()
+            prepare(*flags, "--save", str(save), "--ckpt-step", "1")
+            said = capsys.readouterr().out
+            assert ("the later checkpoints there (2, 3) are replaced" in said) == (save == copy)
+            assert "another schedule: decay of the learning rate (samples) 24 there, 160 here; growth of the we" in said
 
     def test_replacing_checkpoints_on_purpose(self, flags, copy: Path) -> None:
         assert prepare(*flags, "--save", str(copy), "--save-interval", "1", "--meap-overwrite-checkpoints")

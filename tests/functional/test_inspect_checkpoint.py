@@ -3,12 +3,15 @@
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_meap.checkpoint.reader import Checkpoint
 from megatron_meap.commands.inspect_checkpoint import main
 from megatron_meap.errors import UsageError
+from megatron_meap.inspection import checkpoints
 from megatron_meap.trainer import carried
 from tests.conftest import Corpus
 from tests.functional.test_record import flags_of, save
@@ -83,6 +86,19 @@ def test_two_are_compared(folder: Path, tool, other: str, status: int, lines: li
     found, said = tool(str(folder / "one/run"), "--compare", str(folder / other / "run"))
     assert found == status
     assert said.splitlines()[2:] == lines
+
+
+def test_schedules_are_compared(folder: Path, tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = checkpoints.open_checkpoint
+
+    def with_schedule(path: str, iteration: int | None = None) -> Checkpoint:
+        steps = 240 if "free" in path else 160
+        return replace(read(path, iteration), scheduler={"lr_decay_steps": steps, "num_steps": 8 * steps})
+
+    monkeypatch.setattr(checkpoints, "open_checkpoint", with_schedule)
+    status, said = tool(str(folder / "one/run"), "--compare", str(folder / "free/run"))
+    assert status == 1
+    assert said.splitlines()[2:] == ["another schedule: decay of the learning rate (samples) 240 there, 160 here"]
 
 
 def test_damaged_files_are_named(folder: Path, tool, tmp_path: Path) -> None:

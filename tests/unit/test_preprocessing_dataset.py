@@ -254,6 +254,15 @@ def test_an_index_of_another_dataset_is_noticed(datasets):
         read_index(datasets[0])
 
 
+def test_the_dataset_that_may_be_meant_is_named(datasets, tmp_path):
+    meant = str(tmp_path / "a_text_document")
+    for wrong in (f"{meant}.bin", f"{meant}.idx", str(tmp_path / "a"), str(tmp_path / "a_txet_document")):
+        with pytest.raises(UsageError, match=rf"did you mean {meant}\?$"):
+            read_index(wrong)
+    with pytest.raises(UsageError, match="a dataset is named by its path"):
+        read_index(str(tmp_path / "quite different"))
+
+
 def test_a_manifest_that_lies_is_noticed(datasets, tmp_path):
     path = tmp_path / "a_text_document.manifest.json"
     manifest = json.loads(path.read_text())

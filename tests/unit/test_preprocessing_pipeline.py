@@ -188,9 +188,19 @@ def test_empty_documents_are_counted_and_left_out(args, tmp_path):
 def test_nothing_produced_is_a_failure(args, tmp_path):
     folder = tmp_path / "out"
     for texts in ([], ["", ""]):
-        with pytest.raises(UsageError, match=r"a\.jsonl: no documents for 'text'"):
+        with pytest.raises(UsageError, match=r"a\.jsonl: no text under 'text': "):
             run_job([write_jsonl(tmp_path / "a.jsonl", texts)], folder / "out", args)
         assert leftovers(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("", "names a folder; add how the files' names begin"), ("a.bin", "give it without .bin")]
+)
+def test_a_prefix_that_begins_no_name(name, message, args, tmp_path):
+    prefix = f"{tmp_path}/out/{name}"
+    with pytest.raises(UsageError, match=f"--output-prefix {prefix}: {message}"):
+        run_job([write_jsonl(tmp_path / "a.jsonl", ["a text"])], prefix, args)
+    assert not (tmp_path / "out").exists()
 
 
 BAD_LINES = {

@@ -111,8 +111,8 @@ def test_the_limit_is_shared_among_files(tmp_path):
     assert counts["b"] == 990  # all of it
     assert all(abs(counts[letter] - 11_000 / 3) < 100 for letter in "acd")
     assert [line[0] for line in lines] == sorted(line[0] for line in lines)  # in the order of the files
-    assert used == "0.0 MB of text from 4 files, of 3 of them the beginning (--max-mb)"
-    assert tokenizer_training._sample([str(paths[1])], InputOptions(), 12_000)[1] == "0.0 MB of text from 1 files"
+    assert used == "0.0 MB of text from 4 files, 3 of which only in part (--max-mb)"
+    assert tokenizer_training._sample([str(paths[1])], InputOptions(), 12_000)[1] == "0.0 MB of text from 1 file"
 
 
 @pytest.mark.parametrize(
