@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from megatron.core.tokenizers.text import text_tokenizer  # noqa: E402, F401
 from megatron_meap import errors, pretrain  # noqa: E402
 from megatron_meap.inspection import dry_run  # noqa: E402, F401
 from megatron_meap.trainer.log_line import LogLine  # noqa: E402
+from tests.launch import free_port  # noqa: E402
 
 PATIENCE_S = 300.0
 
@@ -47,17 +47,12 @@ def judge(flags: list[str], world: int = 1, environment: dict[str, str] | None =
     more = environment or {}
     dry = launch([*flags, "--dry-run"], 1, {"WORLD_SIZE": str(world), **more})
     run = launch(flags, world, {"WORLD_SIZE": str(world), **more})
-    while "EADDRINUSE" in run[1]:  # another program took the port in the meantime
-        run = launch(flags, world, {"WORLD_SIZE": str(world), **more})
     return {"dry": dry, "run": run}
 
 
 def launch(flags: list[str], ranks: int, environment: dict[str, str]) -> tuple[int, str]:
     """Fork the ranks; the status of the first that failed, else 0, and what all of them said."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} | environment
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())} | environment
     with tempfile.TemporaryFile("w+") as output:
         children = {
             _fork(flags, {"RANK": str(rank), "LOCAL_RANK": str(rank)} | common, output.fileno())

@@ -181,11 +181,19 @@ def _environments(processes: int) -> list[dict[str, str]]:
     return [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
+_held: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A port of this host that nobody uses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port of this host that nobody uses, and that the system gives nobody else while this process lives.
+
+    It stays bound here, to an address that may be reused, as PyTorch's servers do.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    _held.append(held)
+    return held.getsockname()[1]
 
 
 def errors(output: str) -> str:

@@ -1,7 +1,6 @@
 """What cannot work is refused before training starts: one clear line that names the file or flag, status 2."""
 
 import shutil
-import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -16,7 +15,7 @@ from megatron_meap.cluster import meeting
 from megatron_meap.errors import JobError, UsageError
 from megatron_meap.trainer import run as trainer
 from tests.conftest import Corpus
-from tests.launch import ENTRY, MODEL, TRAINING, environment, launch_many, torchrun
+from tests.launch import ENTRY, MODEL, TRAINING, environment, free_port, launch_many, torchrun
 from tests.sft import prepare
 from tests.unit.preprocessing import write_manifest
 
@@ -145,16 +144,13 @@ def test_flags(refused, flags: list[str], extra: str, message: str) -> None:
 
 
 def test_a_rank_that_never_comes(monkeypatch) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     args = Namespace(rank=0, world_size=2, distributed_timeout_minutes=0.02)
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(UsageError, match="MASTER_PORT: not set, but WORLD_SIZE=2 is"):
         meeting.on_rank_zero(args, lambda _: {})
-    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("MASTER_PORT", str(port := free_port()))
     with pytest.raises(JobError, match=f"rank 0 of 2: not all ranks came to localhost:{port} within"):
         meeting.on_rank_zero(args, lambda _: {})
 

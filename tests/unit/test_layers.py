@@ -1,7 +1,6 @@
 """The local layers and the CPU kernels against Megatron's own modules and PyTorch's formulas, forward and backward."""
 
 import itertools
-import socket
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ from torch.nn import functional
 
 from megatron_meap.backend import device
 from tests import warm
+from tests.launch import free_port
 
 device.prepare()
 
@@ -46,12 +46,6 @@ STOCK_LINEAR = megatrons_layers.linear_with_grad_accumulation_and_async_allreduc
 
 S, B, N, G, D = 48, 2, 6, 2, 16
 TYPES = [torch.float32, torch.bfloat16]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(autouse=True, scope="module")

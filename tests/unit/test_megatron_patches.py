@@ -6,7 +6,6 @@ A test that fails here says that the installed release no longer needs a patch (
 import inspect
 import logging
 import re
-import socket
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
@@ -46,15 +45,13 @@ from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
 from megatron_meap.backend import kernels  # noqa: E402
 from megatron_meap.backend.loss_patches import over_steps_that_have_it  # noqa: E402
 from megatron_meap.backend.patching import original_of, replace  # noqa: E402
+from tests.launch import free_port  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def one_rank():
     """Process groups of one rank, and Megatron's random states."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     yield
