@@ -35,14 +35,14 @@ class CheckpointSettings(Settings):
 
     allow_changed_settings: bool = flag(
         False,
-        "start although masks, data, what the model computes, or other settings that decide the run differ from the "
+        "start even if masks, data, what the model computes, or other settings that determine the run differ from the "
         "checkpoint's (default: refused; docs/training.md lists them)",
     )
     refuse_damaged_checkpoint: bool = flag(
-        False, "refuse to start where the newest checkpoint is damaged (default: warn and take the newest good one)"
+        False, "refuse to start if the newest checkpoint is damaged (default: warn and use the newest intact one)"
     )
     overwrite_checkpoints: bool = flag(
-        False, "start anew although --save holds checkpoints, and replace them one by one (default: refused)"
+        False, "start from scratch even if --save holds checkpoints, and replace them one by one (default: refused)"
     )
     keep_last: int | None = flag(
         None,
@@ -50,7 +50,7 @@ class CheckpointSettings(Settings):
         metavar="N",
     )
     keep_every: int | None = flag(
-        None, "with --meap-keep-last: keep the checkpoints at multiples of this for good", metavar="ITERATIONS"
+        None, "with --meap-keep-last: never delete the checkpoints at multiples of this", metavar="ITERATIONS"
     )
 
     def check(self, args: Namespace) -> None:

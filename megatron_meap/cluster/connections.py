@@ -19,7 +19,7 @@ class ConnectionSettings(Settings):
 
     lost_host_seconds: int = flag(
         120,
-        "end the job when a host has not answered for so long (default: %(default)s; over gloo: NCCL waits for "
+        "end the job when a host has not answered for this long (default: %(default)s; gloo only: NCCL waits for "
         "--distributed-timeout-minutes)",
         metavar="SECONDS",
     )

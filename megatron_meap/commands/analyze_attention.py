@@ -3,7 +3,7 @@
     python tools/analyze_attention.py NTP=runs/ntp/checkpoints MEAP=runs/demo/checkpoints \\
         --text runs/demo/valid.jsonl --output attention
 
-One or two models, the first the baseline, on the same inputs: Megatron checkpoints or Hugging Face directories.
+One or two models (the first is the baseline) read the same inputs: Megatron checkpoints or Hugging Face directories.
 Writes attention.json, attention.csv, segments.png, layers.png and heads.png.
 """
 
@@ -22,10 +22,12 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="[NAME=]PATH[@ITERATION]; the first is the baseline")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer of all models (default: each one's own)")
     parser.add_argument("--text", required=True, metavar="FILE", help="JSON lines with a key text, Parquet or text")
-    parser.add_argument("--length", type=int, metavar="TOKENS", help="of a sample (default: the context, at most 4096)")
-    parser.add_argument("--samples", type=int, default=20, help="and as many prompts (default %(default)s)")
-    parser.add_argument("--mask-ratio", type=float, default=0.15, metavar="P", help="(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=1234, help="of masks and prompts (default %(default)s)")
+    parser.add_argument("--length", type=int, metavar="TOKENS", help="sample length (default: context, at most 4096)")
+    parser.add_argument(
+        "--samples", type=int, default=20, help="number of samples, and of prompts (default: %(default)s)"
+    )
+    parser.add_argument("--mask-ratio", type=float, default=0.15, metavar="P", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=1234, help="for masks and prompts (default: %(default)s)")
     parser.add_argument("--needle", metavar="TEXT", help="sentence to hide, with {key} and {value}")
     parser.add_argument("--question", metavar="TEXT", help="end of a prompt, with {key}; the value would come next")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="directory to write")

@@ -16,13 +16,15 @@ from megatron_meap.flags import Parser
 def main() -> None:
     """Make the branch, and say how it is trained."""
     parser = Parser(__doc__, allow_abbrev=False)
-    parser.add_argument("stable", type=Path, help="what the stable run was given as --save")
-    parser.add_argument("--at", type=int, metavar="STEP", help="where to branch (default: its newest checkpoint)")
+    parser.add_argument("stable", type=Path, help="--save directory of the stable run")
+    parser.add_argument("--at", type=int, metavar="STEP", help="checkpoint to branch from (default: the newest)")
     parser.add_argument("--decay", type=int, required=True, metavar="STEPS", help="length of the decay")
-    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="of the branch")
+    parser.add_argument("--save", type=Path, required=True, metavar="DIR", help="--save directory of the branch")
     styles = ("linear", "cosine", "exponential", "minus_sqrt")
-    parser.add_argument("--style", choices=styles, default=styles[0], help="of the decay (default: %(default)s)")
-    parser.add_argument("--min-lr", type=float, metavar="LR", help="at its end (default: the stable run's --min-lr)")
+    parser.add_argument("--style", choices=styles, default=styles[0], help="shape of the decay (default: %(default)s)")
+    parser.add_argument(
+        "--min-lr", type=float, metavar="LR", help="learning rate at the end (default: the stable run's --min-lr)"
+    )
     flags = parser.parse_args()
     os.environ["MEAP_DEVICE"] = "cpu"
     from megatron_meap.backend import device

@@ -17,9 +17,11 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--train", required=True, help="JSON Lines file to write the training documents to")
     parser.add_argument("--valid", required=True, help="JSON Lines file to write the validation documents to")
-    parser.add_argument("--max-mb", type=float, default=20, help="text of both, in 10^6 bytes (default 20)")
-    parser.add_argument("--valid-share", type=float, default=0.02, help="share of modules to validate on")
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+    parser.add_argument("--max-mb", type=float, default=20, help="size of both together, in 10^6 bytes (default: 20)")
+    parser.add_argument(
+        "--valid-share", type=float, default=0.02, help="share of Python modules whose text is for validation"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     args = parser.parse_args()
     if not 0 < args.max_mb < math.inf:
         raise UsageError(f"--max-mb {args.max_mb:g}: how much text to gather, more than 0")

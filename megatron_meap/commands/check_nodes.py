@@ -14,8 +14,10 @@ def main() -> None:
     """Parse the flags and check."""
     parser = Parser(__doc__)
     parser.add_argument("nodes", nargs="+", metavar="NAME=ADDRESS", help="all nodes, in the same order everywhere")
-    parser.add_argument("--index", type=int, required=True, help="which of them this one is, from 0")
-    parser.add_argument("--port", type=int, required=True, help="the rendezvous's; nothing may listen there yet")
+    parser.add_argument("--index", type=int, required=True, help="index of this node among them, from 0")
+    parser.add_argument(
+        "--port", type=int, required=True, help="port of the rendezvous; nothing may be listening on it yet"
+    )
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that this node must have (default: none)")
     parser.add_argument("--seconds", type=float, default=60, help="how long to try (default: 60)")
     args = parser.parse_args()

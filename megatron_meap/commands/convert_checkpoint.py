@@ -18,16 +18,22 @@ def parse_flags() -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
     directions = parser.add_subparsers(dest="direction", required=True, metavar="export|import")
-    export = directions.add_parser("export", help="a torch_dist checkpoint of any layout to a Hugging Face directory")
+    export = directions.add_parser(
+        "export", help="convert a torch_dist checkpoint of any layout to a Hugging Face directory"
+    )
     export.add_argument("--load", required=True, metavar="DIR", help="checkpoint directory, as given to --save")
     export.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the latest)")
     export.add_argument(
         "--add-bos-token",
         action=argparse.BooleanOptionalAction,
-        help="let the tokenizer put BOS before every text (default: if the training documents began with it)",
+        help="let the tokenizer put BOS before every text (default: on if the training documents began with BOS)",
     )
-    export.add_argument("--max-shard-size", default="2GB", metavar="SIZE", help="of a file (default %(default)s)")
-    back = directions.add_parser("import", help="a Hugging Face directory to a checkpoint that any layout loads")
+    export.add_argument(
+        "--max-shard-size", default="2GB", metavar="SIZE", help="maximum size of a file (default: %(default)s)"
+    )
+    back = directions.add_parser(
+        "import", help="convert a Hugging Face directory to a checkpoint that any layout can load"
+    )
     back.add_argument("--load", required=True, metavar="DIR", help="Hugging Face directory (Llama, Qwen2, Mistral)")
     back.add_argument("--mask-token", default="[MASK]", metavar="TEXT", help="mask token (default %(default)s)")
     back.add_argument(
@@ -35,9 +41,9 @@ def parse_flags() -> argparse.Namespace:
         type=int,
         default=128,
         metavar="N",
-        help="pad the vocabulary to a multiple, which every tensor-parallel size must divide (default %(default)s)",
+        help="pad the vocabulary to a multiple of this; tensor-parallel sizes must divide it (default: %(default)s)",
     )
-    back.add_argument("--seed", type=int, default=1234, help="of the rows of new tokens (default %(default)s)")
+    back.add_argument("--seed", type=int, default=1234, help="seed for the rows of new tokens (default: %(default)s)")
     for direction in (export, back):
         direction.add_argument("--output", required=True, metavar="DIR", help="directory to write")
         direction.add_argument("--tokenizer", metavar="PATH", help="tokenizer file or directory (default: as recorded)")

@@ -24,46 +24,30 @@ from typing import Any
 from megatron_meap.errors import UsageError
 from megatron_meap.flags import Parser
 
-OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "context-lengths": ("max_seq_lengths", {"type": int, "nargs": "+"}, "tokens of the generated prompts"),
-    "samples": ("samples", {"type": int}, "samples of each cell (a length and depth, a position, ...)"),
-    "seed": ("seed", {"type": int}, "of all samples"),
-    "chat-template": (
-        "chat_template",
-        {"action": "store_true", "default": None},
-        "ask in the tokenizer's chat template, as fine-tuned models want it",
-    ),
-    "haystack": ("haystack", {"metavar": "FILE"}, "text or JSON Lines with text (default: Python's documentation)"),
-    "depths": ("depths", {"type": float, "nargs": "+"}, "percent of the context before the needle"),
-    "needle": ("needle", {"metavar": "TEXT"}, "sentence to hide, with {key} and {value}"),
-    "question": ("question", {"metavar": "TEXT"}, "what is asked for, with {key}"),
-    "answer": (
-        "answer",
-        {"metavar": "TEXT"},
-        "what must be found, a part of the needle; to be ranked it needs {value}",
-    ),
-    "needles": ("needles", {"type": int, "nargs": "+"}, "lengths of the kinship chains"),
-    "kv-pairs": ("kv_pairs", {"type": int}, "pairs of an object (default: what fits)"),
-    "kv-digits": ("kv_digits", {"type": int}, "hexadecimal digits of keys and values (default: UUIDs)"),
-    "kv-positions": ("kv_positions", {"type": int}, "gold positions, spread evenly"),
-    "kv-instruction": (
-        "kv_instruction",
-        {"action": argparse.BooleanOptionalAction},
-        "ask in words, or only by the key",
-    ),
-    "kv-file": ("kv_file", {"metavar": "FILE"}, "lost-in-the-middle's key-value file, instead of generated pairs"),
-    "qa-file": ("qa_file", {"metavar": "FILE"}, "lost-in-the-middle's questions, for the document tasks"),
-    "qa-documents": ("qa_documents", {"type": int}, "documents of a question in meap_multidoc"),
-    "qa-positions": ("qa_positions", {"type": int, "nargs": "+"}, "gold positions, from 0"),
-    "piqa-file": ("piqa_file", {"metavar": "FILE"}, "PIQA's valid.jsonl, its labels beside it"),
-    "commonsense-data": (
-        "commonsense_data",
-        {"metavar": "DIR"},
-        "<task>.jsonl of lm-eval's commonsense tasks, where no hub is",
-    ),
-    "summaries-file": ("summaries_file", {"metavar": "FILE"}, "JSON Lines with document, for meap_faithfulness"),
+OPTIONS: dict[str, dict[str, Any]] = {
+    "max_seq_lengths": {"type": int, "nargs": "+", "help": "lengths of the generated prompts, in tokens"},
+    "samples": {"type": int, "help": "samples of each cell (a length and depth, a position, ...)"},
+    "seed": {"type": int, "help": "seed of all samples"},
+    "chat_template": {"action": "store_true", "default": None, "help": "ask in the tokenizer's chat template"},
+    "haystack": {"metavar": "FILE", "help": "text or JSON Lines with text (default: Python's documentation)"},
+    "depths": {"type": float, "nargs": "+", "help": "percent of the context before the needle"},
+    "needle": {"metavar": "TEXT", "help": "sentence to hide, with {key} and {value}"},
+    "question": {"metavar": "TEXT", "help": "question at the end, with {key}"},
+    "answer": {"metavar": "TEXT", "help": "part of the needle that must be found; to be ranked it needs {value}"},
+    "needles": {"type": int, "nargs": "+", "help": "lengths of the kinship chains"},
+    "kv_pairs": {"type": int, "help": "pairs of an object (default: as many as fit)"},
+    "kv_digits": {"type": int, "help": "hexadecimal digits of keys and values (default: UUIDs)"},
+    "kv_positions": {"type": int, "help": "number of gold positions, spread evenly"},
+    "kv_instruction": {"action": argparse.BooleanOptionalAction, "help": "ask in words, or only with the key"},
+    "kv_file": {"metavar": "FILE", "help": "lost-in-the-middle's key-value file, instead of generated pairs"},
+    "qa_file": {"metavar": "FILE", "help": "lost-in-the-middle's questions, for the document tasks"},
+    "qa_documents": {"type": int, "help": "documents per question in meap_multidoc"},
+    "qa_positions": {"type": int, "nargs": "+", "help": "gold positions, from 0"},
+    "piqa_file": {"metavar": "FILE", "help": "PIQA's valid.jsonl, with its labels next to it"},
+    "commonsense_data": {"metavar": "DIR", "help": "<task>.jsonl of lm-eval's commonsense tasks, if there is no hub"},
+    "summaries_file": {"metavar": "FILE", "help": "JSON Lines with document, for meap_faithfulness"},
 }
-"""Flags that decide the samples: their name among the tasks' options, how they are parsed, their help."""
+"""Flags that decide the samples, by their name among the tasks' options: how they are parsed."""
 
 
 UNFINISHED = "unfinished.txt"
@@ -83,21 +67,24 @@ def parse_flags() -> argparse.Namespace:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of what is run, and how, whatever the models are."""
-    parser.add_argument("--suite", choices=("quick", "paper"), help="quick: minutes; paper: all that the paper reports")
+    parser.add_argument(
+        "--suite", choices=("quick", "paper"), help="quick: takes minutes; paper: everything that the paper reports"
+    )
     parser.add_argument("--tasks", default="", metavar="A,B", help="tasks by name, ours (meap_...) or lm-eval's")
     parser.add_argument("--batch-size", default="8", metavar="N", help="samples at once, or auto (default %(default)s)")
-    parser.add_argument("--device", help="as PyTorch names it (default: a GPU where there is one)")
+    parser.add_argument("--device", help="a PyTorch device (default: a GPU if there is one)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: fp32 on CPU, else as stored"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: fp32 on a CPU, otherwise as stored"
     )
-    parser.add_argument("--tokenizer", metavar="PATH", help="of the checkpoints (default: each one's own)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer of the checkpoints (default: each one's own)")
     parser.add_argument(
         "--judge-url", metavar="URL", help="OpenAI-compatible endpoint, up to /v1 (key: MEAP_JUDGE_KEY)"
     )
-    parser.add_argument("--judge-model", metavar="NAME", help="its model")
+    parser.add_argument("--judge-model", metavar="NAME", help="the judge's model")
     samples = parser.add_argument_group("samples of the generated tasks")
-    for flag, (name, how, text) in OPTIONS.items():
-        samples.add_argument(f"--{flag}", dest=name, help=text, **how)
+    for name, how in OPTIONS.items():
+        flag = "context-lengths" if name == "max_seq_lengths" else name.replace("_", "-")
+        samples.add_argument(f"--{flag}", dest=name, **how)
 
 
 def main() -> None:
@@ -159,7 +146,7 @@ def choose_tasks(flags: argparse.Namespace, chosen: list[Any]) -> tuple[Any, dic
     from megatron_meap.evaluation.run import check_lengths, load_tasks, measuring_tokenizer
     from megatron_meap.evaluation.suites import make_plan
 
-    given = {name: getattr(flags, name) for name, _, _ in OPTIONS.values()}
+    given = {name: getattr(flags, name) for name in OPTIONS}
     context = min(models.context_length(model) for model in chosen)
     plan = make_plan(flags.suite, [task for task in flags.tasks.split(",") if task], given, context)
     tasks = check_lengths(load_tasks(plan, measuring_tokenizer(chosen)), plan, chosen)

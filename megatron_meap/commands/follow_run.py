@@ -29,21 +29,21 @@ def parse_flags() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="--save directory of the training")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the results (default: RUN/evaluation)")
-    parser.add_argument("--name", help="of the run in the picture (default: by its path)")
-    parser.add_argument("--once", action="store_true", help="take the checkpoints that are there, and end")
+    parser.add_argument("--name", help="name of the run in the plot (default: from its path)")
+    parser.add_argument("--once", action="store_true", help="evaluate the existing checkpoints, and exit")
     parser.add_argument(
         "--every", type=int, default=1, metavar="N", help="only checkpoints at multiples of N iterations (default: all)"
     )
     parser.add_argument(
         "--patience", type=float, default=60.0, metavar="MINUTES",
-        help="end where an unfinished run gives no sign of life for so long (default: %(default)g)",
+        help="exit if an unfinished run gives no sign of life for this long (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
         "--valid-samples", type=int, default=64, metavar="N",
         help="samples of the validation data for bits per byte; 0 for none (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--tensorboard-dir", metavar="DIR", help="default: the run's own, if it has one")
-    parser.add_argument("--no-wandb", action="store_true", help="do not log to W&B where the run does")
+    parser.add_argument("--no-wandb", action="store_true", help="do not log to W&B even if the run does")
     evaluate.add_flags(parser)
     flags = parser.parse_args()
     if flags.every < 1 or flags.valid_samples < 0 or flags.patience < 0:

@@ -26,21 +26,28 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer file or directory (default: the model's own)")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt", action="append", help="text to continue; may be repeated")
-    text.add_argument("--prompt-file", help="file with one prompt a line; - is standard input")
+    text.add_argument("--prompt-file", help="file with one prompt per line; - is standard input")
     parser.add_argument(
-        "--chat", action="store_true", help="ask in the tokenizer's chat template; each prompt continues the chat"
+        "--chat", action="store_true", help="prompt in the tokenizer's chat template; each prompt continues the chat"
     )
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (default 1)")
+    parser.add_argument(
+        "--num-samples", type=int, default=1, metavar="N", help="number of texts per prompt (default: 1)"
+    )
     parser.add_argument(
         "--max-new-tokens", type=int, default=100, help="length of a continuation (default %(default)s)"
     )
-    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token, as --temperature 0")
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token, like --temperature 0")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 is more cautious (default %(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="among the k likeliest only (default: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="among those that together have this probability")
-    parser.add_argument("--seed", type=int, help="make the sampling repeatable")
-    parser.add_argument("--no-stream", action="store_true", help="print a text when it is complete")
+    parser.add_argument("--top-k", type=int, default=0, help="sample only among the k likeliest tokens (default: all)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample only among the likeliest tokens that together have this probability",
+    )
+    parser.add_argument("--seed", type=int, help="seed for reproducible sampling")
+    parser.add_argument("--no-stream", action="store_true", help="print each text only when it is complete")
     return parser.parse_args()
 
 

@@ -22,8 +22,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--show", type=int, nargs="+", default=[], metavar="INDEX", help="samples to decode (default: 0)"
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the decoded samples as a page, too")
-    parser.add_argument("--statistics", type=int, default=0, metavar="SAMPLES", help="mask statistics over so many")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the decoded samples as a page")
+    parser.add_argument(
+        "--statistics", type=int, default=0, metavar="SAMPLES", help="show mask statistics over this many"
+    )
     parser.add_argument("--digest", metavar="FIRST:END", help="digest of the stream of these samples")
     own, rest = parser.parse_known_args(with_files(sys.argv[1:]))
     sys.argv = [sys.argv[0], *rest]

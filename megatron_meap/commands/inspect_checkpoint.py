@@ -1,11 +1,11 @@
-"""Show what decided the run of a checkpoint, compare it with another, verify its files.
+"""Show which settings determined the run of a checkpoint, compare it with another, verify its files.
 
     python tools/inspect_checkpoint.py checkpoints/run
     python tools/inspect_checkpoint.py checkpoints/run --compare checkpoints/other
     python tools/inspect_checkpoint.py checkpoints/run --ckpt-step 500 --verify
 
-What is named is a directory as given to --save (its latest checkpoint, or --ckpt-step), or that of one iteration. Exit
-status: 0; 1 where a run of the one would be refused as a resumption of the other; 2 where files are damaged.
+The argument is a directory as given to --save (its latest checkpoint, or --ckpt-step), or that of one iteration. Exit
+status: 0; 1 if a run of the one would be refused as a resumption of the other; 2 if files are damaged.
 """
 
 import os
@@ -17,9 +17,9 @@ from megatron_meap.flags import Parser
 def main() -> None:
     """Look at the checkpoint."""
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", help="its directory")
+    parser.add_argument("checkpoint", help="directory of the checkpoint")
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the latest)")
-    parser.add_argument("--compare", metavar="DIR", help="another checkpoint: say what differs and nothing else")
+    parser.add_argument("--compare", metavar="DIR", help="another checkpoint: print only what differs")
     parser.add_argument("--verify", action="store_true", help="hash all files and compare them with what was recorded")
     flags = parser.parse_args()
     os.environ["MEAP_DEVICE"] = "cpu"

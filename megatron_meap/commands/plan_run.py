@@ -4,7 +4,7 @@
     bash examples/pretrain/llama_70b.sh --plan --gpu h200 --compare 5
 
 Parameters are counted on Megatron's own model, activations by running it on tensors without memory. Time is model FLOPs
-over the GPUs' peak times `--mfu`, which is yours to know: measure it with benchmarks/gpu.py.
+divided by the GPUs' peak times `--mfu`, which you have to estimate: measure it with benchmarks/gpu.py.
 """
 
 import argparse
@@ -25,15 +25,17 @@ def parse() -> argparse.Namespace:
     parser = Parser(__doc__, allow_abbrev=False)
     parser.add_argument("--gpu", default="h100", metavar="KIND", help="a100-40, a100, h100, h200, b200, l40s")
     parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs (default: WORLD_SIZE, or 1)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="of the peak (default: %(default)s)")
-    parser.add_argument("--price", type=float, metavar="MONEY", help="of a GPU for an hour; without it no cost")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="expected MFU (default: %(default)s)")
+    parser.add_argument(
+        "--price", type=float, metavar="MONEY", help="price of one GPU per hour (default: no cost is shown)"
+    )
     parser.add_argument(
         "--reserve",
         type=float,
         default=0.1,
         metavar="SHARE",
-        help="of a GPU's memory left to CUDA, NCCL and fragmentation (default: %(default)s)",
+        help="share of a GPU's memory reserved for CUDA, NCCL and fragmentation (default: %(default)s)",
     )
     parser.add_argument("--compare", type=int, default=0, metavar="N", help="propose the best N layouts that fit")
     own, rest = parser.parse_known_args(with_files(sys.argv[1:]))

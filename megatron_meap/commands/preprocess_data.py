@@ -1,9 +1,9 @@
-"""Turn text into a Megatron dataset (`.bin` and `.idx`), with a manifest beside it.
+"""Turn text into a Megatron dataset (`.bin` and `.idx`), with a manifest next to it.
 
     python tools/preprocess_data.py --input corpus/train.jsonl --output-prefix data/train \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer/tokenizer.model --append-eod
 
-The flags are those of Megatron-LM's tool of this name, and some more. See docs/data.md.
+The flags are those of Megatron-LM's tool of the same name, and some more. See docs/data.md.
 """
 
 import argparse
@@ -62,9 +62,11 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--input", nargs="+", required=True, help="files, globs, folders, or - for standard input")
     group.add_argument("--input-format", choices=["jsonl", "text", "parquet"], help="default: recognised by content")
     group.add_argument("--json-keys", nargs="+", default=["text"], help="JSON keys or Parquet columns (default: text)")
-    group.add_argument("--text-separator", help="between documents in plain text; default: each file is one document")
-    group.add_argument("--skip-bad-lines", action="store_true", help="leave bad lines out, count and report them")
-    group.add_argument("--split-sentences", action="store_true", help="of Megatron-LM's tool; refused")
+    group.add_argument(
+        "--text-separator", help="text that separates documents in plain text (default: each file is one document)"
+    )
+    group.add_argument("--skip-bad-lines", action="store_true", help="skip bad lines, count and report them")
+    group.add_argument("--split-sentences", action="store_true", help="a flag of Megatron-LM's tool; refused here")
     group = parser.add_argument_group("output")
     group.add_argument("--output-prefix", required=True, help="each key gives PREFIX_KEY_document.bin and .idx")
     group.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
@@ -72,11 +74,11 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     group.add_argument("--resume", action="store_true", help="continue an interrupted run after its last finished file")
     group = parser.add_argument_group("running")
-    group.add_argument("--workers", type=int, help="processes (default: the cores there are, at most 8)")
+    group.add_argument("--workers", type=int, help="number of processes (default: the number of cores, at most 8)")
     group.add_argument("--encoder", choices=["auto", "gigatoken", "reference"], default="auto")
     group.add_argument("--log-interval", type=int, help="documents between progress lines (default: every 5 seconds)")
-    group.add_argument("--partitions", type=int, help="of Megatron-LM's tool; not needed here, and without effect")
-    group.add_argument("--keep-sequential-samples", action="store_true", help="likewise: the order is always kept")
+    group.add_argument("--partitions", type=int, help="a flag of Megatron-LM's tool; has no effect here")
+    group.add_argument("--keep-sequential-samples", action="store_true", help="likewise; the order is always kept")
     add_tokenizer_flags(parser)
     return parser.parse_args()
 

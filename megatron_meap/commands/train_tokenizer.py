@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokenizer (byte-fallback BPE as Llama's, with [MASK] as a control symbol).
+"""Train a SentencePiece tokenizer (byte-fallback BPE like Llama's, with [MASK] as a control symbol).
 
     python tools/train_tokenizer.py --input corpus/train.jsonl --output tokenizer/tokenizer.model --vocab-size 8000
 
@@ -23,11 +23,14 @@ def main() -> None:
     parser.add_argument("--json-key", default="text", help="JSON key or Parquet column of the text (default: text)")
     parser.add_argument("--input-format", choices=["jsonl", "text", "parquet"], help="default: recognised by content")
     parser.add_argument(
-        "--max-mb", type=float, default=50, help="text to train on, in 10^6 bytes, of all files alike (default: 50)"
+        "--max-mb",
+        type=float,
+        default=50,
+        help="text to train on, in 10^6 bytes, taken evenly from all files (default: 50)",
     )
-    parser.add_argument("--mask-token", default=MASK_TOKEN, help=f"how it is written (default: {MASK_TOKEN})")
-    parser.add_argument("--pad-token", help="how a padding token is written (default: none is made)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--mask-token", default=MASK_TOKEN, help=f"text of the mask token (default: {MASK_TOKEN})")
+    parser.add_argument("--pad-token", help="text of a padding token (default: no padding token)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args()
     if not 0 < args.max_mb < math.inf:
         raise UsageError(f"--max-mb {args.max_mb:g}: how much text to train on, more than 0")

@@ -20,8 +20,10 @@ def main() -> None:
     """Follow logs, or draw them."""
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]LOG", help="log of a run, or its --save directory")
-    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw the curves there, all in one, and end")
-    parser.add_argument("--once", action="store_true", help="show the last progress and end")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PICTURE", help="draw the curves of all runs into this file, and exit"
+    )
+    parser.add_argument("--once", action="store_true", help="show the current progress and exit")
     args = parser.parse_args()
     logs = dict(map(_named, args.runs))
     if len(logs) < len(args.runs):

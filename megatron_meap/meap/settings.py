@@ -28,8 +28,8 @@ class MaskSettings(Settings):
 
     objective: str = flag(
         "meap",
-        "a published objective, which stands for a set of the flags below; those that are given win, and --dry-run "
-        "shows them (docs/objectives.md; default: %(default)s)",
+        "a published objective: sets several of the flags below; flags given explicitly win, and --dry-run shows the "
+        "result (docs/objectives.md; default: %(default)s)",
         choices=list(OBJECTIVES),
     )
     mask_ratio: float | None = flag(
@@ -41,41 +41,41 @@ class MaskSettings(Settings):
     )
     mask_ratio_min: float | None = flag(
         None,
-        "draw the ratio of every sample uniformly from this to --meap-mask-ratio (default: all have that ratio)",
+        "draw each sample's ratio uniformly between this and --meap-mask-ratio (default: all have that ratio)",
         metavar="P",
         decides=True,
     )
     mask_strategy: str = flag(
         "random",
-        "random: int(P * sequence length) distinct positions, independent for every sample; official: the "
-        "official code's column set of the optimiser step, bit for bit; span: the same count in spans; geometric: in "
-        "spans of geometric length; bernoulli: every position by itself; weighted: so, with a probability "
+        "random: int(P * sequence length) distinct positions, independent for every sample; official: the official "
+        "code's columns of the optimizer step, bit for bit; span: the same number, in spans; geometric: in spans of "
+        "geometric length; bernoulli: every position independently; weighted: likewise, with a probability "
         "proportional to its token's weight (default: %(default)s)",
         choices=list(ALL),
         decides=True,
     )
     span_length: int = flag(
         3,
-        "length of a span, strategy span; its mean, strategy geometric (default: %(default)s)",
+        "length of the spans (strategy span), or its mean (strategy geometric) (default: %(default)s)",
         metavar="TOKENS",
         decides=True,
     )
     mask_weights: str | None = flag(
         None,
-        "weights of the token ids, strategy weighted: a .npy array, or text with one number a line",
+        "weights of the token ids for the strategy weighted: a .npy array, or text with one number per line",
         metavar="FILE",
     )
     mask_weights_sha256: str | None = derived(None, "--meap-mask-weights (a digest)")
     random_share: float = flag(
         0.0,
-        "share of the chosen positions that become a random other token, special ones excluded, rather than the mask "
-        "token (default: %(default)s)",
+        "share of the chosen positions that become another, random token (no special one) instead of the mask token "
+        "(default: %(default)s)",
         metavar="SHARE",
         decides=True,
     )
     kept_share: float = flag(
         0.0,
-        "share of the chosen positions that stay what they are, as BERT has it (default: %(default)s)",
+        "share of the chosen positions that stay unchanged, as in BERT (default: %(default)s)",
         metavar="SHARE",
         decides=True,
     )
@@ -84,14 +84,14 @@ class MaskSettings(Settings):
     )
     copy_weight: float | None = flag(
         None,
-        "train on every sample clean and, in the same global batch, on a noised copy whose loss counts this much; both "
-        "count as samples (default: samples are noised themselves)",
+        "train on every sample clean and, in the same global batch, on a noised copy whose loss has this weight; both "
+        "count as samples (default: no copies, the samples themselves are noised)",
         metavar="W",
         decides=True,
     )
     mask_token: str = flag(
         MASK_TOKEN,
-        "mask token; where the tokenizer has none of this name it becomes the next id, before vocabulary padding "
+        "mask token; if the tokenizer has no token of this name, it gets the next id, before the vocabulary padding "
         "(default: %(default)s)",
         metavar="TEXT",
     )
@@ -99,10 +99,10 @@ class MaskSettings(Settings):
     protect_special_tokens: bool | None = flag(
         None, "never mask EOD, BOS and padding (default: on, except with the strategy official)", decides=True
     )
-    mask_validation: bool = flag(False, "mask the inputs of validation and test as well (default: they are clean)")
+    mask_validation: bool = flag(False, "also mask the inputs of validation and test (default: they are clean)")
     mask_warmup_samples: int = flag(
         0,
-        "raise the ratio from 0 over this many samples (default: %(default)s)",
+        "increase the ratio from 0 over this many samples (default: %(default)s)",
         metavar="SAMPLES",
         decides=True,
     )

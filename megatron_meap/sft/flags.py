@@ -33,29 +33,29 @@ class SFTSettings(Settings):
     )
     sft_rows: str = flag(
         "rows",
-        "rows: the masked copy is a row of its own, as in the official code; concat: it follows the normal row, and "
-        "sees it (default: %(default)s)",
+        "rows: the masked copy is a separate row, as in the official code; concat: it follows the normal row and can "
+        "attend to it (default: %(default)s)",
         choices=("rows", "concat"),
         decides=True,
     )
     sft_combined_loss: bool = flag(
         False,
-        "labels on the whole answer of a masked copy (the paper's formula; default: at masked tokens only)",
+        "labels on the whole answer of a masked copy (the paper's formula; default: only at masked tokens)",
         decides=True,
     )
     sft_threshold: int = flag(
-        50, "only answers of more tokens get a masked copy (default: %(default)s)", metavar="TOKENS", decides=True
+        50, "only answers with more tokens get a masked copy (default: %(default)s)", metavar="TOKENS", decides=True
     )
     sft_no_history: bool = flag(
         False,
-        "prompt each answer with its own question alone, as the official code does (default: with all before it)",
+        "prompt each answer only with its own question, as the official code does (default: with all earlier turns)",
         decides=True,
     )
-    sft_no_packing: bool = flag(False, "one row a sample, the rest padding (default: packed)", decides=True)
+    sft_no_packing: bool = flag(False, "one row per sample, filled up with padding (default: packed)", decides=True)
     sft_ntp_budget: str = flag(
         "single",
-        "with --meap-mask-ratio 0: train on every row once an epoch, on the rows that MEAP would copy twice (as many "
-        "rows as MEAP has), or on all twice (default: %(default)s)",
+        "with --meap-mask-ratio 0, train in each epoch once on every row, twice on the rows that MEAP would copy (as "
+        "many rows as with MEAP), or twice on all rows (default: %(default)s)",
         choices=("single", "equal", "double"),
         decides=True,
     )

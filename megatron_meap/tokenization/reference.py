@@ -65,7 +65,7 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser, *, required: bool = Tru
     group.add_argument("--tokenizer-model", help="SentencePiece .model, Hugging Face folder, or tiktoken JSON file")
     group.add_argument("--vocab-file", help="vocabulary of a BPE tokenizer")
     group.add_argument("--merge-file", help="merges of a BPE tokenizer")
-    group.add_argument("--vocab-size", type=int, help="of a NullTokenizer, or to cut a tiktoken vocabulary")
+    group.add_argument("--vocab-size", type=int, help="size of a NullTokenizer, or to truncate a tiktoken vocabulary")
     group.add_argument("--tokenizer-special-tokens", dest="special_tokens", nargs="+", help="TikTokenizer only")
     group.add_argument("--tiktoken-pattern", choices=["v1", "v2"])
     group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
@@ -73,7 +73,7 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser, *, required: bool = Tru
     group.add_argument("--tokenizer-hf-no-include-special-tokens", action="store_true")
     group.add_argument("--trust-remote-code", action="store_true")
     group.add_argument("--null-tokenizer-eod-id", type=int)
-    group.add_argument("--meap-mask-token", default=MASK_TOKEN, help=f"how it is written (default: {MASK_TOKEN})")
+    group.add_argument("--meap-mask-token", default=MASK_TOKEN, help=f"text of the mask token (default: {MASK_TOKEN})")
 
 
 def load_reference(args: Any) -> Reference:

@@ -49,13 +49,13 @@ class RunSettings(Settings):
 
     dry_run: bool = flag(
         False,
-        "check everything, show what would run on WORLD_SIZE ranks, and end: one process, without a GPU",
+        "check everything, show what would run on WORLD_SIZE ranks, and exit: a single process, without a GPU",
         name="--dry-run",
     )
     fp32: bool = flag(
         False,
-        "train in 32-bit floats (a GPU does so without --bf16 or --fp16; on a CPU with bf16 matrix units bf16 is the "
-        "default)",
+        "train in 32-bit floats (the default on a GPU, unless --bf16 or --fp16 is given; on a CPU with bf16 matrix "
+        "units the default is bf16)",
         name="--fp32",
     )
 

@@ -17,13 +17,13 @@ class DataSettings(Settings):
 
     data_samples: int | None = flag(
         None,
-        "lay the data out for so many training samples, of which this run may read fewer: runs of other lengths then "
-        "read the same (default: those of this run)",
+        "lay out the data for this many training samples, of which this run may read fewer, so that runs of other "
+        "lengths read the same data (default: the number of samples of this run)",
         metavar="SAMPLES",
     )
     data_stages: str | None = flag(
         None,
-        "blends that follow each other by consumed tokens or samples, in a YAML file, in the place of --data-path; no "
+        "YAML file, instead of --data-path, with blends that follow each other by consumed tokens or samples; no "
         "sample that an earlier stage has read is read again (docs/data.md)",
         metavar="FILE",
     )

@@ -16,7 +16,7 @@ def show(everything: bool) -> None:
         epilog=None if everything else _MEGATRONS,
         allow_abbrev=False,
     )
-    parser.add_argument("--help-all", action="store_true", help="show Megatron's flags as well, and end")
+    parser.add_argument("--help-all", action="store_true", help="show Megatron's flags as well, and exit")
     add_own_arguments(parser)
     if everything:
         from megatron.training.arguments import add_megatron_arguments

@@ -37,15 +37,15 @@ class LogSettings(Settings):
 
     peak_tflops: str | None = flag(
         None,
-        f"log MFU, the model's own operations as a share of this peak of a rank (a GPU): TFLOP/s, a kind of GPU "
-        f"for its bf16 data sheet ({', '.join(GPUS)}), or {MEASURED}, its fastest matrix product at the start "
+        f"log MFU, the model's own operations as a share of this peak per rank (GPU): a number in TFLOP/s, a kind of "
+        f"GPU (its data sheet's bf16 peak; {', '.join(GPUS)}), or {MEASURED}, the fastest matrix product at the start "
         "(default: no MFU)",
         metavar="PEAK",
     )
     loss_spike: float = flag(
         7.0,
-        f"say so in a line of its own where a step's loss lies so many standard deviations above the mean of the last "
-        f"{SPIKE_WINDOW} steps; 0 never (default: %(default)s)",
+        f"report in a separate line if a step's loss lies this many standard deviations above the mean of the last "
+        f"{SPIKE_WINDOW} steps; 0: never (default: %(default)s)",
         metavar="DEVIATIONS",
     )
 

@@ -28,7 +28,7 @@ class OfficialSettings(Settings):
     )
     decay_all_parameters: bool = flag(
         False,
-        "weight decay for norms and biases as well, as in the official code (default: Megatron exempts them)",
+        "weight decay also for norms and biases, as in the official code (default: Megatron exempts them)",
         decides=True,
     )
 

@@ -27,7 +27,7 @@ class ProbeSettings(Settings):
 
     probe_interval: int | None = flag(
         None,
-        "every so many steps report how well the model retrieves tokens from its context, and what that cost "
+        "every so many steps, report how well the model retrieves tokens from its context, and the cost of that "
         "(default: never)",
         metavar="STEPS",
     )
