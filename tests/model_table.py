@@ -1,6 +1,6 @@
 """The tables of docs/huggingface.md: what converts, measured, and what is refused, with its line.
 
-python -m tests.model_table        writes them anew (a minute or two)
+TORCHDYNAMO_DISABLE=1 python -m tests.model_table        writes them anew (a minute or two)
 """
 
 import re
@@ -37,8 +37,10 @@ STANDING_STILL = [
 ]
 
 REFUSED_IMPORTS: dict[str, dict[str, Any]] = {
-    "Mixtral": {"model_type": "mixtral"},
-    "Qwen3-MoE": {"model_type": "qwen3_moe"},
+    "Qwen3-MoE with some dense layers": {"model_type": "qwen3_moe", "mlp_only_layers": [0]},
+    "one expert a token": {"model_type": "mixtral", "num_experts_per_tok": 1},
+    "Qwen2-MoE (shared experts)": {"model_type": "qwen2_moe"},
+    "DeepSeek-V3": {"model_type": "deepseek_v3"},
     "OLMo 2 (norms after the layers)": {"model_type": "olmo2"},
     "Gemma 2": {"model_type": "gemma2"},
     "Phi-3": {"model_type": "phi3"},
@@ -53,8 +55,25 @@ REFUSED_IMPORTS: dict[str, dict[str, Any]] = {
 }
 """Settings of a config.json, by what makes it another model."""
 
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "moe_ffn_hidden_size": 96,
+    "moe_layer_freq": 1,
+    "moe_router_topk": 2,
+    "moe_router_pre_softmax": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.0,
+}
+"""Arguments of a mixture of experts that converts."""
+
 REFUSED_EXPORTS: dict[str, dict[str, Any]] = {
-    "mixture of experts": {"num_experts": 8},
+    "shared experts": EXPERTS | {"moe_shared_expert_intermediate_size": 32},
+    "experts in some layers": EXPERTS | {"moe_layer_freq": 2},
+    "experts by sigmoid": EXPERTS | {"moe_router_score_function": "sigmoid"},
+    "experts that drop tokens": EXPERTS | {"moe_expert_capacity_factor": 1.25},
+    "experts with biases": EXPERTS | {"add_bias_linear": True},
+    "softmax over all experts without normalised queries": EXPERTS | {"moe_router_pre_softmax": True},
     "hybrid models": {"hybrid_layer_pattern": "M*-"},
     "multi-latent attention": {"multi_latent_attention": True},
     "LayerNorm": {"normalization": "LayerNorm"},

@@ -9,8 +9,10 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -47,6 +49,16 @@ MODELS = {
     "qwen2-yarn": Qwen2Config(**SMALL, rope_parameters=YARN),
     "qwen3": Qwen3Config(**SMALL, head_dim=32, use_sliding_window=False),
     "qwen3-tied-biases": Qwen3Config(**SMALL, head_dim=32, tie_word_embeddings=True, attention_bias=True),
+    "mixtral": MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
+    "mixtral-window-tied": MixtralConfig(
+        **SMALL, num_local_experts=3, num_experts_per_tok=2, sliding_window=32, tie_word_embeddings=True
+    ),
+    "qwen3-moe": Qwen3MoeConfig(
+        **SMALL, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=32, norm_topk_prob=True
+    ),
+    "qwen3-moe-softmax-over-all": Qwen3MoeConfig(
+        **SMALL, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=3, router_aux_loss_coef=0.01
+    ),
     "mistral": MistralConfig(**SMALL, sliding_window=None),
     "mistral-window": MistralConfig(**SMALL, sliding_window=32),
     "smollm3": SmolLM3Config(**SMALL | {"num_hidden_layers": 4}, pad_token_id=None, tie_word_embeddings=True),

@@ -56,12 +56,18 @@ class Checkpoint:
         """Whether the layers have a tensor of this name."""
         return not {f"{LAYERS}0.{name}", LAYERS + name}.isdisjoint(self.metadata.state_dict_metadata)
 
-    def read_layer(self, name: str, layer: int) -> torch.Tensor:
-        """A layer's tensor, named as in `decoder.layers.<layer>.<name>`; layers are stored apart or stacked."""
+    def read_layer(self, name: str, layer: int, row: tuple[int, ...] = ()) -> torch.Tensor:
+        """A layer's tensor, named as in `decoder.layers.<layer>.<name>`; layers are stored apart or stacked.
+
+        Args:
+            name: of the tensor.
+            layer: its number.
+            row: index of the part to read, such as that of one expert.
+        """
         apart = f"{LAYERS}{layer}.{name}"
         if apart in self.metadata.state_dict_metadata:
-            return self._assemble(apart, ())
-        return self._assemble(LAYERS + name, (layer,))
+            return self._assemble(apart, row)
+        return self._assemble(LAYERS + name, (layer, *row))
 
     def _tensor(self, name: str) -> TensorStorageMetadata:
         found = self.metadata.state_dict_metadata[name]

@@ -1,9 +1,9 @@
 """The one architecture that is converted, described once: from Megatron's arguments or a Hugging Face config, and back.
 
 Llama-style: RMSNorm, SwiGLU, RoPE (plain, scaled as in Llama 3.1 or by YaRN, or linearly interpolated), grouped-query
-attention, tied or untied embeddings, and the extras of `families.py`; muP's multipliers become part of the weights.
-Everything else is refused by name, because a model that differs in one of these converts without an error and computes
-something else.
+attention, tied or untied embeddings, and the extras of `families.py`, experts among them; muP's multipliers become part
+of the weights. Everything else is refused by name, because a model that differs in one of these converts without an
+error and computes something else.
 """
 
 from argparse import Namespace
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from megatron_meap.errors import UsageError
+from megatron_meap.huggingface import experts
 from megatron_meap.huggingface.families import FAMILIES, OTHERS, Extras, Family, family_of
 from megatron_meap.huggingface.mup import Multipliers
 from megatron_meap.huggingface.rope import Yarn
@@ -27,7 +28,7 @@ class Architecture(Extras):
     layers: int
     hidden: int
     ffn: int
-    """Width of the feed-forward layer, before the gate doubles it."""
+    """Width of the feed-forward layer, or of an expert, before the gate doubles it."""
     heads: int
     groups: int
     """Key/value heads."""
@@ -64,7 +65,7 @@ def from_megatron(args: Namespace) -> Architecture:
     return Architecture(
         layers=args.num_layers,
         hidden=args.hidden_size,
-        ffn=args.ffn_hidden_size,
+        ffn=args.moe_ffn_hidden_size if getattr(args, "num_experts", None) else args.ffn_hidden_size,
         heads=args.num_attention_heads,
         groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         head_dim=args.kv_channels,
@@ -83,6 +84,7 @@ def from_megatron(args: Namespace) -> Architecture:
         qk_norm=bool(getattr(args, "qk_layernorm", False)),
         no_rope=_layers_without_rope(args),
         window=args.window_size[0] if getattr(args, "window_size", None) else None,
+        **experts.from_megatron(args),
     )
 
 
@@ -101,7 +103,6 @@ def _refuse_megatron(args: Namespace) -> None:
         return getattr(args, name, None)
 
     obstacles = [
-        (get("num_experts"), "mixture of experts (--num-experts)"),
         (get("hybrid_layer_pattern"), "hybrid models (--hybrid-layer-pattern)"),
         (get("multi_latent_attention"), "multi-latent attention (--multi-latent-attention)"),
         (get("experimental_attention_variant"), "--experimental-attention-variant"),
@@ -125,6 +126,7 @@ def _refuse_megatron(args: Namespace) -> None:
             get("window_size") and (get("window_size")[0] < 0 or get("window_attn_skip_freq")),
             "a window in some layers only, or without a border (--window-size, --window-attn-skip-freq)",
         ),
+        *experts.not_exported(get),
         (get("softmax_type") not in (None, "vanilla"), f"--softmax-type {get('softmax_type')}"),
         (get("glu_linear_offset"), "--glu-linear-offset"),
         (get("activation_func_clamp_value"), "--activation-func-clamp-value"),
@@ -154,13 +156,14 @@ def from_huggingface(config: Any) -> Architecture:
     rope = dict(config.rope_parameters)
     _refuse_huggingface(config, rope)
     kind = rope.get("rope_type", "default")
-    extras = family.read(config.to_dict())
+    settings = config.to_dict()
+    extras = family.read(settings)
     if extras.window is not None and extras.window + 1 >= config.max_position_embeddings:
         extras = replace(extras, window=None)  # it changes nothing
     return Architecture(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        ffn=config.intermediate_size,
+        ffn=settings[family.width],
         heads=config.num_attention_heads,
         groups=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -183,6 +186,7 @@ def _refuse_huggingface(config: Any, rope: dict[str, Any]) -> None:
     obstacles = [
         (config.hidden_act != "silu", f"hidden_act {config.hidden_act!r}"),
         (getattr(config, "quantization_config", None), "quantized weights"),
+        *experts.not_imported(config),
         (layers - {"full_attention"}, f"layer_types {', '.join(sorted(layers))}"),
         (kind not in ("default", "linear", "llama3", "yarn"), f"rope_type {kind!r}"),
         (rope.get("partial_rotary_factor", 1.0) != 1.0, "partial_rotary_factor"),
@@ -249,6 +253,8 @@ def megatron_flags(model: Architecture) -> list[str]:
         pairs["--no-rope-freq"] = str(list(model.no_rope)).replace(" ", "")
     if model.window is not None:
         pairs["--window-size"] = f"{model.window},0"
+    if model.experts:
+        pairs |= experts.flags(model)
     switches = {
         "--group-query-attention": True,
         "--swiglu": True,
@@ -257,6 +263,7 @@ def megatron_flags(model: Architecture) -> list[str]:
         "--disable-bias-linear": not (model.output_bias or model.mlp_bias),
         "--add-qkv-bias": model.qkv_bias and not (model.output_bias or model.mlp_bias),
         "--qk-layernorm": model.qk_norm,
+        "--moe-router-pre-softmax": model.softmax_over_all,
         "--no-yarn-correction-range-round-to-int": model.yarn is not None and not model.yarn.rounded,
     }
     flags = [text for flag, value in pairs.items() for text in (flag, str(value))]
@@ -287,6 +294,7 @@ def huggingface_config(model: Architecture, dtype: str, token_ids: dict[str, int
         "model_type": family.model_type,
         "hidden_size": model.hidden,
         "intermediate_size": model.ffn,
+        family.width: model.ffn,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.groups,

@@ -25,6 +25,14 @@ class Extras:
     """A 1 for each layer whose positions are not rotated, a 0 for each other; empty where all are."""
     window: int | None = None
     """Positions before its own that a token sees; None for all."""
+    experts: int = 0
+    """In the place of each feed-forward layer; 0 for a dense model."""
+    chosen: int = 0
+    """Experts that each token goes to."""
+    softmax_over_all: bool = False
+    """Whether the weights of the chosen experts are left as the softmax over all has them; else they sum to 1."""
+    balance: float = 0.0
+    """Coefficient of the loss that balances the experts, in training."""
 
 
 class Setting(NamedTuple):
@@ -50,7 +58,27 @@ SETTINGS = {
         lambda has: None if has.window is None else has.window + 1,
         lambda value: {"window": None if value is None else value - 1},
     ),
+    **dict.fromkeys(  # of published configs, and of transformers 5
+        ("num_experts", "num_local_experts"), Setting(lambda has: has.experts, lambda value: {"experts": value})
+    ),
+    "num_experts_per_tok": Setting(lambda has: has.chosen, lambda value: {"chosen": value}),
+    "norm_topk_prob": Setting(lambda has: not has.softmax_over_all, lambda value: {"softmax_over_all": not value}),
+    "router_aux_loss_coef": Setting(lambda has: has.balance, lambda value: {"balance": value}),
 }
+
+
+class RoutedNames(NamedTuple):
+    """Names of the weights of a layer with experts, below `model.layers.<i>.`."""
+
+    router: str
+    expert: str
+    """Where an expert's begin; its number follows."""
+    gate: str
+    up: str
+    down: str
+
+
+_EXPERTS = ("num_experts_per_tok", "router_aux_loss_coef", "num_local_experts")
 
 
 @dataclass(frozen=True)
@@ -63,12 +91,17 @@ class Family:
     """Extras that all its models have."""
     settings: tuple[str, ...] = ()
     """Keys of `SETTINGS` by which it has others."""
+    width: str = "intermediate_size"
+    """Key of the config for the width of the feed-forward layer, or of an expert."""
+    routed: RoutedNames | None = None
+    """Of a class with experts."""
 
     def read(self, config: dict[str, Any]) -> Extras:
         """The extras of the model with this config."""
         found = dict(self.always)
         for name in self.settings:
-            found |= SETTINGS[name].read(config[name])
+            if name in config:
+                found |= SETTINGS[name].read(config[name])
         return Extras(**found)
 
     def write(self, extras: Extras) -> dict[str, Any]:
@@ -83,19 +116,37 @@ FAMILIES = {
         Family("qwen2", "Qwen2ForCausalLM", {"qkv_bias": True}),
         Family("qwen3", "Qwen3ForCausalLM", {"qk_norm": True}, ("attention_bias",)),
         Family("mistral", "MistralForCausalLM", settings=("sliding_window",)),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            settings=(*_EXPERTS, "sliding_window"),
+            routed=RoutedNames("block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2"),
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            {"qk_norm": True},
+            (*_EXPERTS, "num_experts", "norm_topk_prob"),
+            width="moe_intermediate_size",
+            routed=RoutedNames("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
+        ),
         Family("smollm3", "SmolLM3ForCausalLM", settings=("attention_bias", "mlp_bias", "no_rope_layers")),
     )
 }
 
 
+_SHARED = "it has experts that every token goes to, which are not converted"
 _POST_NORM = "its norms stand behind attention and MLP, where Megatron Core 0.19 has none"
 OTHERS = {
     "olmo2": _POST_NORM,
     "olmo3": _POST_NORM,
+    "qwen2_moe": _SHARED,
+    "deepseek_v2": _SHARED,
+    "deepseek_v3": _SHARED,
     "gemma2": "it has norms before and behind attention and MLP, where Megatron Core 0.19 has one",
     "gemma3_text": "it has norms before and behind attention and MLP, where Megatron Core 0.19 has one",
 }
-"""Why other classes are not converted, where people ask for them and Megatron is what lacks something."""
+"""Why other classes are not converted, where people ask for them."""
 
 
 def family_of(model: Extras) -> Family | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 from megatron_meap.backend import device
@@ -187,13 +188,7 @@ def _from_megatron(path: str, iteration: int | None, tokenizer: str | None) -> t
 def model_in_memory(source: Source, dtype: torch.dtype) -> Any:
     """The checkpoint as a transformers model, without a file in between."""
     config = source.config(dtype, None)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
-    weights = dict(source.tensors(dtype))
-    if source.model.tied:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    rotary = type(model.model.rotary_emb)(config=model.config)  # its frequencies are computed, not stored
-    model.model.rotary_emb = rotary
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
-    return model
+    kind = getattr(transformers, config["architectures"][0])
+    return kind.from_pretrained(
+        None, config=AutoConfig.for_model(**config), state_dict=dict(source.tensors(dtype)), dtype=dtype
+    )

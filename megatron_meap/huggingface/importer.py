@@ -177,7 +177,7 @@ def fill(parameters: dict[str, Tensor], source: HuggingFaceWeights, rows: int, t
     complete = replace(model, qkv_bias=model.qkv_bias or linear, output_bias=linear, mlp_bias=linear)
     for layer in range(model.layers):
         for weight in layer_weights(complete):
-            name = local_name(layer, weight.megatron)
+            name = local_name(layer, weight)
             values[name] = partial(source.fused, weight, f"model.layers.{layer}.")
     assert values.keys() == parameters.keys(), sorted(parameters.keys() ^ values.keys())
     with torch.no_grad():
@@ -190,9 +190,11 @@ def _extended(source: HuggingFaceWeights, weight: Weight, rows: int, tokens: int
     return new_rows(source.fused(weight)[:tokens], rows, seed)
 
 
-def local_name(layer: int, name: str) -> str:
-    """Name of a layer's parameter in the local layer spec, whose norms are modules of their own."""
-    name = name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
+def local_name(layer: int, weight: Weight) -> str:
+    """Name of a layer's parameter in the local layer spec, whose norms and experts are modules of their own."""
+    for number in weight.expert:
+        return f"decoder.layers.{layer}." + weight.megatron.replace("experts.linear", f"local_experts.{number}.linear")
+    name = weight.megatron.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
     name = name.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
     return f"decoder.layers.{layer}.{name}"
 

@@ -5,17 +5,18 @@ Megatron fuses projections that Hugging Face keeps apart. With g query groups of
 - `linear_qkv` holds, group after group, the group's query heads, its key head and its value head:
   [g, n/g + 2, d, hidden]. Hugging Face's q, k and v are [n * d, hidden], [g * d, hidden], [g * d, hidden].
 - `linear_fc1` holds the gate above the up projection: [2 * ffn, hidden].
+- Experts are stored as one tensor, [experts, ...]; here each of them has weights of its own.
 
 RoPE rotates the halves of a head in both, so no row changes its place within a head.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megatron_meap.huggingface.architecture import Architecture
+from megatron_meap.huggingface.architecture import Architecture, exported_family
 
 EMBEDDING = "embedding.word_embeddings.weight"
 """Megatron's name of the embedding, which is the head as well where they are tied."""
@@ -38,6 +39,8 @@ class Weight:
     """From Megatron's to Hugging Face's."""
     join: Join = lambda parts: parts[0]
     """From Hugging Face's to Megatron's."""
+    expert: tuple[int, ...] = ()
+    """Number of the expert whose weight it is; empty where it is none's."""
 
 
 def _plain(megatron: str, huggingface: str, *shape: int) -> Weight:
@@ -62,10 +65,15 @@ def layer_weights(model: Architecture) -> list[Weight]:
         _plain("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", hidden),
         _qkv(model, "weight", hidden),
         _plain("self_attention.linear_proj.weight", "self_attn.o_proj.weight", hidden, attention_out),
-        _plain("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", hidden),
-        _gate_up(model, "weight", hidden),
-        _plain("mlp.linear_fc2.weight", "mlp.down_proj.weight", hidden, ffn),
     ]
+    if model.experts:
+        weights += _expert_weights(model)
+    else:
+        weights += [
+            _plain("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", hidden),
+            _gate_up(model, "weight", hidden),
+            _plain("mlp.linear_fc2.weight", "mlp.down_proj.weight", hidden, ffn),
+        ]
     if model.qk_norm:
         weights += [
             _plain(f"self_attention.{name}_layernorm.weight", f"self_attn.{name}_norm.weight", model.head_dim)
@@ -103,6 +111,32 @@ def _qkv(model: Architecture, kind: str, *columns: int) -> Weight:
         split,
         join,
     )
+
+
+def _expert_weights(model: Architecture) -> list[Weight]:
+    """The norm before the experts, the router, and the experts one after another."""
+    names = exported_family(model).routed
+    assert names is not None  # of all classes that have experts
+    weights = [
+        _plain("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", model.hidden),
+        _plain("mlp.router.weight", f"{names.router}.weight", model.experts, model.hidden),
+    ]
+    for number in range(model.experts):
+        own = f"{names.expert}.{number}"
+        first = _gate_up(model, "weight", model.hidden)
+        weights += [
+            replace(
+                first,
+                megatron="mlp.experts.experts.linear_fc1.weight",
+                huggingface=(f"{own}.{names.gate}.weight", f"{own}.{names.up}.weight"),
+                expert=(number,),
+            ),
+            replace(
+                _plain("mlp.experts.experts.linear_fc2.weight", f"{own}.{names.down}.weight", model.hidden, model.ffn),
+                expert=(number,),
+            ),
+        ]
+    return weights
 
 
 def _gate_up(model: Architecture, kind: str, *columns: int) -> Weight:

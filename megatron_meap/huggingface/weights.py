@@ -49,7 +49,8 @@ class Source:
         for layer in range(self.model.layers):
             for weight in layer_weights(self.model):
                 stored = self.checkpoint.has_layers(weight.megatron)
-                whole = self.checkpoint.read_layer(weight.megatron, layer) if stored else torch.zeros(weight.shape)
+                read = self.checkpoint.read_layer
+                whole = read(weight.megatron, layer, weight.expert) if stored else torch.zeros(weight.shape)
                 for name, part in zip(weight.huggingface, weight.split(whole), strict=True):
                     yield self._exported(f"model.layers.{layer}.{name}", part, dtype)
         for weight in after:
@@ -117,10 +118,11 @@ def _check_shapes(checkpoint: Checkpoint, model: Architecture) -> None:
     stacked = not any(name.startswith(f"{LAYERS}0.") for name in stored)
     expected = {weight.megatron: weight.shape for group in outer_weights(model) for weight in group}
     for weight in layer_weights(model):
+        shape = (*[model.experts] * len(weight.expert), *weight.shape)
         if stacked:
-            expected[LAYERS + weight.megatron] = (model.layers, *weight.shape)
+            expected[LAYERS + weight.megatron] = (model.layers, *shape)
         else:
-            expected |= {f"{LAYERS}{layer}.{weight.megatron}": weight.shape for layer in range(model.layers)}
+            expected |= {f"{LAYERS}{layer}.{weight.megatron}": shape for layer in range(model.layers)}
     for name, shape in expected.items():
         if stored.get(name) != shape:
             found = f"is {list(stored[name])}" if name in stored else "is missing"

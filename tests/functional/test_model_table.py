@@ -81,6 +81,22 @@ def test_extras_train_alike_in_every_layout(huggingface_folder: Path, tmp_path: 
         assert run.losses() == pytest.approx(losses, abs=1e-4), name
 
 
+@pytest.mark.slow
+def test_experts_train_alike_in_every_layout(huggingface_folder: Path, tmp_path: Path) -> None:
+    """Each rank with half of the experts, with half of each expert, or with half of the layers."""
+    training = ["--global-batch-size", "2", "--train-iters", "6", "--lr", "1e-3", "--min-lr", "1e-3"]
+    names = ["mixtral", "qwen3-moe-softmax-over-all"]
+    flags = model_table.imported_runs(names, huggingface_folder, tmp_path)
+    runs = {name: [*of_model, *training] for name, of_model in flags.items()}
+    alone = launch_many(1, runs, tmp_path)
+    layouts = {"ep": ["--expert-model-parallel-size", "2"], "sp": LAYOUTS["sp"], "pp": LAYOUTS["pp"]}
+    split = {f"{name}-{layout}": [*runs[name], *more] for name in names for layout, more in layouts.items()}
+    for name, run in launch_many(2, split, tmp_path).items():
+        losses = alone[name.rpartition("-")[0]].losses()
+        assert losses[-1] < losses[0] - 0.5
+        assert run.losses() == pytest.approx(losses, abs=1e-4), name
+
+
 def test_the_page_has_a_row_for_every_model() -> None:
     rows = [line.split("|")[1].strip() for line in model_table.on_page("measured: models").splitlines()[2:]]
     assert rows == list(MODELS)

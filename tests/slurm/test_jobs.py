@@ -62,14 +62,15 @@ class Jobs:
             assert time.monotonic() < deadline, output
             time.sleep(0.2)
 
-    def kill_ranks(self, number: int) -> None:
-        """Kill the ranks of a job, as the kernel does when memory runs out."""
+    def signal_ranks(self, number: int, signal_number: int, rank: str = "") -> None:
+        """Send a signal to the ranks of a job, or to one of them."""
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 words = (process / "cmdline").read_text().split("\0")
-                job = f"SLURM_JOB_ID={number}" in (process / "environ").read_text().split("\0")
-                if job and "pretrain_gpt_meap.py" in words and "torchrun" not in words[1]:
-                    os.kill(int(process.name), signal.SIGKILL)
+                variables = (process / "environ").read_text().split("\0")
+                meant = f"SLURM_JOB_ID={number}" in variables and (not rank or f"RANK={rank}" in variables)
+                if meant and "pretrain_gpt_meap.py" in words and "torchrun" not in words[1]:
+                    os.kill(int(process.name), signal_number)
 
     def wait_until_done(self, number: int, seconds: float = 200) -> str:
         """Wait for the end of a job that succeeds: its output."""
@@ -147,7 +148,7 @@ def test_a_failure_is_answered_by_a_restart(jobs: Jobs) -> None:
     number = jobs.submit("single_node.sbatch", "failing", RECIPE, "--train-iters", "100000", MAX_FAILURES="1")
     for restart in ("0", "1"):
         jobs.wait_for_step(number, 2, f"restart-{restart}")
-        jobs.kill_ranks(number)
+        jobs.signal_ranks(number, signal.SIGKILL)  # as the kernel does when memory runs out
         if restart == "0":
             jobs.cluster.wait_for(number, "PENDING")
             jobs.cluster.make_eligible(number)
@@ -155,6 +156,22 @@ def test_a_failure_is_answered_by_a_restart(jobs: Jobs) -> None:
     assert job["Restarts"] == "1"
     assert "failed with status 1; requeued" in jobs.cluster.output(job)
     assert "failed more than MAX_FAILURES=1 times in a row" in jobs.cluster.output(job)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_answered_by_a_restart(jobs: Jobs) -> None:
+    """One of two stands still, the other waits for it and heeds no signal: both are ended, and the job is requeued."""
+    words = ["--train-iters", "4000", "--save-interval", "1000"]
+    number = jobs.submit("single_node.sbatch", "hung", RECIPE, *words, HANG_MINUTES="0.3", GPUS_PER_NODE="2")
+    jobs.wait_for_step(number, 2)
+    jobs.signal_ranks(number, signal.SIGSTOP, rank="1")
+    jobs.wait_for_text(number, "no sign of life for HANG_MINUTES=0.3 minutes", seconds=120)
+    jobs.cluster.wait_for(number, "PENDING", seconds=120)
+    jobs.cluster.make_eligible(number)
+    jobs.wait_for_step(number, 2, "restart 1", seconds=200)
+    (jobs.folder / "hung" / "checkpoints" / "stop").touch()
+    jobs.wait_until_done(number)
+    assert jobs.cluster.job(number)["Restarts"] == "1"
 
 
 @pytest.mark.slow

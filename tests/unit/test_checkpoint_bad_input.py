@@ -107,7 +107,8 @@ def test_damaged_checkpoint(tmp_path: Path, megatron: Path) -> None:
         ({"num_query_groups": 2}, "linear_qkv.weight"),
         ({"add_qkv_bias": True}, "linear_qkv.bias is missing"),
         ({"untie_embeddings_and_output_weights": False}, "holds output_layer.weight"),
-        ({"num_experts": 8}, "mixture of experts .* not supported; supported are Llama-style"),
+        ({"num_experts": 8, "moe_ffn_hidden_size": 48}, "pre_mlp_layernorm.weight is missing"),
+        ({"num_experts": 8, "moe_latent_size": 8}, "moe-latent-size is not supported; supported are Llama-style"),
         ({"hybrid_layer_pattern": "M*-"}, "hybrid models"),
         ({"multi_latent_attention": True}, "multi-latent"),
         ({"normalization": "LayerNorm"}, "LayerNorm"),
@@ -134,8 +135,8 @@ def test_a_model_that_will_not_convert_is_named_before_it_trains(megatron: Path)
     """By its arguments alone: another architecture, or extras that no class has together."""
     args = open_checkpoint(megatron).args
     assert architecture.not_exported(args) == []
-    args.num_experts = 8
-    assert "cannot be exported to Hugging Face: conversion of mixture of experts" in architecture.not_exported(args)[0]
+    args.num_experts, args.moe_shared_expert_intermediate_size = 8, 16
+    assert "cannot be exported to Hugging Face: conversion of shared experts" in architecture.not_exported(args)[0]
     args.num_experts, args.window_size, args.qk_layernorm = None, (8, 0), True
     assert "no model class of transformers has at once qk_norm, window (" in architecture.not_exported(args)[0]
 
