@@ -151,7 +151,7 @@ def test_every_llama_argument_survives(megatron: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, "'mixtral' is not supported; .* llama"),
+        ({"model_type": "qwen2_moe"}, "'qwen2_moe' is not supported: it has experts .* llama"),
         ({"model_type": "unheard-of"}, "config.json"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, "rope_type 'dynamic'"),
