@@ -36,7 +36,7 @@ class JobError(Exception):
 def refuse_to_overwrite(flag: str, path: str | Path, overwrite: bool) -> None:
     """Refuse an output that is there already, unless `--overwrite` says that it is meant."""
     if Path(path).exists() and not overwrite:
-        raise UsageError(f"{flag} {path}: is there already; name another one, or add --overwrite to replace it")
+        raise UsageError(f"{flag} {path}: already exists; name another one, or add --overwrite to replace it")
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

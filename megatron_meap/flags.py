@@ -145,7 +145,7 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
         raise UsageError(message.removeprefix("argument "))
     flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("-")]
     if not flags:
-        raise UsageError(f"{unknown}: belongs to no flag; quote a value that has spaces, and give each flag its own")
+        raise UsageError(f"{unknown}: does not belong to any flag; quote a value that contains spaces")
     raise UsageError("; ".join(f"{name}: no such flag{_similar(name, parser)}" for name in flags))
 
 
@@ -164,7 +164,7 @@ def with_files(command_line: Sequence[str]) -> list[str]:
             except (OSError, ValueError) as error:
                 raise UsageError(f"{word}: cannot be read as flags: {one_line(error)}") from error
         elif word.startswith("'"):
-            raise UsageError(f"{word}: a quote out of a file; write @FILE in place of $(cat FILE)")
+            raise UsageError(f"{word}: contains a quote from a file; write @FILE instead of $(cat FILE)")
         else:
             words.append(word)
     return words

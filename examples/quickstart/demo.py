@@ -147,7 +147,7 @@ def tool(name: str, *arguments: object) -> None:
     command = [f"tools/{name}.py", *map(str, arguments)]
     print(f"$ python {' '.join(command)}", flush=True)
     if status := subprocess.run([sys.executable, *command]).returncode:
-        raise UsageError(f"tools/{name}.py ended with status {status}; what it said stands above")
+        raise UsageError(f"tools/{name}.py ended with status {status}; its output is above")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,9 @@ def choose(folder: Path, step: int | None, refuse_damaged: bool, hash_files: Has
             raise UsageError(
                 f"--load: {problems[-1]}; drop --meap-refuse-damaged-checkpoint to start from an older one"
             )
-    raise UsageError(f"--load {folder}: no usable checkpoint: {'; '.join(problems)}; start anew in another --save")
+    raise UsageError(
+        f"--load {folder}: no usable checkpoint: {'; '.join(problems)}; start from scratch with another --save"
+    )
 
 
 def newest_saved(folder: Path) -> int | None:

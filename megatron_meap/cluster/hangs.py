@@ -27,4 +27,4 @@ def check(args: Namespace) -> None:
     if "num_warmup_iters" not in inspect.signature(RankMonitorClient.init_workload_monitoring).parameters:
         raise UsageError(f"{FLAG}: this nvidia-resiliency-ext is too old for megatron-core 0.19; install a newer one")
     if _SOCKET not in os.environ and not args.dry_run:
-        raise UsageError(f"{FLAG}: needs ft_launcher in the place of torchrun; NVRx comes with it")
+        raise UsageError(f"{FLAG}: needs ft_launcher instead of torchrun; NVRx comes with it")

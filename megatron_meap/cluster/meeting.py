@@ -64,7 +64,7 @@ def _meet(args: Namespace, timeout: timedelta) -> torch.distributed.Store:
     except torch.distributed.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise JobError(
-            f"rank {args.rank} of {args.world_size}: not all ranks came to {where} within "
+            f"rank {args.rank} of {args.world_size}: not all ranks reached {where} within "
             f"--distributed-timeout-minutes {args.distributed_timeout_minutes} ({one_line(error)}); are all hosts "
             "started, with the same address, and can they reach it?"
         ) from error

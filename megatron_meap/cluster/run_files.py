@@ -59,7 +59,8 @@ class Requests:
                 (self._folder / name).unlink(missing_ok=True)
         except OSError as error:
             print(
-                f"warning: {error.filename}: cannot be removed ({error.strerror}) and is not heeded again", flush=True
+                f"warning: {error.filename}: cannot be removed ({error.strerror}) and is ignored from now on",
+                flush=True,
             )
             self._folder = None
 

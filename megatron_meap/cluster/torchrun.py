@@ -110,6 +110,6 @@ def _say(kind: type[BaseException], error: BaseException, traceback: TracebackTy
         how = (
             f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with status {failure.exitcode}"
         )
-        hint = " (the system kills so where memory runs out)" if failure.exitcode == -signal.SIGKILL else ""
-        print(f"error: rank {rank} (process {failure.pid}) {how}{hint}; what it said stands above", file=sys.stderr)
+        hint = " (the system does this when memory runs out)" if failure.exitcode == -signal.SIGKILL else ""
+        print(f"error: rank {rank} (process {failure.pid}) {how}{hint}; its output is above", file=sys.stderr)
     sys.exit(status or 1)

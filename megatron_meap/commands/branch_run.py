@@ -34,4 +34,4 @@ def main() -> None:
 
     made = Branch(flags.stable, flags.at, flags.decay, flags.save, flags.style, flags.min_lr).make()
     print(*made, sep="\n")
-    print(f"the branch is trained by the stable run's command with @{flags.save / FLAGS} at its end", flush=True)
+    print(f"to train the branch, append to the stable run's command: @{flags.save / FLAGS} at its end", flush=True)

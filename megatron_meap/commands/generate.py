@@ -70,7 +70,7 @@ def prompts(args: argparse.Namespace):  # type: ignore[no-untyped-def]
         try:
             line = lines.readline()
         except UnicodeDecodeError as error:
-            raise UsageError(f"--prompt-file {args.prompt_file or '-'}: is no UTF-8 text ({error.reason})") from error
+            raise UsageError(f"--prompt-file {args.prompt_file or '-'}: not UTF-8 text ({error.reason})") from error
         if not line:
             return
         yield line.rstrip("\n")
@@ -93,7 +93,9 @@ def main() -> None:
     if args.num_samples < 1:
         raise UsageError(f"--num-samples {args.num_samples}: must be at least 1")
     if args.num_samples > 1 and sampling.temperature == 0:
-        raise UsageError(f"--num-samples {args.num_samples}: greedily chosen texts are all the same; drop one of both")
+        raise UsageError(
+            f"--num-samples {args.num_samples}: greedily chosen texts are all the same; drop one of the two"
+        )
     if args.system and not args.chat:
         raise UsageError("--system: belongs to a chat; add --chat")
     generator = Generator(args.load, args.ckpt_step, args.tokenizer)

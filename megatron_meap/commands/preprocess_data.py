@@ -21,7 +21,7 @@ def main() -> None:
     """Parse the flags and preprocess."""
     args = parse_args()
     if args.split_sentences:
-        raise UsageError("--split-sentences: not supported; split before, one sentence a line")
+        raise UsageError("--split-sentences: not supported; split the text beforehand, one sentence per line")
     manifests = preprocess(
         Job(
             inputs=args.input,
@@ -47,8 +47,8 @@ def main() -> None:
         )
     if len(manifests) > 1 and any(made["empty_documents"] for made in manifests):
         print(
-            "warning: documents that are empty under one key only are missing in its dataset: documents of the same "
-            "number do not belong together",
+            "warning: a document that is empty under only one key is missing from that key's dataset, so documents "
+            "with the same number do not correspond",
             file=sys.stderr,
         )
     if manifests[0]["skipped_lines"]:

@@ -141,7 +141,7 @@ def follow(
             return "the run is finished"
         quiet = time.time() - max(begun, _sign_of_life(run))
         if quiet > patience_s:
-            return f"no sign of life of the run for {quiet / 60:.0f} minutes (--patience)"
+            return f"the run has given no sign of life for {quiet / 60:.0f} minutes (--patience)"
         time.sleep(LOOK_S)
 
 

@@ -62,7 +62,7 @@ def load_tasks(plan: Plan, tokenizer: str) -> dict[str, Any]:
     folder = plan.metadata.get("commonsense_data")
     for name in plan.tasks:
         if name not in ours and name not in manager.all_tasks:
-            raise UsageError(f"--tasks {name}: neither of ours ({', '.join(sorted(ours))}) nor of lm-eval's")
+            raise UsageError(f"--tasks {name}: neither one of ours ({', '.join(sorted(ours))}) nor one of lm-eval's")
         try:
             print(f"preparing {name}", flush=True)
             local = None

@@ -26,7 +26,7 @@ def describe(path: str, iteration: int | None) -> Iterator[str]:
     yield f"  carries {', '.join(_carries(checkpoint))}"
     record = record_of(args)
     if not hasattr(args, "meap_record"):
-        yield "  is older than the record of data and versions; what Megatron keeps of its arguments follows"
+        yield "  was saved before data and versions were recorded; these are the arguments that Megatron keeps"
     for outcome in (Verdict.REFUSED, Verdict.WARNED):
         yield f"\n{outcome.value}, if it differs when the run resumes (what is not set is left out):"
         for entry, value in record.items():
@@ -52,7 +52,7 @@ def compare(path: str, iteration: int | None, other: str) -> tuple[list[str], bo
     found = sorted(differences(there.args, here.args), key=lambda each: list(Verdict).index(each[0]))
     lines += [f"{outcome.value}: {said}" for outcome, said in found]
     if len(lines) == 2:
-        lines.append("nothing that decides a run differs")
+        lines.append("no setting that determines a run differs")
     return lines, not (model or problem or schedules) and all(outcome is not Verdict.REFUSED for outcome, _ in found)
 
 
@@ -66,9 +66,7 @@ def verify(path: str, iteration: int | None) -> str:
     if wrong := latest.damage(folder):
         raise UsageError(f"{folder}: damaged: {wrong}; copy it again, or use an older one (--ckpt-step)")
     if not (folder / FILE).exists():
-        return (
-            f"{folder}: no hashes were recorded (--verify-integrity); all that can be said is that its parts are there"
-        )
+        return f"{folder}: no hashes were recorded (--verify-integrity); only the presence of its parts was checked"
     files = json.loads((folder / FILE).read_text())["files"]
     size = sum((folder / name).stat().st_size for name in files)
     return f"{folder}: {len(files)} files, {size / 1e6:,.1f} MB, all as they were saved"

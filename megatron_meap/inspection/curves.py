@@ -22,7 +22,7 @@ def _figure(path: Path, panels: int = 1) -> Iterator[Any]:
 
     formats = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:] not in formats:
-        raise UsageError(f"{path}: no picture has that ending; use one of .{', .'.join(sorted(formats))}")
+        raise UsageError(f"{path}: no picture format has this ending; use one of .{', .'.join(sorted(formats))}")
     figure, axes = pyplot.subplots(1, panels, figsize=(7 * panels + 1, 5), squeeze=False)
     yield axes[0]
     for each in axes[0]:

@@ -27,12 +27,12 @@ COLORS = {
 }
 SIGNS = {"noised": "⟦{}⟧", "learned": "«{}»", "noised learned": "«⟦{}⟧»"}
 """Where there are no colours; what is not learned is plain."""
-_CLEAN = "shown by its clean text (→ what stands there, where it is not the mask token)"
+_CLEAN = "shown by its clean text (→ its replacement, if that is not the mask token)"
 LEGENDS = {
-    False: f'<span class="noised">noised input</span> {_CLEAN}, <span class="unlearned">no loss</span>; a line parts '
-    "two documents.",
+    False: f'<span class="noised">noised input</span> {_CLEAN}, <span class="unlearned">no loss</span>; a line '
+    "separates documents.",
     True: '<span class="learned">learned</span>, <span class="noised learned">learned where it is masked</span> '
-    f'{_CLEAN}, <span class="unlearned">context</span>; ↵ is a line end that is learned; a line parts two rows.',
+    f'{_CLEAN}, <span class="unlearned">context</span>; ↵ is a line end that is learned; a line separates rows.',
 }
 """What the colours of a page mean, in pretraining and of rows of fine-tuning."""
 _SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens")

@@ -162,7 +162,7 @@ class MaskSettings(Settings):
             "random_share": (not 0.0 <= self.random_share <= 1.0, "must lie between 0 and 1"),
             "kept_share": (
                 not 0.0 <= self.kept_share <= 1.0 - self.random_share or self.kept_share == 1,
-                "must be at least 0 and, with --meap-random-share, at most 1; 1 would leave all as it is",
+                "must be at least 0 and, with --meap-random-share, at most 1; 1 would change nothing",
             ),
             "noised_share": (not 0.0 < self.noised_share <= 1.0, "must be above 0 and at most 1"),
             "copy_weight": (
@@ -311,8 +311,8 @@ def complete(args: Namespace) -> MaskSettings:
     varies = args.rampup_batch_size or args.step_batch_size_schedule or args.decrease_batch_size_if_needed
     if settings.ratio > 0 and settings.mask_strategy == "official" and varies:
         raise UsageError(
-            "--meap-mask-strategy official: needs a constant global batch size, because its masks follow the optimiser "
-            "step; drop the batch-size schedule, or use --meap-mask-strategy random"
+            "--meap-mask-strategy official: needs a constant global batch size, because its masks depend on the "
+            "optimizer step; drop the batch-size schedule, or use --meap-mask-strategy random"
         )
     if settings.copy_weight is not None:
         if varies:

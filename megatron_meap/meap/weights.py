@@ -27,7 +27,9 @@ def read_weights(path: Path, vocab_size: int) -> npt.NDArray[np.int64]:
     try:
         weights = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
     except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"{flag}: cannot be read as weights, .npy or one number a line ({one_line(error)})") from error
+        raise UsageError(
+            f"{flag}: cannot be read as weights, .npy or one number per line ({one_line(error)})"
+        ) from error
     if weights.shape != (vocab_size,):
         raise UsageError(f"{flag}: holds {weights.shape} weights; the tokenizer has {vocab_size} tokens")
     weights = weights.astype(np.float64)

@@ -91,7 +91,7 @@ def warnings(plan: Plan, usable: float, per_node: int) -> list[str]:
     if plan.args.tensor_model_parallel_size > per_node:
         found.append(f"TP {plan.args.tensor_model_parallel_size} reaches beyond a node of {per_node} GPUs: slow")
     if plan.args.world_size > per_node and plan.args.world_size % per_node:
-        found.append(f"{plan.args.world_size} GPUs are no whole number of nodes of {per_node}")
+        found.append(f"{plan.args.world_size} GPUs are not a whole number of nodes of {per_node}")
     if plan.bubble > 0.1:
         found.append(f"the pipeline idles {100 * plan.bubble:.0f}% of its time: more micro batches, or fewer stages")
     return found

@@ -103,7 +103,7 @@ def gigatoken_encoder(reference: Reference) -> GigatokenEncoder:
         raise
     except Exception as error:  # gigatoken refuses a tokenizer with whatever exception its parts raise
         raise _NotPossibleError(one_line(error)) from error
-    raise _NotPossibleError(f"does not do {reference.library} tokenizers")
+    raise _NotPossibleError(f"does not support {reference.library} tokenizers")
 
 
 def _refuse_inexact_sentencepiece(definition: dict[str, Any]) -> None:

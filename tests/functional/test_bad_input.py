@@ -112,7 +112,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--meap-mask-ration=0.2", "--meap-mask-ration: no such flag; did you mean --meap-mask-ratio?"),
         ("--lr ten", "--lr: invalid float value: 'ten'"),
         ("--lr", "--lr: expected one argument"),
-        ("--bf16 true", "true: belongs to no flag"),
+        ("--bf16 true", "true: does not belong to any flag"),
         ("--num-query-groups 3", "--num-query-groups 3: does not divide the 4 of --num-attention-heads"),
         ("--save somewhere", "--save-interval: missing; how many steps"),
         ("--fp32 --bf16", "--fp32: contradicts"),
@@ -151,7 +151,7 @@ def test_a_rank_that_never_comes(monkeypatch) -> None:
     with pytest.raises(UsageError, match="MASTER_PORT: not set, but WORLD_SIZE=2 is"):
         meeting.on_rank_zero(args, lambda _: {})
     monkeypatch.setenv("MASTER_PORT", str(port := free_port()))
-    with pytest.raises(JobError, match=f"rank 0 of 2: not all ranks came to localhost:{port} within"):
+    with pytest.raises(JobError, match=f"rank 0 of 2: not all ranks reached localhost:{port} within"):
         meeting.on_rank_zero(args, lambda _: {})
 
 

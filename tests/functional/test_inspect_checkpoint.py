@@ -69,7 +69,7 @@ def test_the_record_is_shown(folder: Path, tool, corpus: Corpus) -> None:
 @pytest.mark.parametrize(
     ("other", "status", "lines"),
     [
-        ("free", 0, ["nothing that decides a run differs"]),
+        ("free", 0, ["no setting that determines a run differs"]),
         ("warned", 0, ["warned of: --clip-grad 2.0 there, 1.0 here"]),
         (
             "refused",

@@ -24,7 +24,7 @@ class New:
         (New, {"save": None}, True, "--enable-ft-package: keeps its times in --save"),
         (None, {}, True, r"needs NVRx \(pip install nvidia-resiliency-ext\)"),
         (Old, {}, True, "too old for megatron-core 0.19"),
-        (New, {}, False, "needs ft_launcher in the place of torchrun"),
+        (New, {}, False, "needs ft_launcher instead of torchrun"),
         (New, {}, True, None),
         (New, {"dry_run": True}, False, None),
         (None, {"enable_ft_package": False}, False, None),

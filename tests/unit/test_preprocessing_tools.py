@@ -109,7 +109,7 @@ def test_datasets_of_several_keys_that_do_not_line_up(tool):
         Path("a.jsonl").write_text('{"a": "1", "b": "2"}\n' + json.dumps({"a": "1", "b": second}))
         status, _, error = tool("preprocess_data", f"--input a.jsonl --output-prefix x {flags}")
         assert status == 0
-        assert ("documents of the same number do not belong together" in error) == warned
+        assert ("with the same number do not correspond" in error) == warned
 
 
 def test_separators_are_typed_with_escapes(tool):
@@ -121,7 +121,10 @@ def test_separators_are_typed_with_escapes(tool):
 def test_what_is_not_supported_is_said(tool):
     flags = "--input a --output-prefix x --tokenizer-type NullTokenizer --split-sentences"
     status, _, error = tool("preprocess_data", flags)
-    assert (status, error) == (2, "error: --split-sentences: not supported; split before, one sentence a line\n")
+    assert (status, error) == (
+        2,
+        "error: --split-sentences: not supported; split the text beforehand, one sentence per line\n",
+    )
 
 
 def test_progress_lines_without_a_terminal(capsys, monkeypatch):

@@ -55,7 +55,7 @@ def test_colours_signs_and_a_page(shown: samples.View, monkeypatch: pytest.Monke
     assert page.count('class="unlearned"') == 9
     assert "\033[2mABC\033[0m\033[32mKLMN<eod>\033[0m" in colored
     whole = samples.page([shown], "", "")
-    assert "a line parts two rows" in whole
+    assert "a line separates rows" in whole
     assert "documents" not in whole
     assert not samples.has_colors()
     monkeypatch.setenv("FORCE_COLOR", "1")

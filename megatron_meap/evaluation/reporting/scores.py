@@ -78,7 +78,7 @@ def read(table: Path) -> list[Score]:
             for row in rows
         ]  # fmt: skip
     except (OSError, csv.Error, KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"{table}: no table of scores ({one_line(error)}); move it away") from error
+        raise UsageError(f"{table}: not a table of scores ({one_line(error)}); move it away") from error
 
 
 def write(scores: list[Score], table: Path) -> None:

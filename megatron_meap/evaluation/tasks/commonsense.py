@@ -48,7 +48,7 @@ def from_folder(name: str, folder: Path, definition: Path) -> Any | None:
         return ConfigurableTask(config=config)
     except Exception as error:  # of templates and functions of lm-eval's that meet other fields
         raise UsageError(
-            f"--commonsense-data: {path}: has not the fields of the hub's {name} ({one_line(error)})"
+            f"--commonsense-data: {path}: does not have the fields of the hub's {name} ({one_line(error)})"
         ) from error
 
 
