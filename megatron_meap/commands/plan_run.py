@@ -80,7 +80,7 @@ def main() -> None:
         if not plans:
             raise UsageError(f"--gpus {base.args.world_size}: no layout fits {gpu.name}; give it more GPUs")
         print(
-            f"\nthe best layouts that fit into {usable / 2**30:.1f} GiB; {100 * own.mfu:.0f}% MFU is meant before the "
+            f"\nthe best layouts that fit into {usable / 2**30:.1f} GiB; {100 * own.mfu:.0f}% MFU does not include the "
             "slowdown by recomputation and pipeline"
         )
         print(text.table(plans, gpu, own.mfu, own.price))

@@ -71,7 +71,7 @@ def test_both_kinds_of_models_on_the_same_inputs(folder: Path) -> None:
     assert float(cell["value"]) == meap["answer mass"]["by layer and head"][1][3]
     for picture in ("segments.png", "layers.png", "heads.png"):
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UsageError, match=r"--output .*attention.json: is there already; .* --overwrite"):
+    with pytest.raises(UsageError, match=r"--output .*attention.json: already exists; .* --overwrite"):
         AttentionJob(models, "text.txt", output)
 
 

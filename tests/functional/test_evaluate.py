@@ -91,7 +91,7 @@ def test_bad_input_is_one_line(models: dict[str, Path], tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UsageError, match=message):
             open_models(list(specs), tmp_path)
-    with pytest.raises(UsageError, match="--tasks no_such_task: neither of ours"):
+    with pytest.raises(UsageError, match="--tasks no_such_task: neither one of ours"):
         load_tasks(Plan(["no_such_task"], {}), model)
     plan = Plan(["meap_kv"], {"max_seq_lengths": [256], "kv_pairs": 120, "kv_digits": 2, "kv_instruction": False})
     tasks, chosen = load_tasks(plan, model), open_models([model], tmp_path)

@@ -290,7 +290,7 @@ def test_table_picture_and_curves_grow(
     with pytest.raises(UsageError, match="holds scores of other options: seed None there, 1 here"):
         call("--seed", "1")
     (output / "scores.csv").write_text("step,value\n10,1\n")
-    with pytest.raises(UsageError, match="no table of scores"):
+    with pytest.raises(UsageError, match="not a table of scores"):
         call()
 
 

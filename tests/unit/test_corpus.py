@@ -36,7 +36,7 @@ def test_topics_and_docstrings_are_in_it(built):
 def test_files_that_are_there_are_kept(tmp_path):
     (tmp_path / "mine.jsonl").write_text("mine")
     for train, valid in (("mine.jsonl", "new"), ("new", "mine.jsonl")):
-        with pytest.raises(UsageError, match=r"mine.jsonl: is there already; .* --overwrite"):
+        with pytest.raises(UsageError, match=r"mine.jsonl: already exists; .* --overwrite"):
             build_corpus(tmp_path / train, tmp_path / valid, max_bytes=100_000)
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
 

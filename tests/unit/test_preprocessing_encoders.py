@@ -212,7 +212,7 @@ def test_the_choice(references, monkeypatch):
     assert (encoder.name, note) == ("gigatoken", "gigatoken, same ids as sentencepiece for all 7 sampled documents")
     assert choose_encoder(reference, TEXTS, "reference")[0].name == "reference (sentencepiece)"
     encoder, note = choose_encoder(references["null-text"][1], ["1"])
-    assert note == "reference (null-text); gigatoken: does not do null-text tokenizers"
+    assert note == "reference (null-text); gigatoken: does not support null-text tokenizers"
     assert "does not know this --tiktoken-pattern" in choose_encoder(references["tiktoken v1"][1], [])[1]
     # gigatoken going wrong on one text of the sample
     monkeypatch.setattr(encoders, "gigatoken_encoder", lambda _: Wrong(reference, "café"))

@@ -42,7 +42,7 @@ def test_printable_ascii_is_never_bytes(tmp_path):
 def test_an_existing_tokenizer_is_kept(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", topics()[:5])
     (tmp_path / "m").write_text("mine")
-    with pytest.raises(UsageError, match=r"--output .*/m: is there already.*--overwrite"):
+    with pytest.raises(UsageError, match=r"--output .*/m: already exists.*--overwrite"):
         train_tokenizer([str(source)], tmp_path / "m", vocab_size=400)
     assert (tmp_path / "m").read_text() == "mine"
     train_tokenizer([str(source)], tmp_path / "m", vocab_size=400, overwrite=True)
