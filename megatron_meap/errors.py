@@ -18,6 +18,9 @@ _RANK_ZERO_SPEAKS_FIRST_S = 3.0
 _REQUIRED = ("torch", "megatron", "numpy", "sentencepiece", "tokenizers", "transformers")
 """Packages without which the wrong Python was started, or nothing was installed."""
 
+_INTERRUPTED = 130
+"""Exit status after Ctrl-C, as of a shell."""
+
 LAST_STATUS = "MEAP_LAST_STATUS"
 """Environment variable: a file that the first rank to end on a host writes its exit status to (cluster/torchrun.py)."""
 
@@ -81,7 +84,7 @@ def run(main: Callable[[], None]) -> None:
         _leave(f"error: out of memory: {one_line(error)}", 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output went away (`tool | head`): nothing is wrong, and nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -95,6 +98,15 @@ def run(main: Callable[[], None]) -> None:
     except Exception:
         _tell_torchrun(traceback.format_exc())
         raise
+
+
+def end_at_once(*_: object) -> None:
+    """A handler of Ctrl-C for where nothing is lost: an exception would come out of half an import as any other."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, b"interrupted\n")
+    note_status(_INTERRUPTED)
+    os._exit(_INTERRUPTED)
 
 
 def _leave(line: str, status: int) -> NoReturn:

@@ -5,6 +5,7 @@
 In a checkout `pretrain_gpt_meap.py` is the same. Without a GPU the CPU trains, with no further flag.
 """
 
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ from megatron_meap.flags import with_files
 
 def main() -> None:
     """Choose the device, then hand over to Megatron's trainer; or show what it would do."""
+    signal.signal(signal.SIGINT, errors.end_at_once)
     sys.argv = with_files(sys.argv)
     with nothing_is_garbage():
         do = _what_is_asked()

@@ -12,6 +12,7 @@ import torch
 
 from megatron_meap.cluster import torchrun
 from megatron_meap.cluster.run_files import Requests
+from megatron_meap.errors import note_status
 
 EXIT_STOPPED = 75
 """Exit status of a rank stopped by a signal, after its checkpoint is saved (EX_TEMPFAIL: run it again later)."""
@@ -27,7 +28,8 @@ class StopRequest:
 
     The first SIGTERM, SIGUSR1, SIGINT or SIGHUP (a closed terminal) asks for a checkpoint and an orderly end; a second
     one, later than ten seconds after it, ends the process at once with status 128 + signal. What torchrun sends on is
-    no second one, however late: on a busy machine it takes its time.
+    no second one, however late: on a busy machine it takes its time. Before the end of the first step there is nothing
+    to save, and ranks wait for each other: the first signal ends the process.
     """
 
     def __init__(self, requests: Requests) -> None:
@@ -43,6 +45,7 @@ class StopRequest:
         self._received_at = 0.0
         self._launcher = os.getppid()
         self._sent_on = False  # by torchrun, and come to this rank
+        self._stepped = False
 
     def install(self) -> "StopRequest":
         """Start listening; also when the launcher dies, by whatever signal, which would leave the ranks behind."""
@@ -70,7 +73,9 @@ class StopRequest:
     def _note(self, number: int) -> None:
         """Take the first signal as the request, and a later one as the end of patience."""
         now = time.monotonic()
-        if self.received is None:
+        if not self._stepped:
+            _leave(number)
+        elif self.received is None:
             self._received_at, self.received = now, number
         elif not self._sent_on and torchrun.passes_on() and os.getppid() == self._launcher:
             self._sent_on = True  # else torchrun's end has sent it
@@ -79,6 +84,7 @@ class StopRequest:
 
     def poll(self) -> bool:
         """Let all ranks, which call this together, know of signals and files; whether a file asks for a checkpoint."""
+        self._stepped = True
         save, stop = self._requests.asked()
         news = torch.tensor([self.received or 0, save, stop], dtype=torch.int32, device=torch.cuda.current_device())
         torch.distributed.all_reduce(news, op=torch.distributed.ReduceOp.MAX)
@@ -97,3 +103,13 @@ class StopRequest:
     def signals_received(self) -> list[bool]:
         """What Megatron asks for: whether to save and leave."""
         return [self.stopping]
+
+
+def _leave(number: int) -> None:
+    """End this process, of which nothing is to be saved."""
+    if os.environ.get("RANK", "0") == "0":
+        name = signal.Signals(number).name
+        print(f"stopped by {name} before the end of the first step: nothing is lost, the same command starts again")
+        sys.stdout.flush()
+    note_status(EXIT_STOPPED)
+    os._exit(EXIT_STOPPED)

@@ -43,7 +43,9 @@ def rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> signals.StopRequest
     monkeypatch.setattr(api, "_terminate_process_handler", api._terminate_process_handler)
     monkeypatch.setattr(signals.os, "_exit", end)
     torchrun._mark_signals()
-    return signals.StopRequest(Requests(None))
+    request = signals.StopRequest(Requests(None))
+    request._stepped = True
+    return request
 
 
 def launcher_gets(number: int) -> None:
@@ -78,6 +80,16 @@ def test_a_second_request_of_a_person_ends_it(rank: signals.StopRequest, monkeyp
     monkeypatch.setattr(signals.os, "getppid", lambda: 1)
     with pytest.raises(Ended):
         rank._note(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_before_the_first_step_a_rank_ends_at_once(number: int, rank: signals.StopRequest, capsys, tmp_path) -> None:
+    """Else it would wait minutes for another rank that has ended already."""
+    rank._stepped = False
+    with pytest.raises(Ended, match=str(signals.EXIT_STOPPED)):
+        rank._note(number)
+    assert capsys.readouterr().out.startswith(f"stopped by {signal.Signals(number).name} before the end of the first")
+    assert (tmp_path / "status").read_text() == str(signals.EXIT_STOPPED)
 
 
 def test_a_rank_without_torchrun(rank: signals.StopRequest, monkeypatch) -> None:
