@@ -1,6 +1,6 @@
 """Every benchmark that this machine allows, one after the other, and their figures in one table.
 
-    make bench                                             # half an hour or more on two quiet cores
+    make bench                                             # an hour or more on two quiet cores
     python benchmarks/bench.py --only cpu_training startup
     python benchmarks/bench.py --preprocess "--corpus novels.jsonl --train-vocab 128000"   # that too, on a corpus
 
@@ -57,6 +57,8 @@ def commands(preprocess: str | None) -> Iterator[list[str]]:
     yield ["meap_overhead.py"]
     yield ["retrieval_probe.py"]
     yield ["checkpoint.py"]
+    yield ["evaluation.py"]
+    yield ["growth.py"]
     if compiler is None:
         print("no C++ compiler: nothing is compared with torch.compile")
     if preprocess is not None:

@@ -78,7 +78,7 @@ class Trainer:
             chunk.train()
 
     def step(self, batches: Any) -> float:
-        """One training step on the next batch; returns its loss."""
+        """One training step on the next batch; returns its loss, NaN on a pipeline stage that has none."""
         report = self.train_step(
             self.forward_step,
             batches,
@@ -89,7 +89,7 @@ class Trainer:
             self.schedule,
             iteration=0,
         )[0]
-        return float(report["lm loss"])
+        return float(report.get("lm loss", "nan"))
 
 
 def import_megatron() -> Any:
@@ -118,7 +118,9 @@ def random_batches(
 
 
 def _be_the_only_rank() -> None:
-    """What torchrun would set for one process."""
+    """What torchrun would set for one process, where it has not started this one."""
+    if "RANK" in os.environ:
+        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
