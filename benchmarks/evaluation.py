@@ -1,4 +1,4 @@
-"""Generation and evaluation: a Megatron checkpoint, against what transformers and lm-eval do with it once it is exported.
+"""Generation and evaluation: a Megatron checkpoint, against what transformers and lm-eval do with it once exported.
 
     python benchmarks/evaluation.py                              # the quickstart's model after 41 steps, made here
     python benchmarks/evaluation.py --load runs/demo/checkpoints --rounds 5
@@ -13,10 +13,10 @@ The sides take turns; processor time, medians. One thread, as the others share a
 """
 
 import argparse
-import csv
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -130,20 +130,24 @@ def evaluating(directory: Path, context: int, folder: Path) -> dict[str, Callabl
     def ours() -> tuple[float, Any]:
         command = ["tools/evaluate.py", str(directory), "--tasks", tasks, *small, "--output", f"{folder}/ours"]
         seconds = processor_seconds([*command, "--overwrite"])
-        with open(folder / "ours" / "results.csv") as file:
-            return seconds, {row["task"]: row for row in csv.DictReader(file)}
+        return seconds, found_in(folder / "ours" / "lm_eval")
 
     def theirs() -> tuple[float, Any]:
         model = f"pretrained={directory},dtype=float32,max_length={context}"
         command = ["-m", "lm_eval", "--model", "hf", "--model_args", model, "--tasks", tasks, "--device", "cpu"]
         command += ["--batch_size", "8", "--include_path", str(FOLDER), "--metadata", json.dumps(settings)]
-        seconds = processor_seconds([*command, "--output_path", f"{folder}/theirs.json"])
-        [file] = folder.glob("theirs*.json")
-        found = json.loads(file.read_text())["results"]
-        file.unlink()
-        return seconds, found
+        shutil.rmtree(folder / "theirs", ignore_errors=True)
+        seconds = processor_seconds([*command, "--output_path", f"{folder}/theirs"])
+        return seconds, found_in(folder / "theirs")
 
     return {"tools/evaluate.py": ours, "lm_eval --model hf": theirs}
+
+
+def found_in(folder: Path) -> dict[str, float]:
+    """The mean log-probability of the right answers of every task, as lm-eval has written it."""
+    [file] = folder.rglob("results*.json")
+    results = json.loads(file.read_text())["results"]
+    return {task: round(results[task]["logprob,none"], 4) for task in TASKS}
 
 
 def processor_seconds(command: list[str]) -> float:

@@ -10,8 +10,9 @@ The model is that of the speed figures (15.6M parameters), in bf16. Each point i
 - processes: a step of 4,096 tokens on 1 to 4 processes, split by data (DP), tensors (TP) or layers (PP)
 - corpus: preprocessing, whole, of text made of this Python's own (`tools/build_corpus.py`), with two workers
 
-Processor time, of all processes together, the median of the steps; memory is the largest process's at its peak. One
-thread a process: what several cores gain in wall time depends on the machine, and is not measured.
+Processor time, of all processes together, the median of the steps; memory at its peak, of the largest process of a
+training and of all processes of preprocessing. One thread a process: what several cores gain in wall time depends on
+the machine, and is not measured.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from preprocess import enlarge  # noqa: E402
+from preprocess import Tool, enlarge  # noqa: E402
 from results import record  # noqa: E402
 
 LENGTHS = (128, 512, 2048, 8192)
@@ -60,11 +61,11 @@ def main() -> None:
         return measure(args.point)
     found: dict[str, list[tuple[str, float, float]]] = {}
     for what in args.only:
-        print(f"\n| {WHAT[what]} | processor time, s | largest process, MB |\n|---|---|---|", flush=True)
+        print(f"\n| {WHAT[what]} | processor time, s | memory, MB |\n|---|---|---|", flush=True)
         for name, seconds, megabytes in points(what, args.steps):
             print(f"| {name} | {seconds:.2f} | {megabytes:,.0f} |", flush=True)
             record(f"growth, {what} {name}: processor time", [seconds], "s")
-            record(f"growth, {what} {name}: largest process", [megabytes], "MB")
+            record(f"growth, {what} {name}: memory", [megabytes], "MB")
             found.setdefault(what, []).append((name, seconds, megabytes))
     if args.picture:
         draw(found, args.picture)
@@ -128,24 +129,19 @@ def corpora() -> Iterator[tuple[str, float, float]]:
         tool("train_tokenizer", "--input", small, "--output", tokenizer, "--vocab-size", "4096", "--max-mb", "4")
         for megabytes in MEGABYTES:
             enlarge(small, Path(large), megabytes * 10**6)
-            yield f"{megabytes:,}", *tool(
-                "preprocess_data", "--input", large, "--output-prefix", f"{folder}/data", "--append-eod",
-                "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer, "--workers", "2",
-                "--overwrite",
-            )  # fmt: skip
+            flags = ["--input", large, "--append-eod", "--workers", "2", "--overwrite"]
+            flags += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", tokenizer]
+            preprocessing = Tool(HERE.parent / "tools" / "preprocess_data.py", flags)
+            preprocessing.run(Path(folder, "data"))
+            yield f"{megabytes:,}", preprocessing.processor_seconds[0], preprocessing.peak_mb[0]
 
 
-def tool(name: str, *flags: str) -> tuple[float, float]:
-    """Run a tool; its processor seconds, and MB of its largest process."""
-    process = subprocess.Popen(
-        [sys.executable, HERE.parent / "tools" / f"{name}.py", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    assert process.stderr is not None
-    said = process.stderr.read().decode()
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"tools/{name}.py failed:\n{said[-2000:]}")
-    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1000
+def tool(name: str, *flags: str) -> None:
+    """Run a tool quietly."""
+    command = [sys.executable, HERE.parent / "tools" / f"{name}.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"tools/{name}.py failed:\n{done.stderr[-2000:]}")
 
 
 def draw(found: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
@@ -158,7 +154,7 @@ def draw(found: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
     figure, axes = pyplot.subplots(2, len(found), figsize=(3.6 * len(found) + 0.4, 5.6), squeeze=False)
     for column, (what, each) in enumerate(found.items()):
         names = [name for name, _, _ in each]
-        for row, unit in enumerate(("processor time, s", "largest process, MB")):
+        for row, unit in enumerate(("processor time, s", "memory, MB")):
             axis = axes[row][column]
             axis.bar(range(len(each)), [point[1 + row] for point in each], color=("tab:blue", "tab:orange")[row])
             axis.set_xticks(range(len(each)), names, rotation=30, ha="right", fontsize=8)
