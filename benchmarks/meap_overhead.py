@@ -7,6 +7,9 @@ Training step: one model (15.6M parameters) alternates between a MEAP step (`--m
 loss reported for masked and for clean inputs) and a next-token step. The samples of both are read beforehand: reading
 them is the other figure. Target: at most 1.01 of the next-token step.
 
+Log: what this project adds to Megatron's line of a step (speed, time left, norms of the embedding), the search for
+spikes and a heartbeat, as if all were written after every step, against the step. Target: at most 0.005 of it.
+
 Data pipeline: Megatron's own `GPTDataset` over a corpus of random tokens, and this project's, which masks, through the
 same DataLoader in batches of 8, at the paper's 4,096 tokens. Target: at least 0.97 of the samples per second. They are
 read with `--workers` processes, as Megatron reads them; with 0, where nothing hides, the masks are most visible.
@@ -60,6 +63,14 @@ def main() -> None:
         steps = compare(clean, masked, args.rounds, time.process_time)
         print(f"training step: {describe(steps)} (target: at most 1.01)")
         record("training step, masking / none", [masked / without for without, masked in steps], "x")
+        added = compare(clean, log_of_a_step(trainer, Path(folder)), args.rounds, time.process_time)
+        shares = [log / step for step, log in added]
+        record("log line and heartbeat of every step, of a training step", shares, "x")
+        milliseconds = 1000 * statistics.median(log for _, log in added)
+        print(
+            f"log line and heartbeat: {milliseconds:.2f} ms, {statistics.median(shares):.5f} of a training step "
+            "(target: at most 0.005)"
+        )
         for workers in sorted({0, args.workers}):
             clean, masked = (reading(side, args.samples, workers) for side in (stock(long[0]), long[1]))
             reads = compare(clean, masked, args.rounds, time.perf_counter if workers else time.process_time)
@@ -161,6 +172,26 @@ def step(trainer: Trainer, dataset: Any, ratio: float) -> Callable[[], Any]:
     def run() -> None:
         trainer.args.meap_mask_ratio = ratio
         trainer.step(batches)
+
+    return run
+
+
+def log_of_a_step(trainer: Trainer, folder: Path) -> Callable[[], Any]:
+    """What is done for the log after one step, and a heartbeat that is written (which happens every ten seconds)."""
+    from megatron_meap.backend.megatron_patches import Step
+    from megatron_meap.cluster.run_files import Heartbeat
+    from megatron_meap.trainer.log_line import LogLine
+
+    log = LogLine(trainer.args)
+    done = Step(trainer.model, trainer.optimizer, 1, {"lm loss": torch.tensor(9.0)}, False, 1.0, {})
+    line = (
+        f" iteration 1/ 100000 | elapsed time per iteration (ms): 900.0 | global batch size: {BATCH} | lm loss: 9.0 |"
+    )
+
+    def run() -> None:
+        Heartbeat(str(folder)).beat(1)
+        log.see(done)
+        assert "tokens/s" in log.rewrite(line, done)
 
     return run
 

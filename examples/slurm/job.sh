@@ -84,9 +84,9 @@ watch_heartbeat() {
   while kill -0 "$1" 2>/dev/null; do
     if [ -n "$(find "$MEAP_HEARTBEAT" -mmin "+$HANG_MINUTES" 2>/dev/null)" ]; then
       echo "job $SLURM_JOB_ID: no sign of life for HANG_MINUTES=$HANG_MINUTES minutes; its ranks are ended"
-      kill -TERM "$1" || true
+      scancel --signal=TERM "$SLURM_JOB_ID" || true # its steps, not this script
       sleep "${HANG_MINUTES}m" >/dev/null 2>&1 # what still moves has saved; what hangs in a collective heeds no signal
-      kill -0 "$1" 2>/dev/null && scancel --signal=KILL "$SLURM_JOB_ID" # its steps, not this script
+      kill -TERM "$1" 2>/dev/null || true # srun kills them
       return
     fi
     sleep 15 >/dev/null 2>&1

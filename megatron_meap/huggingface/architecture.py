@@ -254,7 +254,7 @@ def megatron_flags(model: Architecture) -> list[str]:
     if model.window is not None:
         pairs["--window-size"] = f"{model.window},0"
     if model.experts:
-        pairs |= experts.flags(model)
+        pairs |= experts.flags(model, model.ffn)
     switches = {
         "--group-query-attention": True,
         "--swiglu": True,

@@ -27,9 +27,10 @@ def from_megatron(args: Namespace) -> dict[str, Any]:
     }
 
 
-def flags(model: Extras) -> dict[str, Any]:
-    """Megatron's, with their values."""
+def flags(model: Extras, ffn: int) -> dict[str, Any]:
+    """Megatron's, with their values; `ffn` is the width of an expert."""
     return {
+        "--moe-ffn-hidden-size": ffn,
         "--num-experts": model.experts,
         "--moe-router-topk": model.chosen,
         "--moe-router-load-balancing-type": "aux_loss",

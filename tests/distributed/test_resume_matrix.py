@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_meap.checkpoint.reader import open_checkpoint
 from tests.conftest import Corpus
@@ -126,3 +127,32 @@ def test_resumed_runs_end_with_the_same_weights(
         limits = (0.0, 0.0) if layout == SAME else TOLERANCE[precision]
         assert weight <= limits[0], (*CELLS[cell], layout)
         assert loss <= limits[1], (*CELLS[cell], layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_in_a_later_stage_and_resumed(corpus: Corpus, tmp_path: Path, processes: int) -> None:
+    """Killed in the second and in the third stage: the losses and the weights of a run that nobody stopped."""
+    one, two = corpus.prefix, corpus.second_prefix
+    (tmp_path / "stages.yaml").write_text(
+        f"- {{until: 24 samples, blend: {{{one}: 1}}}}\n- {{until: 60 samples, blend: {{{one}: 1, {two}: 3}}}}\n"
+        f"- blend: {{{two}: 1}}\n"
+    )
+    tokenizer = corpus.data_flags[: corpus.data_flags.index("--data-path")]
+    flags = [*MODEL, *TRAINING, *tokenizer, "--data-cache-path", str(tmp_path / "cache"), "--train-iters", "12"]
+    flags += ["--meap-data-stages", str(tmp_path / "stages.yaml"), "--save-interval", "2"]
+
+    def saving(name: str) -> list[str]:
+        return [*flags, "--save", str(tmp_path / name), "--load", str(tmp_path / name)]
+
+    parts = [launch_killed(processes, saving("part"), step) for step in (5, 10)]  # samples 40 and 80
+    done = launch_many(processes, {"whole": saving("whole"), "part": saving("part")}, tmp_path)
+    assert [min(part.steps) for part in (*parts, done["part"])] == [1, 5, 9]
+    for part in (*parts, done["part"]):
+        assert part.steps
+        for iteration, values in part.steps.items():
+            assert values["lm loss"] == done["whole"].steps[iteration]["lm loss"]
+    whole, part = (open_checkpoint(tmp_path / name) for name in ("whole", "part"))
+    assert whole.iteration == part.iteration == 12
+    for name in whole.weights():
+        assert torch.equal(whole.read(name), part.read(name)), name

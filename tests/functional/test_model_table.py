@@ -90,11 +90,16 @@ def test_experts_train_alike_in_every_layout(huggingface_folder: Path, tmp_path:
     runs = {name: [*of_model, *training] for name, of_model in flags.items()}
     alone = launch_many(1, runs, tmp_path)
     layouts = {"ep": ["--expert-model-parallel-size", "2"], "sp": LAYOUTS["sp"], "pp": LAYOUTS["pp"]}
-    split = {f"{name}-{layout}": [*runs[name], *more] for name in names for layout, more in layouts.items()}
+    split = {
+        f"{name}-{layout}": [*runs[name], *more, "--save-interval", "6", "--save", str(tmp_path / f"{name}-{layout}")]
+        for name in names
+        for layout, more in layouts.items()
+    }
     for name, run in launch_many(2, split, tmp_path).items():
         losses = alone[name.rpartition("-")[0]].losses()
         assert losses[-1] < losses[0] - 0.5
         assert run.losses() == pytest.approx(losses, abs=1e-4), name
+        export(ExportJob(str(tmp_path / name), str(tmp_path / f"exported-{name}")))  # whose logits are compared
 
 
 def test_the_page_has_a_row_for_every_model() -> None:
