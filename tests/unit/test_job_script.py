@@ -13,12 +13,13 @@ trap - USR1 TERM
 . examples/slurm/job.sh
 HANG_MINUTES=$1
 touch -d "$2" "$MEAP_HEARTBEAT"
-run_step sleep 1
+scancel() { echo "scancel $*"; }
+run_step sleep 2
 """
 
 
 @pytest.mark.parametrize(
-    ("minutes", "beat", "hangs"), [("1", "-2 minutes", True), ("3", "-2 minutes", False), ("", "-2 days", False)]
+    ("minutes", "beat", "hangs"), [("0.01", "-2 minutes", True), ("3", "-2 minutes", False), ("", "-2 days", False)]
 )
 def test_a_run_without_a_sign_of_life_is_ended(tmp_path: Path, minutes: str, beat: str, hangs: bool) -> None:
     environment = {
@@ -28,7 +29,8 @@ def test_a_run_without_a_sign_of_life_is_ended(tmp_path: Path, minutes: str, bea
     done = subprocess.run(
         ["bash", "-c", JOB, "_", minutes, beat], cwd=REPOSITORY, env=environment, text=True, capture_output=True
     )
-    assert ("no sign of life for HANG_MINUTES=1 minutes" in done.stdout) is hangs
+    assert ("no sign of life for HANG_MINUTES=0.01 minutes" in done.stdout) is hangs
+    assert ("scancel --signal=TERM 7" in done.stdout) is hangs  # then it is killed
     assert ("job 7: done" in done.stdout) is not hangs
     assert done.returncode == (2 if hangs else 0)
     assert ("job 7 failed with status 143" in done.stderr) is hangs
