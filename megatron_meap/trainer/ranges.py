@@ -15,7 +15,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 1,
         "at least 1",
     ),
-    ("*_eps *_std clip_grad local_rank weight_decay", lambda value: value >= 0, "0 or more"),
+    ("*_eps *_std clip_grad local_rank num_workers weight_decay", lambda value: value >= 0, "0 or more"),
     ("moe_input_jitter_eps", lambda value: 0 < value < 1, "above 0 and below 1"),
     ("*_dropout adam_beta? lion_beta? muon_momentum sgd_momentum", lambda value: 0 <= value < 1, "from 0 to below 1"),
 )
