@@ -15,6 +15,7 @@ from megatron_meap.errors import UsageError
 from megatron_meap.planning.compute import Work, work
 from megatron_meap.planning.memory import ModelMemory, bytes_per_parameter, measure
 from megatron_meap.trainer import arguments, batch_sizes
+from megatron_meap.trainer.refusals import explained
 from megatron_meap.trainer.tokenizer import set_tokenizer
 
 RECOMPUTATION: dict[str, dict[str, object]] = {
@@ -66,7 +67,8 @@ def plan(flags: Namespace, **changes: object) -> Plan:
         try:
             arguments.check(args)
             set_tokenizer(args)
-            return Plan(args, measure(args), work(args))
+            with explained(args):
+                return Plan(args, measure(args), work(args))
         finally:
             destroy_num_microbatches_calculator()
 

@@ -9,6 +9,7 @@ from megatron_meap.errors import UsageError
 from megatron_meap.planning.trace import Chunk, trace_stage
 from megatron_meap.planning.world import pretended
 from megatron_meap.trainer import batch_sizes
+from megatron_meap.trainer.arguments import NEED_TRANSFORMER_ENGINE
 from megatron_meap.trainer.optimizers import is_distributed
 
 
@@ -64,6 +65,7 @@ def measure(args: Namespace) -> ModelMemory:
         ("--use-torch-fsdp2", args.use_torch_fsdp2),
         ("--optimizer-cpu-offload", args.optimizer_cpu_offload),
         (f"--optimizer {args.optimizer}", args.optimizer not in ("adam", "muon")),
+        ("--recompute-modules", NEED_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ())),
         ("--use-precision-aware-optimizer", args.use_precision_aware_optimizer and args.optimizer == "muon"),
     ):
         if asked:

@@ -37,6 +37,9 @@ LOCAL_LAYERS = {
 }
 """Megatron's arguments for the local layers (layers.py): PyTorch only, no kernels of Apex or Transformer Engine."""
 
+NEED_TRANSFORMER_ENGINE = {"layernorm", "mla_up_proj", "moe_act"}
+"""Modules that Megatron recomputes through a part of it."""
+
 NOT_COMPILED = {"bias_dropout_fusion": False, "bias_swiglu_fusion": False}
 """What `torch.compile` fuses on a GPU, and nothing does on a CPU."""
 
@@ -293,7 +296,11 @@ def _refuse_what_this_device_cannot(args: Namespace) -> None:
             f"--context-parallel-size {args.context_parallel_size}: needs Transformer Engine, whose attention reaches "
             "beyond a rank's part of the sequence; install it (docs/cluster.md), or use tensor parallelism"
         )
-    if args.transformer_impl != "local" or not args.dataloader_inter_document_masking:
+    if args.transformer_impl != "local":
+        return
+    if modules := NEED_TRANSFORMER_ENGINE.intersection(args.recompute_modules or ()):
+        raise UsageError(f"--recompute-modules {' '.join(sorted(modules))}: needs Transformer Engine; name others")
+    if not args.dataloader_inter_document_masking:
         return
     asked = {"--mtp-num-layers": args.mtp_num_layers, "--multi-latent-attention": args.multi_latent_attention}
     for flag_given in (name for name, value in asked.items() if value):

@@ -119,7 +119,7 @@ _NOT_WITH: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
      _given("multi_latent_attention")),
     ("mtp_*", "--hybrid-layer-pattern that has no layers for it, after a /",
      lambda args: args.hybrid_layer_pattern and "/" not in args.hybrid_layer_pattern),
-    ("no_rope_freq use_rope_scaling", "--hybrid-layer-pattern", _given("hybrid_layer_pattern")),
+    ("no_rope_freq use_rope_scaling window_attn_skip_freq", "--hybrid-layer-pattern", _given("hybrid_layer_pattern")),
     ("num_experts", "--hybrid-layer-pattern without an E",
      lambda args: args.hybrid_layer_pattern and "E" not in args.hybrid_layer_pattern),
     ("position_embedding_type", "--multi-latent-attention, whose heads have rotary positions",
