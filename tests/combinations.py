@@ -65,7 +65,7 @@ NEITHER: dict[str, str] = {
         "*persistent* verify_* exit_* *interval dump_* config_logger* logits_* *rerun* result_rejected* check_* "
         "*sniff* inprocess* ft_* replication* *integrity no_load* no_save* override_* finetune enable_msc disable_msc "
         "use_dist_ckpt dist_ckpt* async_* *retain* stream_ckpt* use_persistent* *_memory_* meap_keep* meap_overwrite* "
-        "meap_allow* meap_refuse* meap_lost* meap_probe* moe_per_layer_logging",
+        "meap_loss_spike meap_allow* meap_refuse* meap_lost* meap_probe* moe_per_layer_logging",
     "of Megatron's other programs":
         "rl_* grpo_* langrl* perform_rl* *inference* dino_* vision_* swin_* ict_* bert_* biencoder* retriever* "
         "indexer_* titles_* evidence* block_data* embedding_path query_in* use_one_sent* img_* num_classes "
@@ -80,12 +80,12 @@ NEITHER: dict[str, str] = {
         "fp32 tokenizer_* *data_path data_args* per_split* per_dataset* vocab_* merge_file mock_data null_* tiktoken* "
         "chat_* trust_remote* object_storage* seq_length *seq_length padded_vocab* pad_vocab* meap_sft* skip_bad* "
         "meap_official* num_layers hidden_size max_position* skip_train full_val* multiple_val* validation_set* "
-        "fim_data meap_mask_weights",
+        "fim_data meap_mask_weights disable_msc*",
     "a guard that this data does not trip":
         "mid_level* allow_ambiguous* meap_protect* create_attention* decrease_batch* moe_layer_recompute "
         "moe_enable_routing* *_dispatcher* moe_pad* moe_router_padding* *_experts_for* mtp_standalone use_checkpoint*",
     "equal by itself: the sums are the same":
-        "micro_batch_size calculate_per_token* moe_router_dtype mtp_use_repeated* num_query_groups lr_decay_samples "
+        "micro_batch_size eval_micro_batch_size yarn_correction* calculate_per_token* moe_router_dtype mtp_use_repeated* num_query_groups lr_decay_samples "
         "hybrid_layer_pattern attention_softmax_in_fp32",
 }  # fmt: skip
 """Flags that change neither data nor mathematics, by reason; of all others a run without effect is a fault."""

@@ -302,7 +302,12 @@ def _refuse_what_this_device_cannot(args: Namespace) -> None:
         raise UsageError(f"--recompute-modules {' '.join(sorted(modules))}: needs Transformer Engine; name others")
     if not args.dataloader_inter_document_masking:
         return
-    asked = {"--mtp-num-layers": args.mtp_num_layers, "--multi-latent-attention": args.multi_latent_attention}
+    asked = {
+        "--mtp-num-layers": args.mtp_num_layers,
+        "--multi-latent-attention": args.multi_latent_attention,
+        f"--softmax-type {args.softmax_type}": args.softmax_type != "vanilla",
+        "--apply-query-key-layer-scaling": args.apply_query_key_layer_scaling,
+    }
     for flag_given in (name for name, value in asked.items() if value):
         raise UsageError(
             f"{flag_given}: its local layers cannot keep documents apart (--meap-sft, "

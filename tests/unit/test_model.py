@@ -29,3 +29,16 @@ def test_a_spec_that_is_lost_is_not_replaced(spec: str) -> None:
     args = checked([*MODEL, "--spec", *spec.split()])
     with pytest.raises(UsageError, match=f"^--spec {spec}: "):
         model.check(args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--dataloader-inter-document-masking --softmax-type learnable", "--softmax-type learnable: its local layers"),
+        ("--dataloader-inter-document-masking --apply-query-key-layer-scaling", "--apply-query-key-layer-scaling: its"),
+        ("--recompute-granularity selective --recompute-modules layernorm", "--recompute-modules layernorm: needs"),
+    ],
+)
+def test_what_local_layers_cannot_is_refused_before_they_are_asked(flags: str, said: str) -> None:
+    with pytest.raises(UsageError, match=f"^{said}"):
+        checked([*MODEL, *flags.split()])
