@@ -85,7 +85,8 @@ NEITHER: dict[str, str] = {
         "mid_level* allow_ambiguous* meap_protect* create_attention* decrease_batch* moe_layer_recompute "
         "moe_enable_routing* *_dispatcher* moe_pad* moe_router_padding* *_experts_for* mtp_standalone use_checkpoint*",
     "equal by itself: the sums are the same":
-        "micro_batch_size eval_micro_batch_size yarn_correction* calculate_per_token* moe_router_dtype mtp_use_repeated* num_query_groups lr_decay_samples "
+        "micro_batch_size eval_micro_batch_size yarn_correction* calculate_per_token* moe_router_dtype "
+        "mtp_use_repeated* num_query_groups lr_decay_samples "
         "hybrid_layer_pattern attention_softmax_in_fp32",
 }  # fmt: skip
 """Flags that change neither data nor mathematics, by reason; of all others a run without effect is a fault."""
