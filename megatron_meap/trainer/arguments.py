@@ -291,6 +291,10 @@ def _refuse_what_this_device_cannot(args: Namespace) -> None:
         for flag, reason in unsupported(args):
             look = " (to look at such a run: MEAP_DEVICE=cuda)" if args.dry_run else ""
             raise UsageError(f"{flag}: cannot work on a CPU: {reason}; drop it, or train on a GPU{look}")
+    elif not device.plans_for_gpu() and importlib.util.find_spec("pynvml") is None:
+        for name in ("log_straggler", "log_device_memory_used"):
+            if getattr(args, name):
+                raise UsageError(f"--{name.replace('_', '-')}: needs the package nvidia-ml-py; install it, or drop it")
     if args.context_parallel_size > 1 and args.transformer_impl == "local":
         raise UsageError(
             f"--context-parallel-size {args.context_parallel_size}: needs Transformer Engine, whose attention reaches "
