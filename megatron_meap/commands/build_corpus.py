@@ -28,11 +28,7 @@ def main() -> None:
     if not 0 < args.valid_share < 1:
         raise UsageError(f"--valid-share {args.valid_share:g}: a share, between 0 and 1")
     made = build_corpus(
-        args.train,
-        args.valid,
-        max_bytes=int(args.max_mb * 1e6),
-        valid_share=args.valid_share,
-        overwrite=args.overwrite,
+        args.train, args.valid, max_bytes=int(args.max_mb * 1e6), valid_share=args.valid_share, overwrite=args.overwrite
     )
     print(f"{args.train}: {made.train_documents:,} documents, {made.train_bytes / 1e6:.2f} MB of text")
     print(f"{args.valid}: {made.valid_documents:,} documents, {made.valid_bytes / 1e6:.2f} MB of text")

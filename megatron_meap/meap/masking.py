@@ -53,11 +53,7 @@ class Masking:
             raise ValueError(f"mask strategy {self.strategy!r} with weights {self.weights is not None}")
 
     def positions(
-        self,
-        index: int,
-        seq_length: int,
-        protected: npt.NDArray[np.bool_] | None = None,
-        tokens: Ids | None = None,
+        self, index: int, seq_length: int, protected: npt.NDArray[np.bool_] | None = None, tokens: Ids | None = None
     ) -> Positions:
         """Positions to noise in the sample with this global index.
 

@@ -101,10 +101,7 @@ class MaskSettings(Settings):
     )
     mask_validation: bool = flag(False, "also mask the inputs of validation and test (default: they are clean)")
     mask_warmup_samples: int = flag(
-        0,
-        "increase the ratio from 0 over this many samples (default: %(default)s)",
-        metavar="SAMPLES",
-        decides=True,
+        0, "increase the ratio from 0 over this many samples (default: %(default)s)", metavar="SAMPLES", decides=True
     )
     mask_warmup_shape: str = flag(
         "linear",
@@ -242,12 +239,7 @@ class MaskSettings(Settings):
         return f"{self.objective} ({OBJECTIVES[self.objective].source})" + (f": {' '.join(parts)}" if parts else "")
 
     def masking(
-        self,
-        split: str,
-        total_samples: int,
-        global_batch_size: int,
-        vocab_size: int = 0,
-        special: tuple[int, ...] = (),
+        self, split: str, total_samples: int, global_batch_size: int, vocab_size: int = 0, special: tuple[int, ...] = ()
     ) -> Masking | None:
         """The masking of a split, or None where its inputs stay clean.
 

@@ -40,7 +40,7 @@ def test_from_this_machines_text_to_a_checked_dataset(tool):
         "train_tokenizer", "--input c/train.jsonl --output tokenizer/tokenizer.model --vocab-size 800"
     )
     assert status == 0
-    assert said.startswith("tokenizer/tokenizer.model: 800 ids, trained on 0.5 MB of text from 1 files")
+    assert said.startswith("tokenizer/tokenizer.model: 800 ids, trained on 0.5 MB of text from 1 file")
     for side in ("train", "valid"):
         flags = f"--input c/{side}.jsonl --output-prefix data/{side} --append-eod {tokenizer}"
         status, said, shown = tool("preprocess_data", flags)

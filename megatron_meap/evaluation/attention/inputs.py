@@ -155,10 +155,7 @@ def _needle(tokenizer: Any, template: str, key: str, value: str) -> tuple[list[i
     text = template.replace("{key}", key)
     first = text.index("{value}")
     encoded = tokenizer(
-        text.replace("{value}", value),
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_offsets_mapping=True,
+        text.replace("{value}", value), add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
     )
     inside = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if b > first and a < first + len(value)]
     return encoded["input_ids"], slice(inside[0], inside[-1] + 1)

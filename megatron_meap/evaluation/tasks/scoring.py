@@ -37,8 +37,7 @@ def ranked(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, 
     gold = doc["gold"]
     best = likeliest(doc, likelihoods)
     return _with_cell(
-        doc,
-        {"acc": float(best == gold), "logprob": likelihoods[gold], "greedy": float(results[gold][1])},
+        doc, {"acc": float(best == gold), "logprob": likelihoods[gold], "greedy": float(results[gold][1])}
     )
 
 
@@ -60,12 +59,7 @@ def gold_logprob(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict
     """Log-likelihood of the gold answer (nats), whole and per token, and whether greedy decoding writes it."""
     likelihood, greedy = results[0]
     return _with_cell(
-        doc,
-        {
-            "logprob": likelihood,
-            "logprob_per_token": likelihood / doc["answer_tokens"],
-            "greedy": float(greedy),
-        },
+        doc, {"logprob": likelihood, "logprob_per_token": likelihood / doc["answer_tokens"], "greedy": float(greedy)}
     )
 
 
