@@ -36,6 +36,31 @@ class JobError(Exception):
     """What ends a job through no fault of its input or of this code, as a host that is gone; one line says it."""
 
 
+def refuse(*checks: tuple[object, str]) -> None:
+    """Raise a `UsageError` for the first check that holds; a check is what is wrong, and the message."""
+    for wrong, message in checks:
+        if wrong:
+            raise UsageError(message)
+
+
+@contextlib.contextmanager
+def refusing(message: str, *kinds: type[Exception], remedy: str = "") -> Iterator[None]:
+    """Make errors of files and libraries a `UsageError`: `MESSAGE (reason); REMEDY`.
+
+    Args:
+        message: names the file or flag, and says what is wrong with it.
+        kinds: the errors that are meant; all where none is given. A `UsageError` passes through.
+        remedy: what to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UsageError) or not isinstance(error, kinds or Exception):
+            raise
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UsageError(f"{message} ({reason})" + (f"; {remedy}" if remedy else "")) from error
+
+
 def refuse_to_overwrite(flag: str, path: str | Path, overwrite: bool) -> None:
     """Refuse an output that is there already, unless `--overwrite` says that it is meant."""
     if Path(path).exists() and not overwrite:

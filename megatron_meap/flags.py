@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self, get_args, get_type_hints
 
-from megatron_meap.errors import UsageError, one_line
+from megatron_meap.errors import UsageError, refusing
 
 
 def flag(
@@ -159,10 +159,8 @@ def with_files(command_line: Sequence[str]) -> list[str]:
     words: list[str] = []
     for word in command_line:
         if word.startswith("@") and Path(word[1:]).is_file():
-            try:
+            with refusing(f"{word}: cannot be read as flags", OSError, ValueError):
                 words += shlex.split(Path(word[1:]).read_text())
-            except (OSError, ValueError) as error:
-                raise UsageError(f"{word}: cannot be read as flags: {one_line(error)}") from error
         elif word.startswith("'"):
             raise UsageError(f"{word}: contains a quote from a file; write @FILE instead of $(cat FILE)")
         else:

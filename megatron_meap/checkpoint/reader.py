@@ -16,8 +16,9 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_meap.checkpoint.latest import POINTER, pointer
-from megatron_meap.errors import UsageError
+from megatron_meap.checkpoint import latest
+from megatron_meap.checkpoint.latest import POINTER
+from megatron_meap.errors import UsageError, refusing
 
 COMMON_STATE = "common_state/shard_0_1"  # where Megatron 0.19 keeps what is not a tensor; before: the file common.pt
 LAYERS = "decoder.layers."
@@ -117,14 +118,10 @@ def open_checkpoint(path: str | Path, iteration: int | None = None) -> Checkpoin
         legacy = any(directory.glob("mp_rank_*"))
         reason = "is in Megatron's old format; save with --ckpt-format torch_dist" if legacy else "has no .metadata"
         raise UsageError(f"{directory}: not a torch_dist checkpoint: it {reason}")
-    try:
+    with refusing(f"{directory}: the checkpoint cannot be read"):  # unpickling a damaged file can raise almost anything
         metadata = FileSystemReader(directory).read_metadata()
         common = _common_state(directory, metadata)
         args = common["args"]
-    except UsageError:
-        raise
-    except Exception as error:  # unpickling a damaged file can raise almost anything
-        raise UsageError(f"{directory}: the checkpoint cannot be read ({error or type(error).__name__})") from error
     if not isinstance(args, Namespace):
         raise UsageError(f"{directory}: holds no arguments of Megatron's, so its model is unknown")
     scheduler = common.get("opt_param_scheduler") or {}
@@ -136,20 +133,20 @@ def directory_of(path: Path, iteration: int | None = None) -> Path:
     if not path.is_dir():
         raise UsageError(f"{path}: no such directory" if not path.exists() else f"{path}: not a directory")
     if iteration is not None:
-        chosen = path / f"iter_{iteration:07d}"
+        chosen = latest.directory(path, iteration)
         if not chosen.is_dir():
-            there = sorted(int(found.name[5:]) for found in path.glob("iter_*") if found.name[5:].isdigit())
-            raise UsageError(f"{path}: has no iteration {iteration}; it has {', '.join(map(str, there)) or 'none'}")
+            there = ", ".join(map(str, latest.iterations(path)))
+            raise UsageError(f"{path}: has no iteration {iteration}; it has {there or 'none'}")
         return chosen
     if (path / ".metadata").is_file():
         return path
     tracker = path / POINTER
     if not tracker.is_file():
         raise UsageError(f"{path}: not a Megatron checkpoint: it has no {POINTER}")
-    latest = pointer(path)
-    if latest is None:
+    newest = latest.pointer(path)
+    if newest is None:
         raise UsageError(f"{tracker}: expected an iteration or 'release', found {tracker.read_bytes()[:40]!r}")
-    chosen = path / ("release" if latest == "release" else f"iter_{int(latest):07d}")
+    chosen = path / newest if newest == "release" else latest.directory(path, int(newest))
     if not chosen.is_dir():
         raise UsageError(f"{tracker}: names {chosen.name}, which is not there")
     return chosen

@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.flags import Parser
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -174,12 +174,9 @@ def _prepare_output(flags: argparse.Namespace) -> None:
     """See that the folder can be written; tell the judge where to keep its verdicts."""
     if not (flags.batch_size == "auto" or (flags.batch_size.isdigit() and int(flags.batch_size) > 0)):
         raise UsageError(f"--batch-size {flags.batch_size}: must be a positive number or auto")
-    try:
+    with refusing(f"--output {flags.output}: cannot be written", OSError):
         flags.output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=flags.output):
-            pass
-    except OSError as error:
-        raise UsageError(f"--output {flags.output}: cannot be written ({error.strerror})") from error
+        tempfile.TemporaryFile(dir=flags.output).close()
     os.environ["MEAP_JUDGE_LOG"] = str(flags.output / "judge.jsonl")
     for name in ("url", "model"):
         if value := getattr(flags, f"judge_{name}"):

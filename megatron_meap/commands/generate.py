@@ -12,7 +12,7 @@ import sys
 import warnings
 from dataclasses import replace
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.flags import Parser
 
 
@@ -59,10 +59,8 @@ def prompts(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     if args.prompt_file is None or args.prompt_file == "-":
         lines = sys.stdin
     else:
-        try:
+        with refusing(f"--prompt-file {args.prompt_file}: cannot be read", OSError):
             lines = open(args.prompt_file, encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise UsageError(f"--prompt-file {args.prompt_file}: {error.strerror}") from error
     ask = args.prompt_file is None and sys.stdin.isatty()
     while True:
         if ask:

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_meap.backend import device
 from megatron_meap.checkpoint import latest
 from megatron_meap.checkpoint.reader import open_checkpoint
-from megatron_meap.errors import UsageError, one_line
+from megatron_meap.errors import UsageError, refusing
 
 _SPEC = re.compile(r"(?:(?P<name>[^=/]+)=)?(?P<path>.+?)(?:@(?P<iteration>\d+|all))?")
 
@@ -146,10 +146,8 @@ def context_length(model: Model) -> int:
     """
     from transformers import AutoConfig
 
-    try:
+    with refusing(f"{model.directory}/config.json: transformers cannot read it"):
         config = AutoConfig.from_pretrained(model.directory).get_text_config()
-    except Exception as error:  # of every kind of file that it reads
-        raise UsageError(f"{model.directory}/config.json: transformers cannot read it ({one_line(error)})") from error
     found = getattr(config, "max_position_embeddings", None)
     if not isinstance(found, int) or found < 1:
         raise UsageError(f"{model.directory}/config.json: does not say how long the context is")
@@ -183,17 +181,16 @@ def load(model: Model, batch_size: int | str, where: str | None, dtype: str | No
 
     chosen = where or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        loaded = (ChatHFLM if chat else HFLM)(
-            pretrained=str(model.directory),
-            batch_size=batch_size,
-            device=chosen,
-            dtype=dtype or ("float32" if chosen == "cpu" else "auto"),
-            max_length=context_length(model),
-        )
-    except UsageError as error:  # about the template, which was not named by a flag here
+        with refusing("cannot be loaded"):
+            loaded = (ChatHFLM if chat else HFLM)(
+                pretrained=str(model.directory),
+                batch_size=batch_size,
+                device=chosen,
+                dtype=dtype or ("float32" if chosen == "cpu" else "auto"),
+                max_length=context_length(model),
+            )
+    except UsageError as error:  # also about the template, which was not named by a flag here
         raise UsageError(f"{model.source}: {str(error).replace('--meap-sft-template', 'its chat template')}") from error
-    except Exception as error:
-        raise UsageError(f"{model.source}: cannot be loaded ({one_line(error)})") from error
     if loaded.tokenizer.eos_token_id is None and loaded.tokenizer.bos_token_id is None:
         raise UsageError(f"{model.source}: its tokenizer has neither BOS nor EOS, which lm-eval needs to score text")
     return loaded

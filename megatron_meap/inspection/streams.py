@@ -14,7 +14,7 @@ from megatron.training.datasets.data_samplers import build_pretraining_data_load
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import get_train_valid_test_num_samples, update_train_iters
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.inspection.samples import has_colors, mask_statistics, page, sample_digest, stream_digest, view
 from megatron_meap.meap.positions import STRATEGIES
 from megatron_meap.meap.settings import MaskSettings
@@ -88,10 +88,8 @@ class Streams:
                 )
             print(figures, flush=True)
         if page_path is not None:
-            try:
+            with refusing(f"--html {page_path}: cannot be written", OSError):
                 page_path.write_text(page(views, figures, self._source()))
-            except OSError as error:
-                raise UsageError(f"--html {page_path}: cannot be written: {error.strerror}") from error
             print(f"wrote {page_path}", flush=True)
 
     def _source(self) -> str:

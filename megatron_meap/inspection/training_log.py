@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.meap.losses import BITS_PER_BYTE, CLEAN_LOSS, MASKED_LOSS
 from megatron_meap.trainer.log_names import MFU, SKIPPED, SPIKE
 from megatron_meap.trainer.probe_task import PROBE
@@ -106,12 +106,9 @@ def read_log(path: Path) -> History:
         UsageError: the file cannot be read or holds no training step.
     """
     history = History()
-    try:
-        with open(path, errors="replace") as file:
-            for line in file:
-                history.add(line)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    with refusing(f"{path}: cannot be read", OSError), open(path, errors="replace") as file:
+        for line in file:
+            history.add(line)
     if not history.steps:
         raise UsageError(f"{path}: holds no training step of Megatron's; name the file its output went to")
     return history

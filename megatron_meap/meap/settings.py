@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refuse
 from megatron_meap.flags import Settings, derived, flag
 from megatron_meap.meap.masking import Masking, RatioSchedule, Replacement
 from megatron_meap.meap.objectives import OBJECTIVES
@@ -174,7 +174,7 @@ class MaskSettings(Settings):
         for name, (wrong, why) in refused.items():
             if wrong:
                 raise UsageError(f"{self.said(self.flag_of(name))} {getattr(self, name)}: {why}")
-        contradictions = (
+        refuse(
             (
                 weighted != (self.mask_weights is not None),
                 f"{self.said('--meap-mask-strategy')} weighted: needs --meap-mask-weights, and no other strategy takes "
@@ -196,9 +196,6 @@ class MaskSettings(Settings):
                 "ratio rises",
             ),
         )
-        for wrong, why in contradictions:
-            if wrong:
-                raise UsageError(why)
 
     def words(self, what: str = "input tokens") -> str:
         """The noise in words; `what` is noised."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_meap.errors import UsageError, one_line
+from megatron_meap.errors import UsageError, refusing
 
 _STEPS = 2**24
 
@@ -24,12 +24,8 @@ def read_weights(path: Path, vocab_size: int) -> npt.NDArray[np.int64]:
         UsageError: the file cannot be read, or holds no weights for this tokenizer.
     """
     flag = f"--meap-mask-weights {path}"
-    try:
+    with refusing(f"{flag}: cannot be read as weights, .npy or one number per line", OSError, ValueError, EOFError):
         weights = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
-    except (OSError, ValueError, EOFError) as error:
-        raise UsageError(
-            f"{flag}: cannot be read as weights, .npy or one number per line ({one_line(error)})"
-        ) from error
     if weights.shape != (vocab_size,):
         raise UsageError(f"{flag}: holds {weights.shape} weights; the tokenizer has {vocab_size} tokens")
     weights = weights.astype(np.float64)
@@ -44,7 +40,5 @@ def digest_of(path: Path) -> str:
     Raises:
         UsageError: it cannot be read.
     """
-    try:
+    with refusing(f"--meap-mask-weights {path}: cannot be read", OSError):
         return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UsageError(f"--meap-mask-weights {path}: cannot be read ({one_line(error)})") from error

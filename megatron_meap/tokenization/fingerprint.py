@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import refusing
 
 _HF_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 
@@ -26,10 +26,8 @@ def tokenizer_fingerprint(args: Any) -> str:
         digest.update(repr(cut).encode())
     for name in (args.tokenizer_model, args.vocab_file, args.merge_file):
         for path in _vocabulary_files(Path(name)) if name else ():
-            try:
+            with refusing(f"{path}: cannot be read", OSError):
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
-            except OSError as error:
-                raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
         if name and not Path(name).exists():
             digest.update(str(name).encode())  # a name on a hub: nothing here to look into
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from megatron_meap.errors import UsageError, one_line
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -67,15 +67,11 @@ def _load(args: Namespace) -> Any:
         raise UsageError(f"tokenizer {source}: not found; say where it is with --tokenizer PATH")
     if source.is_dir() or source.name == "tokenizer.json":
         return load_directory(source if source.is_dir() else source.parent)
-    try:
+    with refusing(f"{source}: not a tokenizer of type {kind}"):
         if kind == "TikTokenizer":
             return _from_tiktoken(source, args)
         if kind in SENTENCEPIECE_TYPES:
             return from_sentencepiece(source)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"{source}: not a tokenizer of type {kind} ({error or type(error).__name__})") from error
     raise UsageError(
         f"{source}: a tokenizer of type {kind} cannot be exported from a file; "
         "give a Hugging Face tokenizer directory with --tokenizer"
@@ -84,12 +80,8 @@ def _load(args: Namespace) -> Any:
 
 def load_directory(directory: Path) -> Any:
     """A tokenizer saved by transformers, from the disk alone."""
-    try:
+    with refusing(f"{directory}: holds no Hugging Face tokenizer that can be loaded"):
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:
-        raise UsageError(
-            f"{directory}: holds no Hugging Face tokenizer that can be loaded ({one_line(error)})"
-        ) from error
 
 
 def _fill_holes(tokenizer: Any) -> None:

@@ -85,9 +85,11 @@ def load_reference(args: Any) -> Reference:
     if args.tokenizer_type not in TOKENIZER_TYPES:
         raise UsageError(f"--tokenizer-type {args.tokenizer_type}: use one of {', '.join(TOKENIZER_TYPES)}")
     _check_files(args)
+    light = None
     if args.tokenizer_type in SENTENCEPIECE_TYPES:
-        return _sentencepiece(args.tokenizer_model, args.meap_mask_token)
-    light = without_torch.load(args) if args.tokenizer_type == "HuggingFaceTokenizer" else None
+        light = _sentencepiece(args.tokenizer_model)
+    elif args.tokenizer_type == "HuggingFaceTokenizer":
+        light = without_torch.load(args)
     megatron = light or _megatron_tokenizer(args)
     model: Any = getattr(megatron._tokenizer, "tokenizer", None)
     encode = plain_encode(megatron)
@@ -150,7 +152,8 @@ def _check_files(args: Any) -> None:
             raise UsageError(f"{flag} {value}: a folder; --tokenizer-type {kind} needs a file")
 
 
-def _sentencepiece(path: str, mask_token: str) -> Reference:
+def _sentencepiece(path: str) -> SimpleNamespace:
+    """What stands in for Megatron's tokenizer of a SentencePiece model."""
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor()
@@ -158,7 +161,7 @@ def _sentencepiece(path: str, mask_token: str) -> Reference:
         model.Load(path)
     except (RuntimeError, OSError) as error:
         raise UsageError(f"--tokenizer-model {path}: not a SentencePiece model") from error
-    stand_in = SimpleNamespace(
+    return SimpleNamespace(
         library="sentencepiece",
         _tokenizer=SimpleNamespace(tokenizer=model),
         vocab_size=model.get_piece_size(),
@@ -167,19 +170,6 @@ def _sentencepiece(path: str, mask_token: str) -> Reference:
         eod=model.eos_id(),
         unk=model.unk_id(),
         pad=model.pad_id(),
-    )
-    return Reference(
-        "sentencepiece",
-        model.encode_as_ids,
-        stand_in.vocab_size,
-        (),
-        (),
-        bos=special_id(stand_in, "bos"),
-        eod=special_id(stand_in, "eod"),
-        unk=special_id(stand_in, "unk"),
-        model=model,
-        tokenizer=stand_in,
-        mask=resolve_mask_token(stand_in, mask_token),
     )
 
 

@@ -198,7 +198,7 @@ def test_results_of_a_study(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"--load 'it", b"\xff\xfe", b"--load a\\"])
 def test_files_of_flags(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "flags.txt").write_bytes(content)
-    with pytest.raises(UsageError, match=r"@.*flags\.txt: cannot be read as flags: "):
+    with pytest.raises(UsageError, match=r"@.*flags\.txt: cannot be read as flags "):
         with_files([f"@{tmp_path / 'flags.txt'}"])
 
 

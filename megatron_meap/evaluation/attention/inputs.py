@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refuse
 from megatron_meap.meap.masking import Masking, RatioSchedule
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
 from megatron_meap.preprocessing.readers import InputFile, InputOptions
@@ -56,16 +56,16 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what makes no inputs."""
-        checks = [
-            (self.samples >= 1, f"--samples {self.samples}: must be at least 1"),
-            (0 < self.mask_ratio < 1, f"--mask-ratio {self.mask_ratio}: must lie between 0 and 1"),
-            (0 <= self.seed < 2**64, f"--seed {self.seed}: must lie between 0 and 2**64 - 1"),
-            ("{key}" in self.needle and "{value}" in self.needle, "--needle: must contain {key} and {value}"),
-            ("{key}" in self.question, "--question: must contain {key}"),
-        ]
-        for fine, message in checks:
-            if not fine:
-                raise UsageError(message)
+        refuse(
+            (self.samples < 1, f"--samples {self.samples}: must be at least 1"),
+            (not 0 < self.mask_ratio < 1, f"--mask-ratio {self.mask_ratio}: must lie between 0 and 1"),
+            (not 0 <= self.seed < 2**64, f"--seed {self.seed}: must lie between 0 and 2**64 - 1"),
+            (
+                "{key}" not in self.needle or "{value}" not in self.needle,
+                "--needle: must contain {key} and {value}",
+            ),
+            ("{key}" not in self.question, "--question: must contain {key}"),
+        )
 
 
 def make_inputs(path: str, tokenizer: Any, recipe: Recipe) -> Inputs:

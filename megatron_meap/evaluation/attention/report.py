@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import refusing
 from megatron_meap.evaluation.attention.inputs import SEGMENTS
 from megatron_meap.evaluation.attention.measures import Measures, Values
 
@@ -99,9 +99,7 @@ def write(report: dict[str, Any], output: Path) -> None:
             for layer, heads in enumerate(figures["by layer and head"]):
                 writer.writerow([model, name, layer, "all", figures["by layer"][layer]])
                 writer.writerows([model, name, layer, head, value] for head, value in enumerate(heads))
-    try:
+    with refusing(f"--output {output}: cannot be written", OSError):
         output.mkdir(parents=True, exist_ok=True)
         (output / "attention.json").write_text(json.dumps(report, indent=1))
         (output / "attention.csv").write_text(table.getvalue())
-    except OSError as error:
-        raise UsageError(f"--output {output}: cannot be written: {error.strerror}") from error

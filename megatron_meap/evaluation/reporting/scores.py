@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_meap.errors import UsageError, one_line
+from megatron_meap.errors import UsageError, one_line, refusing
 from megatron_meap.evaluation.reporting import pictures
 from megatron_meap.evaluation.reporting.results import ModelResults, headline
 from megatron_meap.evaluation.reporting.statistics import Estimate
@@ -66,19 +66,16 @@ def read(table: Path) -> list[Score]:
     """
     if not table.exists():
         return []
-    try:
-        with open(table, newline="") as file:
-            rows = list(csv.DictReader(file))
+    kinds = OSError, csv.Error, KeyError, ValueError, TypeError
+    with refusing(f"{table}: not a table of scores", *kinds, remedy="move it away"), open(table, newline="") as file:
         return [
             Score(
                 int(row["step"]), int(row["tokens"]), row["task"], row["metric"],
                 Estimate(float(row["value"]), float(row["low"]), float(row["high"]), int(row["samples"])),
                 row["headline"] == "yes", row["checkpoint"],
             )
-            for row in rows
+            for row in csv.DictReader(file)
         ]  # fmt: skip
-    except (OSError, csv.Error, KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"{table}: not a table of scores ({one_line(error)}); move it away") from error
 
 
 def write(scores: list[Score], table: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_meap.errors import UsageError, one_line
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.evaluation.tasks.files import lines, rows
 from megatron_meap.evaluation.tasks.options import Options, as_dataset
 
@@ -44,12 +44,8 @@ def from_folder(name: str, folder: Path, definition: Path) -> Any | None:
     }
     for key in ("tag", "group"):
         config.pop(key, None)
-    try:
-        return ConfigurableTask(config=config)
-    except Exception as error:  # of templates and functions of lm-eval's that meet other fields
-        raise UsageError(
-            f"--commonsense-data: {path}: does not have the fields of the hub's {name} ({one_line(error)})"
-        ) from error
+    with refusing(f"--commonsense-data: {path}: does not have the fields of the hub's {name}"):
+        return ConfigurableTask(config=config)  # whose templates and functions may meet other fields
 
 
 def piqa(**metadata: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The text that needles are hidden in: whole sentences, taken at random places, measured in tokens."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -92,25 +92,25 @@ def split(text: str) -> list[str]:
 
 def _from_python() -> list[str]:
     """The demo corpus' prose: the help topics and docstrings of this Python."""
-    texts, size = [], 0
-    for _, text in documents():
-        texts.append(text)
-        size += len(text)
-        if size > _DEFAULT_CHARACTERS:
-            break
-    return texts
+    return _up_to(_DEFAULT_CHARACTERS, (text for _, text in documents()))
 
 
 def _from_file(path: str) -> list[str]:
     """Texts of a plain or JSON Lines file."""
-    texts: list[str] = []
-    size = 0
-    for text in _json_texts(path) if ".json" in Path(path).name else (line for _, line in lines(path, FLAG)):
-        texts.append(text)
+    if ".json" in Path(path).name:
+        return _up_to(MAX_CHARACTERS, _json_texts(path))
+    return ["".join(_up_to(MAX_CHARACTERS, (line for _, line in lines(path, FLAG))))]
+
+
+def _up_to(characters: int, texts: Iterable[str]) -> list[str]:
+    """The first texts, as many as have more characters than that together, or all."""
+    found, size = [], 0
+    for text in texts:
+        found.append(text)
         size += len(text)
-        if size > MAX_CHARACTERS:
+        if size > characters:
             break
-    return texts if ".json" in Path(path).name else ["".join(texts)]
+    return found
 
 
 def _json_texts(path: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
-from megatron_meap.errors import UsageError, one_line
+from megatron_meap.errors import UsageError, refuse, refusing
 
 GENERATED_TOKENS = 32
 """Room that every prompt leaves for the model's answer; the task files ask for as many tokens."""
@@ -82,19 +82,17 @@ class Options:
         return counter(self.tokenizer, self.chat_template)
 
     def _check(self) -> None:
-        checks = [
-            (self.samples >= 1, f"samples {self.samples}: must be at least 1"),
-            (bool(self.max_seq_lengths), "context lengths: give at least one"),
-            (all(0 <= depth <= 100 for depth in self.depths), f"depths {self.depths}: must lie between 0 and 100"),
-            (all(2 <= n <= 19 for n in self.needles), f"needles {self.needles}: a chain has 2 to 19"),
-            (self.kv_pairs is None or self.kv_pairs >= 2, f"key-value pairs {self.kv_pairs}: must be at least 2"),
-            (self.kv_digits is None or 2 <= self.kv_digits <= 32, f"digits {self.kv_digits}: must be from 2 to 32"),
-            (self.qa_documents >= 2, f"--qa-documents {self.qa_documents}: must be at least 2"),
-            (self.kv_positions >= 1, f"key-value positions {self.kv_positions}: must be at least 1"),
-        ]
-        for holds, message in checks:
-            if not holds:
-                raise UsageError(message)
+        digits = self.kv_digits
+        refuse(
+            (self.samples < 1, f"samples {self.samples}: must be at least 1"),
+            (not self.max_seq_lengths, "context lengths: give at least one"),
+            (any(not 0 <= depth <= 100 for depth in self.depths), f"depths {self.depths}: must lie between 0 and 100"),
+            (any(not 2 <= n <= 19 for n in self.needles), f"needles {self.needles}: a chain has 2 to 19"),
+            (self.kv_pairs is not None and self.kv_pairs < 2, f"key-value pairs {self.kv_pairs}: must be at least 2"),
+            (digits is not None and not 2 <= digits <= 32, f"digits {digits}: must be from 2 to 32"),
+            (self.qa_documents < 2, f"--qa-documents {self.qa_documents}: must be at least 2"),
+            (self.kv_positions < 1, f"key-value positions {self.kv_positions}: must be at least 1"),
+        )
 
 
 class TokenCounter:
@@ -133,10 +131,8 @@ def counter(tokenizer: str, chat_template: bool = False) -> TokenCounter:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with refusing(f"{tokenizer}: holds no tokenizer that transformers can load"):
         loaded = AutoTokenizer.from_pretrained(tokenizer)
-    except Exception as error:
-        raise UsageError(f"{tokenizer}: holds no tokenizer that transformers can load ({one_line(error)})") from error
     if chat_template and not loaded.chat_template:
         raise UsageError(f"--chat-template: the tokenizer of {tokenizer} has none; leave the flag out")
     found = TokenCounter(loaded, chat_template)
