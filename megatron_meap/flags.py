@@ -152,15 +152,18 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 def with_files(command_line: Sequence[str]) -> list[str]:
     """A command line with the flags in the file in place of each `@FILE`; quotes in the file hold its spaces together.
 
+    Lines that begin with `#` are left out.
+
     Raises:
         UsageError: a file that cannot be read; or the shell was made to read such a file, which does not take the
             quotes in it for quotes.
     """
     words: list[str] = []
     for word in command_line:
-        if word.startswith("@") and Path(word[1:]).is_file():
+        if word.startswith("@"):
             with refusing(f"{word}: cannot be read as flags", OSError, ValueError):
-                words += shlex.split(Path(word[1:]).read_text())
+                lines = Path(word[1:]).read_text().splitlines()
+                words += shlex.split("\n".join(line for line in lines if not line.lstrip().startswith("#")))
         elif word.startswith("'"):
             raise UsageError(f"{word}: contains a quote from a file; write @FILE instead of $(cat FILE)")
         else:

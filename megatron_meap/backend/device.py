@@ -24,9 +24,7 @@ def prepare() -> bool:
         UsageError: `MEAP_DEVICE=cuda`, as the recipes set it, where PyTorch can use no GPU.
     """
     megatron_patches.silence_known_warnings()
-    choice = os.environ.get("MEAP_DEVICE", "auto")
-    if choice not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"MEAP_DEVICE={choice}: expected auto, cpu or cuda")
+    choice = _choice()
     if choice == "cuda" and (problem := gpu_problem()):
         raise UsageError(f"MEAP_DEVICE=cuda: on {socket.gethostname()} {problem}; MEAP_DEVICE=cpu trains on the CPU")
     if trains_on_cpu := choice == "cpu" or not torch.cuda.is_available():
@@ -46,12 +44,19 @@ def prepare_to_look(here: bool = False) -> None:
     """
     global _plans_for_gpu
     megatron_patches.silence_known_warnings()
-    choice = os.environ.get("MEAP_DEVICE", "auto")
+    choice = _choice()
     _plans_for_gpu = choice == "cuda" or (choice == "auto" and (not here or torch.cuda.is_available()))
     from megatron_meap.backend import cpu
 
     cpu.install()
     deferred.import_megatron()
+
+
+def _choice() -> str:
+    choice = os.environ.get("MEAP_DEVICE", "auto")
+    if choice not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"MEAP_DEVICE={choice}: expected auto, cpu or cuda")
+    return choice
 
 
 def gpu_problem() -> str | None:

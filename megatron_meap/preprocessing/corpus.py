@@ -80,7 +80,7 @@ def build_corpus(
             count[side] += 1
             size[side] += len(raw)
         if not all(count.values()):
-            raise UsageError(f"{max_bytes} bytes leave nothing to train on or to validate; raise the limit")
+            raise UsageError(f"--max-mb {max_bytes / 1e6:g}: leaves nothing to train on or to validate; raise it")
     return CorpusSummary(count[False], count[True], size[False], size[True])
 
 

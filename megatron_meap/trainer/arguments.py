@@ -4,6 +4,7 @@ import argparse
 import functools
 import importlib.util
 import os
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -175,6 +176,8 @@ def parse_flags(command_line: list[str] | None = None) -> Namespace:
     from megatron.training.arguments import parse_args
     from megatron.training.checkpointing import load_args_from_checkpoint
 
+    if any(word.partition("=")[0] == "--yaml-cfg" for word in command_line or sys.argv):
+        raise UsageError("--yaml-cfg: cannot hold this project's flags; give flags, or a file of them as @FILE")
     parsers = []
 
     def all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import pytest
 from megatron.training.global_vars import unset_global_variables
 from megatron.training.training import destroy_global_state
 
+from megatron_meap.backend import device
 from megatron_meap.cluster import meeting
 from megatron_meap.errors import JobError, UsageError
 from megatron_meap.trainer import run as trainer
@@ -134,6 +135,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
             "--per-dataset-sequences-path nowhere.json: no such file",
         ),
         ("--sft", "--sft: Megatron's own fine-tuning data"),
+        ("--yaml-cfg conf.yaml", "--yaml-cfg: cannot hold this project's flags"),
     ],
 )
 def test_flags(refused, flags: list[str], extra: str, message: str) -> None:
@@ -141,6 +143,13 @@ def test_flags(refused, flags: list[str], extra: str, message: str) -> None:
         place = flags.index("--data-path")
         del flags[place : place + 2]
     assert message in refused(*flags, *extra.split())
+
+
+@pytest.mark.parametrize("prepare_for", [device.prepare, device.prepare_to_look])
+def test_a_device_that_there_is_not(prepare_for, monkeypatch) -> None:
+    monkeypatch.setenv("MEAP_DEVICE", "gpu")
+    with pytest.raises(UsageError, match="MEAP_DEVICE=gpu: expected auto, cpu or cuda"):
+        prepare_for()
 
 
 def test_a_rank_that_never_comes(monkeypatch) -> None:

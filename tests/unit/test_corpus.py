@@ -58,7 +58,7 @@ def test_the_same_every_time(tmp_path):
 
 
 def test_limits_that_leave_nothing(tmp_path):
-    with pytest.raises(UsageError, match="leave nothing to train on"):
+    with pytest.raises(UsageError, match=r"--max-mb .*: leaves nothing to train on"):
         build_corpus(tmp_path / "train", tmp_path / "valid", max_bytes=100)
     with pytest.raises(UsageError, match=r"valid_share 1\.5: give a number between 0 and 1"):
         build_corpus(tmp_path / "train", tmp_path / "valid", valid_share=1.5)

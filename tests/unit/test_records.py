@@ -202,6 +202,13 @@ def test_files_of_flags(content: bytes, tmp_path: Path) -> None:
         with_files([f"@{tmp_path / 'flags.txt'}"])
 
 
+def test_comments_in_a_file_of_flags(tmp_path: Path) -> None:
+    (tmp_path / "flags.txt").write_text("# the schedule\n--lr 1e-3\n  # the run\n--save 'two words'/a#b\n")
+    assert with_files(["run", f"@{tmp_path}/flags.txt"]) == ["run", "--lr", "1e-3", "--save", "two words/a#b"]
+    with pytest.raises(UsageError, match=r"@nowhere\.txt: cannot be read as flags"):
+        with_files(["@nowhere.txt"])
+
+
 def test_a_file_that_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"{tmp_path}: cannot be read: Is a directory; make it"):
         read_json(tmp_path, dict, "make it")
