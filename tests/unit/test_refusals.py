@@ -7,6 +7,7 @@ import megatron.core
 import pytest
 import torch
 
+from megatron_meap import errors
 from megatron_meap.trainer import refusals
 
 IN_MEGATRON = str(Path(megatron.core.__file__).parent / "a_module.py")
@@ -70,3 +71,13 @@ def test_the_place_is_told_where_the_words_do_not(source: str, line: str) -> Non
     """It stands in no file otherwise: a refusal is no bug, whose traceback would be kept."""
     said = str(refusals.refusal(raised(source, IN_MEGATRON), Namespace(num_layers=3)))
     assert said == line.replace(str(Path(megatron.core.__file__).parents[2]) + "/", "")
+
+
+def test_memory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise MemoryError("Unable to allocate 2.40 TiB")
+
+    with pytest.raises(SystemExit) as end:
+        errors.run(main)
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: out of memory: Unable to allocate 2.40 TiB\n"
