@@ -1,4 +1,4 @@
-"""Flags declared once, as fields of a frozen dataclass beside the component that they drive.
+"""Flags declared once, as fields of a frozen dataclass next to the component that they control.
 
     @dataclass(frozen=True)
     class ProbeSettings(Settings):

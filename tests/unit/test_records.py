@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_meap.checkpoint import integrity, latest
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refuse, refusing
 from megatron_meap.evaluation.tasks.judge import Judge
 from megatron_meap.flags import with_files
 from megatron_meap.preprocessing import manifest as manifests
@@ -214,3 +214,16 @@ def test_a_file_that_is_no_file(tmp_path: Path) -> None:
         read_json(tmp_path, dict, "make it")
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "nothing", dict, "make it")
+
+
+def test_errors_become_refusals() -> None:
+    with pytest.raises(UsageError, match=r"^nowhere: cannot be read \(No such file or directory\); name another$"):
+        with refusing("nowhere: cannot be read", OSError, remedy="name another"):
+            Path("nowhere").read_text()
+    with pytest.raises(UsageError, match="^said already$"), refusing("not this"):
+        raise UsageError("said already")
+    with pytest.raises(KeyError), refusing("not this", OSError):
+        raise KeyError("a bug of ours")
+    with pytest.raises(UsageError, match="^second$"):
+        refuse((False, "first"), (True, "second"), (True, "third"))
+    refuse((0, "first"), (None, "second"))
