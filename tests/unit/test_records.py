@@ -217,13 +217,13 @@ def test_a_file_that_is_no_file(tmp_path: Path) -> None:
 
 
 def test_errors_become_refusals() -> None:
-    with pytest.raises(UsageError, match=r"^nowhere: cannot be read \(No such file or directory\); name another$"):
-        with refusing("nowhere: cannot be read", OSError, remedy="name another"):
-            Path("nowhere").read_text()
-    with pytest.raises(UsageError, match="^said already$"), refusing("not this"):
+    said = pytest.raises(UsageError, match=r"^nowhere: cannot be read \(No such file or directory\); name another$")
+    with said, refusing("nowhere: cannot be read", OSError, remedy="name another"):
+        Path("nowhere").read_text()
+    with pytest.raises(UsageError, match="said already"), refusing("not this"):
         raise UsageError("said already")
     with pytest.raises(KeyError), refusing("not this", OSError):
         raise KeyError("a bug of ours")
-    with pytest.raises(UsageError, match="^second$"):
+    with pytest.raises(UsageError, match="second"):
         refuse((False, "first"), (True, "second"), (True, "third"))
     refuse((0, "first"), (None, "second"))
