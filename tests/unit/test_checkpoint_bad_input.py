@@ -151,6 +151,10 @@ def test_every_llama_argument_survives(megatron: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 9},
+            r"more experts a token \(9\) than there are \(4\) is not supported",
+        ),
         ({"model_type": "qwen2_moe"}, "'qwen2_moe' is not supported: it has experts .* llama"),
         ({"model_type": "unheard-of"}, "config.json"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
