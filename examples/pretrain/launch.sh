@@ -90,9 +90,22 @@ _binds_to_numa() {
     python -c 'import importlib.util as u, os, sys; sys.exit(not os.path.isdir(u.find_spec("torch").submodule_search_locations[0] + "/numa"))' >/dev/null
 }
 
+# A variable that is almost the name of one that this recipe reads is probably a typo, and would change nothing.
+_warn_of_typos() {
+  command -v python3 >/dev/null || return 0
+  python3 - "${BASH_SOURCE[0]}" "$0" >&2 <<'END'
+import difflib, os, re, sys
+known = {name for path in sys.argv[1:] for name in re.findall(r"\b[A-Z][A-Z0-9_]+\b", open(path).read())}
+for name in sorted(os.environ.keys() - known):
+    if close := difflib.get_close_matches(name, known, 1, 0.85):
+        print(f"warning: {name} is set, but this recipe does not read it; did you mean {close[0]}?")
+END
+}
+
 # launch FLAGS...: pretrain_gpt_meap.py under torchrun; never returns.
 launch() {
   local word words=() look='' nodes=(--standalone)
+  _warn_of_typos
   gpu_flags
   optimizer_flags
   set -- "${GPU_FLAGS[@]}" "${OPTIMIZER_FLAGS[@]}" "$@" # the recipe's own and the caller's win

@@ -231,7 +231,7 @@ def _require_the_models_shape(args: Namespace) -> None:
     needed = ["hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings", "micro_batch_size"]
     needed += [] if args.hybrid_layer_pattern else ["num_layers"]
     if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]:
-        raise UsageError(f"{', '.join(missing)}: missing, and no run goes without; README.md shows a whole command")
+        raise UsageError(f"{', '.join(missing)}: missing; every run needs this; README.md shows a whole command")
     if args.save and args.save_interval is None:
         raise UsageError("--save-interval: missing; how many steps lie between the checkpoints that --save asks for?")
 

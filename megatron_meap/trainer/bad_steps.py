@@ -67,7 +67,7 @@ def end(args: Namespace, status: int, found: str | None = None) -> NoReturn:
         found: what is wrong with the step, where Megatron's own record does not tell.
     """
     call = getattr(get_rerun_state_machine(), "failed_validation_call", None)
-    found = found or (call and call.caller.message) or "a loss or gradient that cannot be, on another rank"
+    found = found or (call and call.caller.message) or "a loss or gradient that is not finite, on another rank"
     if args.rank != 0:
         time.sleep(3)  # rank 0 speaks first, and torchrun then ends the others
     step = iteration_of(args) + 1

@@ -30,7 +30,7 @@ def settle(args: Namespace) -> None:
         UsageError: a batch size that no step can have, or that does not become what was asked for.
     """
     if args.phase_transition_iterations and args.train_samples is None:
-        raise UsageError("--phase-transition-iterations: needs --train-samples in the place of --train-iters")
+        raise UsageError("--phase-transition-iterations: needs --train-samples instead of --train-iters")
     model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     if args.world_size % model:
         return  # Megatron says so
@@ -54,7 +54,7 @@ def _settle_constant(args: Namespace, ranks: int) -> None:
         raise UsageError(f"--global-batch-size {asked}: {why}; use {near}, or other micro batches")
     args.global_batch_size = smaller
     if args.rank == 0:
-        print(f"note: --global-batch-size {asked}: {why}; it is decreased to {smaller}, as asked for", flush=True)
+        print(f"note: --global-batch-size {asked}: {why}; decreased to {smaller}, as asked for", flush=True)
 
 
 def _check_schedule(args: Namespace, ranks: int) -> None:
@@ -62,7 +62,7 @@ def _check_schedule(args: Namespace, ranks: int) -> None:
     flag = f"--step-batch-size-schedule {args.step_batch_size_schedule}"
     if args.train_samples is None:
         raise UsageError(
-            f"{flag}: needs --train-samples in the place of --train-iters: steps take more and more samples"
+            f"{flag}: needs --train-samples instead of --train-iters: steps take more and more samples"
         )
     if args.decrease_batch_size_if_needed:
         raise UsageError(f"{flag}: contradicts --decrease-batch-size-if-needed; drop one of them")
@@ -72,7 +72,7 @@ def _check_schedule(args: Namespace, ranks: int) -> None:
     try:
         schedule = _calculator(args, ranks).schedule
     except (AssertionError, ValueError) as error:
-        raise UsageError(f"{flag}: {one_line(error)}; expected such as '0:256 10B:512', in tokens") from error
+        raise UsageError(f"{flag}: {one_line(error)}; expected something like '0:256 10B:512', in tokens") from error
     for _, size in schedule:
         if size % together:
             raise UsageError(

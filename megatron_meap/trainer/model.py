@@ -69,7 +69,7 @@ def _check_spec(words: list[str]) -> None:
     except (KeyError, ValueError):
         found = None
     if found is None:
-        raise UsageError(f"--spec {' '.join(words)}: is no module that can be imported, and a spec in it; name both")
+        raise UsageError(f"--spec {' '.join(words)}: not a module that can be imported with a spec in it; name both")
 
 
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:

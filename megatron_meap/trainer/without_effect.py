@@ -155,7 +155,7 @@ def refuse_unread(given: dict[str, str]) -> None:
     for name, flag in given.items():
         for pattern, way_out in _NOWHERE.items():
             if _matches(name, [pattern]):
-                raise UsageError(f"{flag}: megatron-core 0.19 reads it nowhere in such a training; {way_out}")
+                raise UsageError(f"{flag}: megatron-core 0.19 does not read it in such a run; {way_out}")
 
 
 def refuse_unaccompanied(given: dict[str, str], args: Namespace) -> None:

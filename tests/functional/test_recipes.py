@@ -119,7 +119,7 @@ def results(desk: Desk, corpus: Corpus) -> dict[str, dict]:
         flags = without_checkpoint(asked["command"][2:])
         commands[name] = {"world": asked["environment"]["WORLD_SIZE"], "flags": flags, "shorter": SHORTER}
     for name, flags in studies(corpus).items():
-        shorter = ["--train-iters", "24", "--save-interval", "2"]
+        shorter = ["--train-iters", "120", "--save-interval", "2"]
         commands[name] = {"world": "1", "flags": flags, "shorter": shorter}
     listing = desk.folder / "commands.json"
     listing.write_text(json.dumps(commands))
@@ -276,6 +276,12 @@ def test_every_recipe_honours_the_documented_variables(desk: Desk, recipe: str) 
     for name, variable in (("tensor-model", "TP"), ("pipeline-model", "PP"), ("context", "CP")):
         if asked[variable] != "1":
             assert f" --{name}-parallel-size {asked[variable]} " in command + " "
+
+
+def test_a_variable_that_is_almost_one_of_the_recipe_is_warned_of(desk: Desk) -> None:
+    asked = {"TRAIN_ITER": "5", "MICROBATCH": "2", "SLURM_NNODES": "1", "SPLITS": "1"}
+    said = desk.run("paper.sh", "--dry-run", **(desk.data | asked)).stderr.splitlines()
+    assert [line.partition("mean ")[2] for line in said] == ["MICRO_BATCH?", "SPLIT?", "TRAIN_ITERS?"]
 
 
 def test_plan_goes_to_the_tool(desk: Desk) -> None:
