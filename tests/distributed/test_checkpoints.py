@@ -140,7 +140,7 @@ def test_the_learning_rate_changes_on_purpose(saved: Saved, tmp_path: Path) -> N
     """One of two flags says whose schedule counts; without them nothing starts."""
     whole = saved.runs["run"]
     flags = [*saved.flags, "--load", str(saved.folder / "run"), "--ckpt-step", "3", "--lr", "2e-3"]
-    with pytest.raises(UsageError, match=r"max_lr 0.001 there, 0.002 here; add --override-opt_param-scheduler"):
+    with pytest.raises(UsageError, match=r"--lr 0.001 there, 0.002 here; add --override-opt_param-scheduler"):
         prepare(*flags)
     runs = {
         "own": [*flags, "--override-opt_param-scheduler"],
