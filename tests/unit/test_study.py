@@ -357,7 +357,7 @@ def test_the_command_runs_repeats_lists_and_writes_up(tmp_path, grid, monkeypatc
     study("page", "--page", "page.md")
     page = Path("page.md").read_text()
     assert "**differs** in validation" in page
-    assert "the records of 22 runs hold a digest of theirs; of 0 older ones" in page
+    assert "22 runs recorded a digest of their texts; 0 older ones did not" in page
     with pytest.raises(UsageError, match="--stage x: none of tuning, comparison"):
         study("run", "--stage", "x")
 
