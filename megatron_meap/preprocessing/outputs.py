@@ -132,8 +132,8 @@ class Outputs:
             if not writer.documents:
                 paths = [each["path"] for each in facts["inputs"]]
                 raise UsageError(
-                    f"{paths[0]}{' and others' * (len(paths) > 1)}: no text under {key!r}: "
-                    f"{self._totals[key].empty} empty documents and {self.skipped} bad lines are all there is"
+                    f"{paths[0]}{' and others' * (len(paths) > 1)}: no documents for {key!r} "
+                    f"({self._totals[key].empty} empty ones, {self.skipped} bad lines)"
                 )
         manifests = []
         for key, writer in self._writers.items():

@@ -60,10 +60,12 @@ def test_megatrons_own_linear_layers_are_made_without_apex() -> None:
 
 
 def test_flags_are_read_from_a_file(tmp_path: Path) -> None:
-    """With its quotes, which a shell would not take for quotes; an argument that only begins with @ stays."""
+    """With its quotes, which a shell would not take for quotes."""
     file = tmp_path / "its flags.txt"
     file.write_text("--tokenizer-model '/a b/c' --no-rope-freq '[0,1]'\n")
-    words = with_files(["train", f"@{file}", "--lr", "1", "@mask"])
-    assert words == ["train", "--tokenizer-model", "/a b/c", "--no-rope-freq", "[0,1]", "--lr", "1", "@mask"]
-    with pytest.raises(UsageError, match="write @FILE in place of"):
+    words = with_files(["train", f"@{file}", "--lr", "1"])
+    assert words == ["train", "--tokenizer-model", "/a b/c", "--no-rope-freq", "[0,1]", "--lr", "1"]
+    with pytest.raises(UsageError, match="^@mask: cannot be read as flags"):
+        with_files(["train", "@mask"])
+    with pytest.raises(UsageError, match="write @FILE instead of"):
         with_files(file.read_text().split())

@@ -188,7 +188,7 @@ def test_empty_documents_are_counted_and_left_out(args, tmp_path):
 def test_nothing_produced_is_a_failure(args, tmp_path):
     folder = tmp_path / "out"
     for texts in ([], ["", ""]):
-        with pytest.raises(UsageError, match=r"a\.jsonl: no text under 'text': "):
+        with pytest.raises(UsageError, match=r"a\.jsonl: no documents for 'text' "):
             run_job([write_jsonl(tmp_path / "a.jsonl", texts)], folder / "out", args)
         assert leftovers(folder) == []
 
