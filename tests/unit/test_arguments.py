@@ -65,7 +65,7 @@ def test_flags_are_read_from_a_file(tmp_path: Path) -> None:
     file.write_text("--tokenizer-model '/a b/c' --no-rope-freq '[0,1]'\n")
     words = with_files(["train", f"@{file}", "--lr", "1"])
     assert words == ["train", "--tokenizer-model", "/a b/c", "--no-rope-freq", "[0,1]", "--lr", "1"]
-    with pytest.raises(UsageError, match="^@mask: cannot be read as flags"):
+    with pytest.raises(UsageError, match=r"^@mask: cannot be read as flags"):
         with_files(["train", "@mask"])
     with pytest.raises(UsageError, match="write @FILE instead of"):
         with_files(file.read_text().split())
