@@ -61,9 +61,7 @@ def _check_schedule(args: Namespace, ranks: int) -> None:
     """Refuse a schedule of batch sizes that would stop the run on its way, or that other flags count wrong."""
     flag = f"--step-batch-size-schedule {args.step_batch_size_schedule}"
     if args.train_samples is None:
-        raise UsageError(
-            f"{flag}: needs --train-samples instead of --train-iters: steps take more and more samples"
-        )
+        raise UsageError(f"{flag}: needs --train-samples instead of --train-iters: steps take more and more samples")
     if args.decrease_batch_size_if_needed:
         raise UsageError(f"{flag}: contradicts --decrease-batch-size-if-needed; drop one of them")
     if args.phase_transition_iterations:
