@@ -259,6 +259,8 @@ def _validate_meap(args: Namespace) -> None:
     OfficialSettings.of(args).check(args)
     if args.sft:
         raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; use --meap-sft")
+    if args.position_embedding_type == "mrope":
+        raise UsageError("--position-embedding-type mrope: its positions are those of images; use rope")
     _check_full_validation(args)
     blend.check(args)
     if args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:

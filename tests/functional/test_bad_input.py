@@ -135,6 +135,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
             "--per-dataset-sequences-path nowhere.json: no such file",
         ),
         ("--sft", "--sft: Megatron's own fine-tuning data"),
+        ("--position-embedding-type mrope", "--position-embedding-type mrope: its positions are those of images"),
         ("--yaml-cfg conf.yaml", "--yaml-cfg: cannot hold this project's flags"),
     ],
 )
