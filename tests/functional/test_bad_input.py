@@ -264,7 +264,7 @@ class TestCheckpoints:
         assert "--hidden-dropout 0.0 there, 0.2 here" in said
         assert not prepare(*changed, "--use-checkpoint-args").use_rope_scaling
         unread = refused(*changed, "--use-checkpoint-args", "--rampup-batch-size", "8", "8", "64")
-        assert "--rampup-batch-size: megatron-core 0.19 reads it nowhere" in unread
+        assert "--rampup-batch-size: megatron-core 0.19 does not read it" in unread
 
     def test_another_tokenizer(self, refused, flags, saved: Path, corpus: Corpus, tmp_path: Path) -> None:
         other = tmp_path / "other.model"
