@@ -10,6 +10,9 @@ from megatron_meap.files import whole_file
 from megatron_meap.study.analysis import Comparison, Results
 from megatron_meap.study.grid import BASELINE, Grid, Point
 
+_IN_A_ROW = 3
+"""Panels: with more, a page of usual width shows them too small to read."""
+
 COLORS = {"ntp": "black", "meap": "tab:red", "replace": "tab:blue", "uniform": "tab:green", "mir": "tab:orange"}
 
 
@@ -90,9 +93,14 @@ def _figure(panels: int, sharex: bool = False) -> tuple[Any, Sequence[Any]]:
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "study"  # the same results give the same file
-    size = max(6.4, 4.8 * panels), 4
-    figure, axes = pyplot.subplots(1, panels, figsize=size, squeeze=False, sharex=sharex, layout="constrained")
-    return figure, axes[0]
+    columns, rows = min(panels, _IN_A_ROW), -(-panels // _IN_A_ROW)
+    size = max(6.4, 4.8 * columns), 4 * rows
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharex=sharex, layout="constrained")
+    for unused in axes.flat[panels:]:
+        unused.remove()
+    for each in axes.flat[:panels]:
+        each.tick_params(labelbottom=True)  # a shared axis has its numbers in the last row alone
+    return figure, axes.flat[:panels]
 
 
 def _save(figure: Any, path: Path) -> None:
