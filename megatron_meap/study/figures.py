@@ -96,11 +96,12 @@ def _figure(panels: int, sharex: bool = False) -> tuple[Any, Sequence[Any]]:
     columns, rows = min(panels, _IN_A_ROW), -(-panels // _IN_A_ROW)
     size = max(6.4, 4.8 * columns), 4 * rows
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharex=sharex, layout="constrained")
-    for unused in axes.flat[panels:]:
-        unused.remove()
-    for each in axes.flat[:panels]:
+    used, unused = list(axes.flat)[:panels], list(axes.flat)[panels:]
+    for each in unused:
+        each.remove()
+    for each in used:
         each.tick_params(labelbottom=True)  # a shared axis has its numbers in the last row alone
-    return figure, axes.flat[:panels]
+    return figure, used
 
 
 def _save(figure: Any, path: Path) -> None:
