@@ -166,6 +166,7 @@ class Contender:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=contend, args=(theirs, flags), daemon=True)
         self.process.start()
+        theirs.close()  # so that its end is noticed
 
     def measure(self, rounds: int, steps: int) -> Measured | None:
         """Have it build its model and train both objectives in turn, and end it; None, and a word, where it fails."""
@@ -186,8 +187,12 @@ class Contender:
 
     def ask(self, *question: Any) -> Any:
         """Its answer."""
-        self.pipe.send(question)
-        said = self.pipe.recv()
+        try:
+            self.pipe.send(question)
+            said = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            raise ContenderError(f"its process ended with status {self.process.exitcode}") from None
         if isinstance(said, str):
             raise ContenderError(said)
         return said

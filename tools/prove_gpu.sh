@@ -4,9 +4,10 @@
 #
 #     bash tools/prove_gpu.sh                      # --minutes 30 --report runs/gpu --only TEXT
 #
-# A bare machine needs PyTorch with CUDA, and beside it in wheels/ what it cannot download: megatron-core (0.19.2), and
-# sentencepiece, tokenizers, transformers, tensorboard, pytest, hypothesis, einops, pyarrow, zstandard where they are
-# missing. Transformer Engine is used where it is installed; without it, PyTorch's attention.
+# A bare machine needs PyTorch with CUDA, and in wheels/ what it cannot download. Next to an image with PyTorch, transformers,
+# tensorboard and pytest it took: megatron-core (0.19.2), gigatoken, orjson, zstandard, omegaconf, emerging-optimizers,
+# flask, flask-restful, aniso8601, blinker, itsdangerous, pytz; and for Transformer Engine pydantic, pydantic-core,
+# annotated-types, typing-inspection, nvdlfw-inspect. Transformer Engine is used where it is installed; without it, PyTorch's attention.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -v python3)}
