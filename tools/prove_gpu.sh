@@ -5,7 +5,7 @@
 #     bash tools/prove_gpu.sh                      # --minutes 30 --report runs/gpu --only TEXT
 #
 # A bare machine needs PyTorch with CUDA, and in wheels/ what it cannot download. Next to an image with PyTorch, transformers,
-# tensorboard and pytest it took: megatron-core (0.19.2), gigatoken, orjson, zstandard, omegaconf, emerging-optimizers,
+# tensorboard and pytest one was given: megatron-core (0.19.2), gigatoken, orjson, zstandard, omegaconf, emerging-optimizers,
 # flask, flask-restful, aniso8601, blinker, itsdangerous, pytz; and for Transformer Engine pydantic, pydantic-core,
 # annotated-types, typing-inspection, nvdlfw-inspect. Transformer Engine is used where it is installed; without it, PyTorch's attention.
 set -euo pipefail
