@@ -1,5 +1,6 @@
 """A job that is told to stop saves and ends; a job that is killed loses only what came after its last checkpoint."""
 
+import contextlib
 import os
 import random
 import signal
@@ -30,6 +31,7 @@ class Job:
     def __init__(self, command: list[str], log: Path, piped: bool = False) -> None:
         """Start it; where it is piped, its standard output goes to a reader, and only its errors to the log."""
         self.log = log
+        self.known: list[int] = []
         with open(log, "w") as output:
             self.process = subprocess.Popen(
                 command, env=environment(), cwd=REPOSITORY, stdout=subprocess.PIPE if piped else output, stderr=output,
@@ -49,7 +51,8 @@ class Job:
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks: the launcher's children."""
-        return children(self.process.pid)
+        self.known = children(self.process.pid)
+        return self.known
 
     def end(self, timeout: float = 90) -> int:
         """Wait for the launcher to end; whatever is left is killed, so that a failing test leaves nothing behind."""
@@ -59,6 +62,9 @@ class Job:
             self.kill()
 
     def kill(self) -> None:
+        for rank in self.known:  # torchrun gives each a session of its own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
         if self.reader is not None:
             self.reader.kill()
             self.reader.wait()
