@@ -66,7 +66,7 @@ NEITHER: dict[str, str] = {
         "*sniff* inprocess* ft_* replication* *integrity no_load* no_save* override_* finetune enable_msc disable_msc "
         "use_dist_ckpt dist_ckpt* async_* *retain* stream_ckpt* use_persistent* *_memory_* meap_keep* meap_overwrite* "
         "meap_loss_spike meap_allow* meap_refuse* meap_lost* meap_probe* moe_per_layer_logging",
-    "of Megatron's other programs":
+    "of Megatron's other programs: refused, as tests/unit/test_without_effect.py shows of all of them":
         "rl_* grpo_* langrl* perform_rl* *inference* dino_* vision_* swin_* ict_* bert_* biencoder* retriever* "
         "indexer_* titles_* evidence* block_data* embedding_path query_in* use_one_sent* img_* num_classes "
         "num_channels patch_dim classes_* data_per_class* data_sharding head_lr* iter_per* refit* mask_type "

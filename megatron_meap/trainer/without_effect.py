@@ -8,23 +8,32 @@ from typing import Any
 
 from megatron_meap.errors import UsageError
 
-_NOWHERE = {
-    "adlr_autoresume*": "it needs a program of NVIDIA's own clusters; drop it",
-    "apply_residual_connection_post_layernorm": "drop it",
-    "checkpoint_activations": "use --recompute-activations",
-    "create_all_gather_group": "drop it",
-    "freeze_all_layers": "all layers would be trained; drop it",
-    "logits_load_*": "there is no distillation here; drop it",
-    "mask_prob": "it is BERT's; use --meap-mask-ratio",
-    "mrope_section": "its positions are those of images; drop it",
-    "openai_gelu": "drop it",
-    "perform_rl_step": "it is of Megatron's reinforcement learning; drop it",
-    "rampup_batch_size": "use --step-batch-size-schedule",
-    "save_retain_interval": "use --meap-keep-last and --meap-keep-every",
-    "short_seq_prob": "it is BERT's; drop it",
-    "vocab_extra_ids": "give the tokenizer its tokens instead",
-}
-"""Megatron's arguments that nothing reads in a training of this kind, and what to do."""
+_NOWHERE = (
+    ("apply_residual_connection_post_layernorm create_all_gather_group dist_ckpt_save_pre_mcore_014 "
+     "enable_full_sharding_in_hsdp exit_signal_handler_for_dataloader inprocess_max_iterations "
+     "inprocess_progress_watchdog_interval onnx_safe openai_gelu", "drop it"),
+    ("adlr_autoresume* app_tag_* one_logger_*", "it needs a program of NVIDIA's own clusters; drop it"),
+    ("checkpoint_activations", "use --recompute-activations"),
+    ("exit_signal", "SIGTERM, SIGUSR1, SIGINT and SIGHUP all stop a run here; drop it"),
+    ("freeze_all_layers", "all layers would be trained; drop it"),
+    ("logits_load_*", "there is no distillation here; drop it"),
+    ("mask_prob", "it is BERT's; use --meap-mask-ratio"),
+    ("rampup_batch_size", "use --step-batch-size-schedule"),
+    ("save_retain_interval", "use --meap-keep-last and --meap-keep-every"),
+    ("use_flash_attn", "use --attention-backend flash"),
+    ("vocab_extra_ids", "give the tokenizer its tokens instead"),
+    ("bert_* biencoder_* block_data_path embedding_path evidence_data_path ict_* indexer_* output_bert_embeddings "
+     "query_in_block_prob retriever_* short_seq_prob titles_data_path use_one_sent_docs",
+     "it is of BERT and its retriever; drop it"),
+    ("classes_fraction data_per_class_fraction dino_* head_lr_mult img_? iter_per_epoch mask_factor mask_type "
+     "mrope_section num_channels num_classes patch_dim sample_rate swin_* vision_*", "it is of images; drop it"),
+    ("grpo_* langrl_* perform_rl_step refit_method rl_*", "it is of Megatron's reinforcement learning; drop it"),
+    ("cache_mla_latents decode_only_cuda_graphs enable_chunked_prefill flash_decode inference_* mamba_inference_* "
+     "max_tokens_to_oom mlp_chunks_for_prefill moe_pad_experts_for_cuda_graph_inference nccl_all_reduce_for_prefill "
+     "num_speculative_tokens offset_sampling_seed_by_dp_rank use_legacy_static_engine",
+     "it is of Megatron's inference, whose place tools/generate.py takes; drop it"),
+)  # fmt: skip
+"""Patterns of Megatron's arguments that nothing reads in a training of this kind, and what to do."""
 
 
 def _given(name: str, *chosen: Any) -> Callable[[Namespace], bool]:
@@ -50,6 +59,7 @@ def _has_yarn(args: Namespace) -> bool:
 _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("adam_*", "--optimizer adam", lambda args: args.optimizer not in ("sgd", "lion")),
     ("ddp_bucket_size ddp_num_buckets", "--overlap-grad-reduce", _given("overlap_grad_reduce")),
+    ("data_sharding", "--dataloader-type cyclic", _given("dataloader_type", "cyclic")),
     ("decoupled_min_lr", "--decoupled-lr", _given("decoupled_lr")),
     ("dsa_*", "--experimental-attention-variant dsa", _layers("D", "experimental_attention_variant", "dsa")),
     ("eval_*_batch_size meap_mask_validation start_eval_at_iter", "--eval-iters above 0",
@@ -153,8 +163,8 @@ def changed(parser: argparse.ArgumentParser, args: Namespace) -> dict[str, str]:
 def refuse_unread(given: dict[str, str]) -> None:
     """Refuse flags that nothing reads; `given` is as `changed` gives it, of the command line alone."""
     for name, flag in given.items():
-        for pattern, way_out in _NOWHERE.items():
-            if _matches(name, [pattern]):
+        for patterns, way_out in _NOWHERE:
+            if _matches(name, patterns.split()):
                 raise UsageError(f"{flag}: megatron-core 0.19 does not read it in such a run; {way_out}")
 
 

@@ -3,7 +3,9 @@
 import argparse
 import re
 from fnmatch import fnmatchcase
+from pathlib import Path
 
+import megatron.core
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
@@ -40,6 +42,12 @@ def check(parser: argparse.ArgumentParser, flags: str) -> None:
         ("--rampup-batch-size 8 8 64", "--step-batch-size-schedule"),
         ("--openai-gelu", "drop it"),
         ("--create-all-gather-group", "drop it"),
+        ("--rl-default-temperature 0.5", "reinforcement learning"),
+        ("--dino-teacher-temp 0.5", "images"),
+        ("--ict-load checkpoints", "retriever"),
+        ("--inference-max-requests 4", "tools/generate.py"),
+        ("--exit-signal SIGINT", "all stop a run here"),
+        ("--no-data-sharding", "--dataloader-type cyclic"),
         ("--ddp-num-buckets 3", "--overlap-grad-reduce"),
         ("--save-wgrads-interval 1", "--save"),
         ("--eval-iters 0 --meap-mask-validation", "--eval-iters above 0"),
@@ -76,8 +84,48 @@ def test_a_flag_with_its_partner(parser: argparse.ArgumentParser, flags: str) ->
 
 def test_every_pattern_names_arguments_of_this_megatron(parser: argparse.ArgumentParser) -> None:
     patterns = [
-        *without_effect._NOWHERE,
-        *(each for row in (*without_effect._NEEDS, *without_effect._NOT_WITH) for each in row[0].split()),
+        each
+        for row in (*without_effect._NOWHERE, *without_effect._NEEDS, *without_effect._NOT_WITH)
+        for each in row[0].split()
     ]
     names = [action.dest for action in parser._actions]
     assert [each for each in patterns if not any(fnmatchcase(name, each) for name in names)] == []
+
+
+PROGRAMS = ("autoresume", "biencoder", "inference", "rl", "vision")
+"""Groups of flags, as Megatron's parser titles them, of programs that are not this one."""
+OTHERS = (
+    "core/datasets/bert core/datasets/t5 core/datasets/masked core/export core/inference core/models/T5 "
+    "core/models/audio core/models/bert core/models/huggingface core/models/mimo core/models/multimodal "
+    "core/models/vision core/post_training core/resharding training/yaml_arguments"
+).split()
+"""What Megatron has for those."""
+HARMLESS = {
+    "cuda_graph_modules": "of training's too",
+    "cuda_graph_scope_deprecated": "translated to that",
+    "deprecated_use_mcore_models": "it is so",
+}
+"""Arguments that nothing reads, or of a group above, which may be given all the same, and why."""
+
+
+def _words_read() -> set[str]:
+    """Attributes that any code of this program reads, of an object of whatever kind."""
+    read = re.compile(r"(?<=\.)[a-z]\w*(?!\w|\s*=[^=])|(?:getattr|hasattr)\(\s*[\w.]+,\s*[\"'](\w+)")
+    megatrons, own = Path(megatron.core.__file__).parents[1], Path(without_effect.__file__).parents[1]
+    sources = [
+        *(path for path in megatrons.rglob("*.py") if not str(path.relative_to(megatrons)).startswith(tuple(OTHERS))),
+        *own.rglob("*.py"),
+    ]
+    return {match[1] or match[0] for path in sources for match in read.finditer(path.read_text())}
+
+
+def test_what_nothing_reads_is_refused(parser: argparse.ArgumentParser) -> None:
+    """A flag of a new Megatron that nothing here reads, or that is of another of its programs, is to be classified."""
+    of_others = {
+        action.dest for group in parser._action_groups if group.title in PROGRAMS for action in group._group_actions
+    }
+    own = {action.dest for action in parser._actions if action.dest.startswith("meap_")}
+    unread = {action.dest for action in parser._actions} - _words_read() - own
+    refused = " ".join(patterns for patterns, *_ in (*without_effect._NOWHERE, *without_effect._NEEDS)).split()
+    passing = {name for name in of_others | unread if not any(fnmatchcase(name, pattern) for pattern in refused)}
+    assert passing == set(HARMLESS)
