@@ -71,6 +71,8 @@ def datasets(args: Namespace, num_samples: list[int | None]) -> list[SFTDataset 
 
 def check(args: Namespace) -> None:
     """Tokenize what is not yet tokenized, say what there is, and record in `args` the digests that name it."""
+    for flag, paths in _named(args).items():
+        _files(flag, paths)  # what is wrong with a name is said before what is wrong with the template
     encoder = turn_encoder(args)
     if encoder.date is not None and args.meap_sft_date is None and (date := _date_of_resumed(args)) is not None:
         args.meap_sft_date = date
@@ -164,11 +166,15 @@ def _parts(args: Namespace) -> dict[str, _Part]:
     return parts
 
 
-def _open(flag: str, paths: list[str], args: Namespace) -> tuple[TurnStore, str]:
+def _files(flag: str, paths: list[str]) -> list[str]:
     for path in paths:
         if path.replace(".", "", 1).isdigit():
             raise UsageError(f"{flag} {path}: weights are not supported in fine-tuning; name files only")
-    files = find_inputs(paths, flag)
+    return find_inputs(paths, flag)
+
+
+def _open(flag: str, paths: list[str], args: Namespace) -> tuple[TurnStore, str]:
+    files = _files(flag, paths)
     store, args.meap_sft_digests[flag] = open_store(files, args, args.meap_sft_digests.get(flag))
     return store, args.meap_sft_digests[flag]
 

@@ -282,6 +282,15 @@ def test_flags_that_cannot_be_used(prepared, flags: list[str], extra: str, messa
     assert "\n" not in str(refusal.value)
 
 
+def test_a_missing_file_is_said_before_a_missing_template(prepared, flags: list[str]) -> None:
+    place = flags.index("--meap-sft-template")
+    del flags[place : place + 2]
+    with pytest.raises(UsageError, match="no chat template"):
+        prepared(*flags)
+    with pytest.raises(UsageError, match="--train-data-path absent: nothing there"):
+        prepared(*flags, "--train-data-path", "absent")
+
+
 @pytest.mark.parametrize("extra", ["--meap-sft-rows concat", "--skip-bad-lines", "--meap-sft-template chatml"])
 def test_flags_of_fine_tuning_need_it(prepared, corpus: Corpus, extra: str) -> None:
     with pytest.raises(UsageError, match=f"{extra.split()[0]}: belongs to fine-tuning; add --meap-sft"):

@@ -95,10 +95,11 @@ def test_every_pattern_names_arguments_of_this_megatron(parser: argparse.Argumen
 PROGRAMS = ("autoresume", "biencoder", "inference", "rl", "vision")
 """Groups of flags, as Megatron's parser titles them, of programs that are not this one."""
 OTHERS = (
-    "core/datasets/bert core/datasets/t5 core/datasets/masked core/export core/inference core/models/T5 "
-    "core/models/audio core/models/bert core/models/huggingface core/models/mimo core/models/multimodal "
-    "core/models/vision core/post_training core/resharding training/yaml_arguments"
-).split()
+    *(f"core/{name}" for name in ("export", "inference", "post_training", "resharding")),
+    *(f"core/datasets/{name}" for name in ("bert", "masked", "t5")),
+    *(f"core/models/{name}" for name in ("T5", "audio", "bert", "huggingface", "mimo", "multimodal", "vision")),
+    "training/yaml_arguments",
+)
 """What Megatron has for those."""
 HARMLESS = {
     "cuda_graph_modules": "of training's too",
@@ -113,7 +114,7 @@ def _words_read() -> set[str]:
     read = re.compile(r"(?<=\.)[a-z]\w*(?!\w|\s*=[^=])|(?:getattr|hasattr)\(\s*[\w.]+,\s*[\"'](\w+)")
     megatrons, own = Path(megatron.core.__file__).parents[1], Path(without_effect.__file__).parents[1]
     sources = [
-        *(path for path in megatrons.rglob("*.py") if not str(path.relative_to(megatrons)).startswith(tuple(OTHERS))),
+        *(path for path in megatrons.rglob("*.py") if not str(path.relative_to(megatrons)).startswith(OTHERS)),
         *own.rglob("*.py"),
     ]
     return {match[1] or match[0] for path in sources for match in read.finditer(path.read_text())}
