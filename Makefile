@@ -34,13 +34,17 @@ study-small: .venv/installed
 	.venv/bin/python examples/study/study.py page --grid examples/study/small.toml --results $(SMALL) \
 		--page $(SMALL)/results.md
 
+# Two files of tests at a time, in the order of their names: those that launch trainings come first. JOBS=0: one by one.
+JOBS ?= 2
+PYTEST := .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: .venv/installed
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 test-all: .venv/installed
-	.venv/bin/python -m pytest -m ""
+	$(PYTEST) -m ""
 
-# Every benchmark that this machine allows (BENCH="--only startup").
+# Every benchmark that this machine allows, in half an hour (BENCH=--whole, BENCH="--only startup").
 bench: .venv/installed
 	.venv/bin/python benchmarks/bench.py $(BENCH)
 

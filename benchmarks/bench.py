@@ -1,20 +1,27 @@
 """Every benchmark that this machine allows, one after the other, and their figures in one table.
 
-    make bench                                             # an hour or more on two quiet cores
+    make bench                                              # at most 35 minutes: few rounds, what is left out is said
+    make bench BENCH=--whole                                # all rounds and sizes, two hours and more
     python benchmarks/bench.py --only cpu_training startup
     python benchmarks/bench.py --preprocess "--corpus novels.jsonl --train-vocab 128000"   # that too, on a corpus
 
 Each compares its sides in turns within one run; here their medians and spreads are gathered, with the command and the
-machine that each figure comes from: `bench.jsonl` and `bench.md` in `--output`. What cannot be measured here is said.
+machine that each figure comes from: `bench.jsonl` and `bench.md` in `--output`. One that fails, or takes longer than
+its limit, is named at the end; the others go on, and what it had found until then is kept.
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -22,50 +29,102 @@ sys.path[:0] = [str(HERE)]
 
 from results import table  # noqa: E402
 
+ONE_THREAD = "--threads 1 --cpu-time"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A script of this folder, and how it is run."""
+
+    script: str
+    whole: str = ""
+    """Its flags in a whole run."""
+
+    quick: str = ""
+    """What is added to them in a quick one."""
+
+    minutes: int = 4
+    """It is ended after so long in a quick run, and after eight times as long in a whole one."""
+
+
+def benchmarks(preprocess: str | None) -> Iterator[Benchmark]:
+    """What can be run here; the limits of the quick runs add up to 35 minutes."""
+    yield Benchmark("startup.py", quick="--rounds 3", minutes=3)
+    yield Benchmark("meap_overhead.py", quick="--rounds 5", minutes=3)
+    yield Benchmark("retrieval_probe.py", minutes=2)
+    compiled = " --compile" if shutil.which("c++") or shutil.which("g++") else ""
+    yield Benchmark("cpu_training.py", ONE_THREAD + compiled, "--shapes 8x512 --rounds 3", minutes=7)
+    yield Benchmark("cpu_training.py", f"{ONE_THREAD} --fp32 --shapes 8x512", "--rounds 3", minutes=3)
+    yield Benchmark("checkpoint.py", quick="--rounds 1", minutes=4)
+    yield Benchmark("evaluation.py", quick="--rounds 1", minutes=6)
+    yield Benchmark("growth.py", quick="--only length processes --steps 2", minutes=7)
+    if preprocess is not None:
+        yield Benchmark("preprocess.py", preprocess, minutes=30)
+
 
 def main() -> None:
     """Run them, print and write the table; the exit status is 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="benchmarks to run, by the names of their files")
+    parser.add_argument("--whole", action="store_true", help="all rounds and sizes")
     parser.add_argument("--preprocess", metavar="FLAGS", help="flags of preprocess.py, which wants a corpus")
     args = parser.parse_args()
+    chosen = [each for each in benchmarks(args.preprocess) if not args.only or Path(each.script).stem in args.only]
+    if not chosen:
+        parser.error(f"--only {' '.join(args.only)}: no such benchmark")
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "bench.jsonl"
     file.write_text("")
-    failed = []
-    for command in commands(args.preprocess):
-        if args.only and Path(command[0]).stem not in args.only:
-            continue
-        print(f"\n$ python benchmarks/{' '.join(command)}", flush=True)
-        environment = os.environ | {"BENCH_RESULTS": str(file.resolve())}
-        if subprocess.run([sys.executable, HERE / command[0], *command[1:]], env=environment).returncode:
-            failed.append(" ".join(command))
-    (args.output / "bench.md").write_text(table(file) + "\n")
-    print(f"\n{table(file)}\n\n{file}, {args.output / 'bench.md'}")
-    if failed:
-        sys.exit(f"failed: {'; '.join(failed)}")
+    notes = [] if args.whole else [*left_out(chosen, args.preprocess)]
+    try:
+        for each in chosen:
+            command = [each.script, *shlex.split(f"{each.whole} {'' if args.whole else each.quick}")]
+            begun = time.monotonic()
+            print(f"\n$ python benchmarks/{shlex.join(command)}", flush=True)
+            if reason := run(command, each.minutes * (8 if args.whole else 1), file):
+                notes.append(f"failed: `{shlex.join(command)}`: {reason}")
+            print(f"({(time.monotonic() - begun) / 60:.1f} minutes)", flush=True)
+    finally:
+        found = "\n".join([table(file), "", *(f"- {note}" for note in notes)])
+        (args.output / "bench.md").write_text(found + "\n")
+        print(f"\n{found}\n\n{file}, {args.output / 'bench.md'}")
+    sys.exit(any(note.startswith("failed") for note in notes))
 
 
-def commands(preprocess: str | None) -> Iterator[list[str]]:
-    """Scripts and their flags; what is left out is said."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    one_thread = ["--threads", "1", "--cpu-time"]
-    yield ["startup.py"]
-    yield ["cpu_training.py", *one_thread, *(["--compile"] if compiler else [])]
-    yield ["cpu_training.py", *one_thread, "--fp32", "--shapes", "8x512"]
-    yield ["meap_overhead.py"]
-    yield ["retrieval_probe.py"]
-    yield ["checkpoint.py"]
-    yield ["evaluation.py"]
-    yield ["growth.py"]
-    if compiler is None:
-        print("no C++ compiler: nothing is compared with torch.compile")
-    if preprocess is not None:
-        yield ["preprocess.py", *shlex.split(preprocess)]
-    else:
-        print("no --preprocess FLAGS: preprocessing is not compared with Megatron's own tool")
-    print("on a GPU: benchmarks/gpu.py")
+def run(command: list[str], minutes: int, file: Path) -> str | None:
+    """Run a benchmark, its figures appended to a file; why it failed."""
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
+        environment = os.environ | {"BENCH_RESULTS": str(file.resolve()), "TMPDIR": scratch}
+        process = subprocess.Popen(
+            [sys.executable, HERE / command[0], *command[1:]], env=environment, start_new_session=True
+        )
+        try:
+            status = process.wait(60 * minutes)
+        except subprocess.TimeoutExpired:
+            return f"ended after {minutes} minutes, its limit"
+        finally:
+            end(process)
+    return f"status {status}, see its output" if status else None
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End whatever is left of it, first with a word: torchrun then ends its ranks, which are not of this group."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+
+
+def left_out(chosen: list[Benchmark], preprocess: str | None) -> Iterator[str]:
+    """What a quick run does without."""
+    yield from (f"shortened by `{each.quick}`: `{each.script} {each.whole}`" for each in chosen if each.quick)
+    if preprocess is None:
+        yield "no `--preprocess FLAGS`: preprocessing is not compared with Megatron's own tool"
+    if not any("--compile" in each.whole for each in chosen):
+        yield "no C++ compiler: nothing is compared with torch.compile"
+    yield "on a GPU: `benchmarks/gpu.py`"
 
 
 if __name__ == "__main__":

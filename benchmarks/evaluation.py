@@ -1,13 +1,15 @@
 """Generation and evaluation: a Megatron checkpoint, against what transformers and lm-eval do with it once exported.
 
-    python benchmarks/evaluation.py                              # the quickstart's model after 41 steps, made here
+    python benchmarks/evaluation.py                       # the quickstart's model after 41 steps, made here
     python benchmarks/evaluation.py --load runs/demo/checkpoints --rounds 5
 
 - generation: tokens per second of `megatron_meap.huggingface.generation.Generator` on the checkpoint, greedily, against
   `generate` of the exported model, which must give the same text, and without its cache of keys and values (whose
   rounding is another one)
-- evaluation: two retrieval tasks by `tools/evaluate.py`, against lm-eval's own command with its `hf` model on the same
-  directory, task files and samples; both must find the same. Whole processes
+- evaluation, whole processes: `tools/evaluate.py`, against lm-eval's own command with its `hf` model on the same
+  directories, task files and samples; both must find the same. Two retrieval tasks; a grid of needles, whose prompts
+  have much of their text in common; `--suite quick` of two models (the same one under two names, which makes no
+  difference to the time), for which lm-eval's command runs twice
 
 The sides take turns; processor time, medians. One thread, as the others share a machine.
 """
@@ -31,7 +33,12 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "examples" / "qui
 
 from results import record  # noqa: E402
 
-TASKS = ("meap_kv_logprob", "meap_needle_logprob")
+EVALUATIONS: dict[str, tuple[int, str]] = {
+    # name: models, and the flags of `tools/evaluate.py`
+    "two tasks": (1, "--tasks meap_kv_logprob,meap_needle_logprob --samples 8 --kv-digits 4"),
+    "needle grid": (1, "--tasks meap_needle,meap_needle_logprob --samples 4 --depths 0 10 20 30 40 50 60 70 80 90 100"),
+    "suite quick": (2, "--suite quick"),
+}
 PROMPT = "Returns the value of"
 
 
@@ -48,8 +55,11 @@ def main() -> None:
         from megatron_meap.evaluation.models import context_length, open_models
 
         [model] = open_models([str(checkpoints)], Path(folder) / "exports")
-        compare("generation", generating(checkpoints, model.directory, args.tokens), args.rounds)
-        compare("evaluation", evaluating(model.directory, context_length(model), Path(folder)), args.rounds)
+        generation = generating(checkpoints, model.directory, args.tokens)
+        compare("generation", generation, args.rounds, warm_up=True)
+        for name, (models, flags) in EVALUATIONS.items():
+            sides = evaluating(model.directory, models, context_length(model), flags.split(), Path(folder))
+            compare(f"evaluation, {name}", sides, args.rounds)
 
 
 def trained(folder: Path) -> Path:
@@ -62,20 +72,20 @@ def trained(folder: Path) -> Path:
     return folder / "checkpoints"
 
 
-def compare(what: str, sides: dict[str, Callable[[], tuple[float, Any]]], rounds: int) -> None:
-    """Run the sides in turns, after one round that warms up; print and record the ratios to the first one's time."""
+def compare(what: str, sides: dict[str, Callable[[], tuple[float, Any]]], rounds: int, warm_up: bool = False) -> None:
+    """Run the sides in turns, perhaps after a round that warms up; print and record ratios to the first one's time."""
     found: dict[str, list[tuple[float, Any]]] = {name: [] for name in sides}
-    for _ in range(rounds + 1):
+    for _ in range(rounds + warm_up):
         for name, run in sides.items():
             found[name].append(run())
     ours = next(iter(sides))
     if any(result not in (None, found[ours][0][1]) for each in found.values() for _, result in each):
         sys.exit(f"{what}: the sides found different things: { {name: each[0][1] for name, each in found.items()} }")
     for name, each in found.items():
-        seconds = [taken for taken, _ in each[1:]]
+        seconds = [taken for taken, _ in each[warm_up:]]
         line = f"{what}, {name}: {statistics.median(seconds):.2f} s of processor"
         if name != ours:
-            ratios = [taken / own for taken, (own, _) in zip(seconds, found[ours][1:], strict=True)]
+            ratios = [taken / own for taken, (own, _) in zip(seconds, found[ours][warm_up:], strict=True)]
             record(f"{what}: processor time of {name} / ours", ratios, "x")
             line += f", {statistics.median(ratios):.2f} of the first's"
         print(line, flush=True)
@@ -118,36 +128,58 @@ def generating(checkpoints: Path, directory: Path, tokens: int) -> dict[str, Cal
     }
 
 
-def evaluating(directory: Path, context: int, folder: Path) -> dict[str, Callable[[], tuple[float, Any]]]:
-    """Ways to run the tasks; each returns its seconds and the value of every task."""
-    from megatron_meap.evaluation.suites import TASKS as FOLDER
-
-    settings = {"max_seq_lengths": [context], "samples": 8, "kv_digits": 4}
-    settings |= dict.fromkeys(("pretrained", "tokenizer"), str(directory))
-    small = ["--context-lengths", str(context), "--samples", "8", "--kv-digits", "4"]
-    tasks = ",".join(TASKS)
+def evaluating(
+    directory: Path, models: int, context: int, flags: list[str], folder: Path
+) -> dict[str, Callable[[], tuple[float, Any]]]:
+    """Ways to evaluate a model so many times; each returns its seconds and all values of every task and model."""
+    from megatron_meap.evaluation.suites import TASKS
 
     def ours() -> tuple[float, Any]:
-        command = ["tools/evaluate.py", str(directory), "--tasks", tasks, *small, "--output", f"{folder}/ours"]
-        seconds = processor_seconds([*command, "--overwrite"])
-        return seconds, found_in(folder / "ours" / "lm_eval")
+        shutil.rmtree(folder / "ours", ignore_errors=True)
+        named = [f"{number}={directory}" for number in range(models)]
+        seconds = processor_seconds(["tools/evaluate.py", *named, *flags, "--output", f"{folder}/ours"])
+        return seconds, [found_in(each) for each in (folder / "ours" / "lm_eval").iterdir()]
 
     def theirs() -> tuple[float, Any]:
+        seconds, found = 0.0, []
+        tasks, metadata = samples_of(flags, context)
+        metadata |= dict.fromkeys(("pretrained", "tokenizer"), str(directory))
         model = f"pretrained={directory},dtype=float32,max_length={context}"
-        command = ["-m", "lm_eval", "--model", "hf", "--model_args", model, "--tasks", tasks, "--device", "cpu"]
-        command += ["--batch_size", "8", "--include_path", str(FOLDER), "--metadata", json.dumps(settings)]
-        shutil.rmtree(folder / "theirs", ignore_errors=True)
-        seconds = processor_seconds([*command, "--output_path", f"{folder}/theirs"])
-        return seconds, found_in(folder / "theirs")
+        command = ["-m", "lm_eval", "--model", "hf", "--model_args", model, "--tasks", ",".join(tasks), "--device"]
+        command += ["cpu", "--batch_size", "8", "--include_path", str(TASKS), "--metadata", json.dumps(metadata)]
+        for _ in range(models):
+            shutil.rmtree(folder / "theirs", ignore_errors=True)
+            seconds += processor_seconds([*command, "--output_path", f"{folder}/theirs"])
+            found.append(found_in(folder / "theirs"))
+        return seconds, found
 
     return {"tools/evaluate.py": ours, "lm_eval --model hf": theirs}
 
 
-def found_in(folder: Path) -> dict[str, float]:
-    """The mean log-probability of the right answers of every task, as lm-eval has written it."""
+def samples_of(flags: list[str], context: int) -> tuple[list[str], dict[str, Any]]:
+    """The tasks that `tools/evaluate.py` runs with these flags, and their settings as lm-eval's metadata."""
+    from megatron_meap.commands import evaluate
+    from megatron_meap.evaluation.suites import make_plan
+
+    parser = argparse.ArgumentParser()
+    evaluate.add_flags(parser)
+    args = parser.parse_args(flags)
+    given = {name: getattr(args, name) for name in evaluate.OPTIONS}
+    plan = make_plan(args.suite, [task for task in args.tasks.split(",") if task], given, context)
+    return plan.tasks, {name: value for name, value in plan.metadata.items() if value is not None}
+
+
+def found_in(folder: Path) -> dict[str, dict[str, float]]:
+    """The values of every task, as lm-eval has written them; standard errors are drawn at random."""
     [file] = folder.rglob("results*.json")
-    results = json.loads(file.read_text())["results"]
-    return {task: round(results[task]["logprob,none"], 4) for task in TASKS}
+    return {
+        task: {
+            name: round(value, 4)
+            for name, value in values.items()
+            if isinstance(value, float) and name.endswith(",none") and "stderr" not in name
+        }
+        for task, values in json.loads(file.read_text())["results"].items()
+    }
 
 
 def processor_seconds(command: list[str]) -> float:

@@ -15,6 +15,7 @@ from megatron_meap.backend import device
 
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("MEAP_DEVICE", "cpu")  # on a machine with a GPU, too; tests/gpu starts processes
+    patch.setenv("MEAP_CPU_THREADS", "1")  # the other core has another file of tests, or another rank
     device.prepare()  # once, before any test imports Megatron
 # A shell starts background jobs with SIGINT ignored, and every process of a test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

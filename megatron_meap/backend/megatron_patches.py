@@ -47,6 +47,7 @@ def apply() -> None:
     """Apply all patches; doing it twice is doing it once. Megatron must be importable (`device.prepare`)."""
     _use_shipped_dataset_helpers()
     helpers.end_with_this_process()
+    helpers.say_results_in_bytes()
     optimizer_patches.apply()
     _load_weights_or_fail()
     _decay_all_parameters_on_request()

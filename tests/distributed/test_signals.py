@@ -68,10 +68,9 @@ class Job:
         if self.reader is not None:
             self.reader.kill()
             self.reader.wait()
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+        for group in (self.process.pid, *self.ranks()):  # torchrun's ranks have groups of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
         self.process.wait()
 
 

@@ -5,11 +5,13 @@ A test that fails here says that the installed release no longer needs a patch (
 
 import inspect
 import logging
+import os
 import re
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from queue import Empty
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -30,7 +32,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 from megatron.core.datasets.utils import Split  # noqa: E402
 from megatron.core.dist_checkpointing import serialization, validation  # noqa: E402
 from megatron.core.dist_checkpointing.core import CheckpointingException  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import async_utils  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async  # noqa: E402
 from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
@@ -42,7 +44,7 @@ from megatron.core.utils import local_multi_tensor_l2_norm  # noqa: E402
 from megatron.training import initialize, pretrain, training  # noqa: E402
 from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
 
-from megatron_meap.backend import kernels  # noqa: E402
+from megatron_meap.backend import helpers, kernels  # noqa: E402
 from megatron_meap.backend.loss_patches import over_steps_that_have_it  # noqa: E402
 from megatron_meap.backend.patching import original_of, replace  # noqa: E402
 from tests.launch import free_port  # noqa: E402
@@ -57,6 +59,30 @@ def one_rank():
     yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
+
+
+class Reader:
+    """Becomes the number of the process that reads it."""
+
+    def __reduce__(self) -> tuple:
+        return os.getpid, ()
+
+
+def test_results_of_a_save_are_read_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself a process of `multiprocessing` keeps them, and imports PyTorch, in which they are written, for that."""
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    queue = original_of(filesystem_async, "get_write_results_queue")()
+    try:
+        queue.put(Reader())
+        assert queue.get_nowait() == queue._manager._process.pid
+        helpers.say_results_in_bytes()
+        ours = filesystem_async.get_write_results_queue()
+        ours.put(Reader())
+        assert ours.get_nowait() == os.getpid()
+        with pytest.raises(Empty):  # as Megatron expects where nothing was written
+            ours.get_nowait()
+    finally:
+        queue._manager.shutdown()
 
 
 def test_the_dataset_helpers_are_compiled_in_a_package_without_a_makefile() -> None:
