@@ -43,8 +43,12 @@ class Benchmark:
     quick: str = ""
     """What is added to them in a quick one."""
 
-    minutes: int = 4
+    minutes: float = 4
     """It is ended after so long in a quick run, and after eight times as long in a whole one."""
+
+    def command(self, whole: bool) -> list[str]:
+        """The script and its flags."""
+        return [self.script, *shlex.split(self.whole if whole else f"{self.whole} {self.quick}")]
 
 
 def benchmarks(preprocess: str | None) -> Iterator[Benchmark]:
@@ -79,7 +83,7 @@ def main() -> None:
     notes = [] if args.whole else [*left_out(chosen, args.preprocess)]
     try:
         for each in chosen:
-            command = [each.script, *shlex.split(f"{each.whole} {'' if args.whole else each.quick}")]
+            command = each.command(args.whole)
             begun = time.monotonic()
             print(f"\n$ python benchmarks/{shlex.join(command)}", flush=True)
             if reason := run(command, each.minutes * (8 if args.whole else 1), file):
@@ -92,7 +96,7 @@ def main() -> None:
     sys.exit(any(note.startswith("failed") for note in notes))
 
 
-def run(command: list[str], minutes: int, file: Path) -> str | None:
+def run(command: list[str], minutes: float, file: Path) -> str | None:
     """Run a benchmark, its figures appended to a file; why it failed."""
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
         environment = os.environ | {"BENCH_RESULTS": str(file.resolve()), "TMPDIR": scratch}
@@ -119,7 +123,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def left_out(chosen: list[Benchmark], preprocess: str | None) -> Iterator[str]:
     """What a quick run does without."""
-    yield from (f"shortened by `{each.quick}`: `{each.script} {each.whole}`" for each in chosen if each.quick)
+    yield from (
+        f"shortened by `{each.quick}`: `{shlex.join(each.command(whole=True))}`" for each in chosen if each.quick
+    )
     if preprocess is None:
         yield "no `--preprocess FLAGS`: preprocessing is not compared with Megatron's own tool"
     if not any("--compile" in each.whole for each in chosen):

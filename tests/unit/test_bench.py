@@ -4,7 +4,9 @@ import argparse
 import importlib
 import runpy
 import sys
+import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -22,22 +24,70 @@ def _beside_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def test_every_command_is_one_that_its_benchmark_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return importlib.import_module("bench")
+
+
+def test_every_command_is_one_that_its_benchmark_takes(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     parse = argparse.ArgumentParser.parse_args
 
     def only_parse(parser: argparse.ArgumentParser) -> None:
         parse(parser)
         raise Parsed
 
+    found = list(bench.benchmarks("--corpus novels.jsonl --train-vocab 128000"))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
-    commands = list(
-        runpy.run_path(str(BENCHMARKS / "bench.py"))["commands"]("--corpus novels.jsonl --train-vocab 128000")
-    )
-    assert {"startup.py", "cpu_training.py", "checkpoint.py", "preprocess.py"} <= {script for script, *_ in commands}
-    for script, *flags in commands:
-        monkeypatch.setattr(sys, "argv", [script, *flags])
-        with pytest.raises(Parsed):
-            runpy.run_path(str(BENCHMARKS / script))["main"]()
+    assert {"startup.py", "cpu_training.py", "checkpoint.py", "preprocess.py"} <= {each.script for each in found}
+    for each in found:
+        for whole in (True, False):
+            monkeypatch.setattr(sys, "argv", each.command(whole))
+            with pytest.raises(Parsed):
+                runpy.run_path(str(BENCHMARKS / each.script))["main"]()
+
+
+def test_quick_runs_end_in_35_minutes(bench: ModuleType) -> None:
+    assert sum(each.minutes for each in bench.benchmarks(None)) <= 35
+
+
+def test_what_fails_or_hangs_is_named_and_the_others_go_on(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was found before counts, and no scratch file of a benchmark that was ended stays."""
+    monkeypatch.setenv("BENCH_RESULTS", str(tmp_path / "figure"))
+    importlib.import_module("results").record("start", [3.0, 1.0, 2.5], "s")
+    records = f"open(os.environ['BENCH_RESULTS'], 'a').write(open({str(tmp_path / 'figure')!r}).read())"
+    programs = {
+        "fails": "raise SystemExit(3)",
+        "hangs": f"{records}; tempfile.mkdtemp(); time.sleep(60)",
+        "works": f"{records}; assert sys.argv[1:] == ['--rounds', '1']",
+    }
+    for name, program in programs.items():
+        (tmp_path / f"{name}.py").write_text(f"import os, sys, tempfile, time; {program}\n")
+    minutes = {"hangs": 0.05}
+    chosen = [bench.Benchmark(f"{name}.py", "", "--rounds 1", minutes.get(name, 1)) for name in programs]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    monkeypatch.setattr(bench, "benchmarks", lambda _: chosen)
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--output", str(tmp_path / "out")])
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 1
+    assert time.monotonic() - begun < 50
+    said = (tmp_path / "out" / "bench.md").read_text()
+    assert said in capsys.readouterr().out
+    assert said.count("| start | 2.5 s | 1 to 3 | 3 |") == 2
+    assert "failed: `fails.py --rounds 1`: status 3" in said
+    assert "failed: `hangs.py --rounds 1`: ended after 0.05 minutes, its limit" in said
+    assert "shortened by `--rounds 1`: `works.py`" in said
+    assert list(scratch.iterdir()) == []
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--only", "nothing"])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert "--only nothing: no such benchmark" in capsys.readouterr().err
 
 
 def test_a_figure_comes_with_its_spread_its_command_and_its_machine(
