@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from megatron_meap.backend import native
+
 _COLUMNS = 8
 """More columns of queries and keys, of which three hold a shift: a number that keeps rows aligned."""
 
@@ -38,13 +40,10 @@ class _CausalAttention(Function):
             queries = _with_zeros(query[:, :, part], groups)
             seen = keys[:, : part.stop].mT
             scores = torch.bmm(queries, seen)
-            _hide_later(scores, part, float("-inf"))
-            largest = scores.amax(-1).float()
+            largest = _largest(scores, part)
             _shift(queries, largest)
-            chances = torch.bmm(queries, seen, out=scores)
-            chances = _scaled(chances, scale).exp_()
-            _hide_later(chances, part, 0.0)
-            sums = chances.sum(-1, dtype=torch.float32)
+            sums = torch.empty_like(largest)
+            chances = _exponentiate(torch.bmm(queries, seen, out=scores), part, scale, sums)
             found = torch.bmm(chances, values[:, : part.stop]).div(sums.unsqueeze(-1))
             out[:, :, part] = found.view(b, n, -1, d)
             log_sums[:, :, part] = largest.mul_(scale).add_(sums.log_()).view(b, n, -1)
@@ -68,8 +67,7 @@ class _CausalAttention(Function):
             queries, grads = (_with_zeros(x[:, :, part], groups) for x in (query, grad))
             _shift(queries, shifts[:, :, part].reshape(queries.shape[:2]))
             _shift(grads, means[:, :, part].reshape(queries.shape[:2]))
-            chances = _scaled(torch.bmm(queries, keys[:, seen].mT), ctx.scale).exp_()
-            _hide_later(chances, part, 0.0)
+            chances = _exponentiate(torch.bmm(queries, keys[:, seen].mT), part, ctx.scale)
             dvalue[:, seen] += torch.bmm(chances.mT, grads[..., :d])
             dscores = torch.bmm(grads, values[:, seen].mT).mul_(chances)
             dquery[:, :, part] = torch.bmm(dscores, keys[:, seen, :d]).mul_(ctx.scale).view(b, n, -1, d)
@@ -108,8 +106,34 @@ def _shift(rows: Tensor, by: Tensor) -> None:
         by = by - part
 
 
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    return x if scale == 1.0 else x.mul_(scale)
+def _largest(scores: Tensor, part: slice) -> Tensor:
+    """The largest score that every query may see, 32-bit [b g, m]."""
+    if native.suits(scores):
+        largest = scores.new_empty(scores.shape[:2], dtype=torch.float32)
+        native.call("seen_largest", scores, *_rows(scores, part), largest)
+        return largest
+    _hide_later(scores, part, float("-inf"))
+    return scores.amax(-1).float()
+
+
+def _exponentiate(scores: Tensor, part: slice, scale: float, sums: Tensor | None = None) -> Tensor:
+    """The exponentials of the scaled scores, in their place, 0 where a query must not look.
+
+    The sum of each row goes into `sums`, 32-bit [b g, m], where it is wanted.
+    """
+    if native.suits(scores):
+        native.call("seen_exponentials", scores, *_rows(scores, part), scale, sums)
+        return scores
+    chances = (scores if scale == 1.0 else scores.mul_(scale)).exp_()
+    _hide_later(chances, part, 0.0)
+    if sums is not None:
+        torch.sum(chances, -1, dtype=torch.float32, out=sums)
+    return chances
+
+
+def _rows(scores: Tensor, part: slice) -> tuple[int, int, int, int]:
+    """Number and width of rows, after how many of them the queries begin anew, and what the first one is."""
+    return scores.shape[0] * scores.shape[1], scores.shape[2], part.stop - part.start, part.start
 
 
 def _hide_later(scores: Tensor, part: slice, value: float) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_meap.backend import deferred
+from megatron_meap.backend import deferred, native
 from megatron_meap.backend.patching import replace
 from megatron_meap.errors import UsageError
 
@@ -72,10 +72,11 @@ def install() -> None:
 def describe() -> str:
     """One line for the user: that the run is on CPU, with how many threads, in which arithmetic at best."""
     kind = "bf16 matrix units" if has_bf16_units() else "no bf16 matrix units: 32-bit floats"
+    compiled = "compiled kernels" if native.library() else "PyTorch's kernels (no C compiler)"
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return (
         f"no CUDA device: training on CPU, {ranks} process{'es' if ranks > 1 else ''} x "
-        f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}, {kind}"
+        f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}, {kind}, {compiled}"
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
-from megatron_meap.backend import device
+from megatron_meap.backend import device, native
 
 _CACHED_NUMBERS = 2**17  # 32-bit floats that a core's own cache holds beside the other operands (512 KiB)
 
@@ -31,6 +31,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if native.suits(x):
+            x = x.contiguous()
+            out, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+            native.call("rms_norm", x, weight.float(), eps, inverse.numel(), x.shape[-1], out, inverse)
+            ctx.save_for_backward(x, weight, inverse)
+            return out
         wide = x.float()
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / root mean square, [..., 1]
@@ -40,6 +46,11 @@ class _RMSNorm(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
+        if native.suits(x):
+            dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+            given = gradients[0].contiguous(), x, weight.float(), inverse
+            native.call("rms_norm_backward", *given, inverse.numel(), x.shape[-1], dx, dweight)
+            return dx, dweight.to(weight.dtype), None
         grad, scale = gradients[0].float().contiguous(), weight.float()
         # PyTorch has a kernel for the gradient of LayerNorm. With mean 0 it is that of RMSNorm, but for the term by
         # which it takes the mean out of the gradient; that one is added back.
@@ -58,15 +69,23 @@ def swiglu(x: Tensor) -> Tensor:
 class _SwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
         ctx.save_for_backward(x)
+        if native.suits(x):
+            out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+            native.call("swiglu", x, out.numel() // out.shape[-1], out.shape[-1], out)
+            return out
         gate, up = x.chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,), grad = ctx.saved_tensors, gradients[0]
-        gate, up = x.chunk(2, dim=-1)
+        (x,), grad = ctx.saved_tensors, gradients[0].contiguous()
         dx = torch.empty_like(x)
+        if native.suits(x):
+            native.call("swiglu_backward", grad, x, grad.numel() // grad.shape[-1], grad.shape[-1], dx)
+            return dx
+        gate, up = x.chunk(2, dim=-1)
         dgate, dup = dx.chunk(2, dim=-1)
         activated = functional.silu(gate)
         torch.mul(activated, grad, out=dup)
@@ -102,6 +121,11 @@ class _Rotate(Function):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned = cos.shape[-1]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if native.suits(x) and cos.shape[:-1].numel() == x.shape[0]:  # one angle a position
+        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        native.call("rotate", rows, cos.contiguous(), sin.contiguous(), *rows.shape, turned, *rows.stride()[:2], out)
+        return out
     (x1, x2), (out1, out2) = (t[..., :turned].chunk(2, dim=-1) for t in (x, out))
     (cos1, cos2), (sin1, sin2) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)
     torch.mul(x1, cos1, out=out1).addcmul_(x2, sin1, value=-1)
@@ -136,7 +160,9 @@ class _CrossEntropy(Function):
         columns = columns.clamp(0, rows.shape[1] - 1)
         predicted = rows.gather(1, columns.unsqueeze(1)).squeeze(1).float().mul_(here)
         largest, sums = torch.empty_like(predicted), torch.empty_like(predicted)
-        for part in _parts(rows):
+        if native.suits(rows):
+            native.call("row_sums", rows, *rows.shape, largest, sums)
+        for part in () if native.suits(rows) else _parts(rows):
             wide = rows[part].float()
             torch.amax(wide, dim=1, out=largest[part])
             torch.sum(torch.sub(wide, largest[part].unsqueeze(1)).exp_(), dim=1, out=sums[part])
@@ -153,7 +179,11 @@ class _CrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         logits, columns, here, log_sum = ctx.saved_tensors
-        rows, scale = logits.detach().reshape(-1, logits.shape[-1]), gradients[0].reshape(-1, 1)
+        rows, scale = logits.detach().reshape(-1, logits.shape[-1]), gradients[0].reshape(-1, 1).contiguous()
+        if native.suits(rows):
+            native.call("cross_entropy_backward", rows, log_sum, torch.where(here, columns, -1), scale, *rows.shape)
+            torch.autograd.graph.increment_version(rows)
+            return rows.view(logits.shape), None, None
         for part in _parts(rows):
             probabilities = torch.sub(rows[part].float(), log_sum[part].unsqueeze(1)).exp_()
             probabilities.scatter_add_(1, columns[part].unsqueeze(1), -here[part].unsqueeze(1).float())

@@ -28,7 +28,7 @@ from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.mlp import MLP  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_meap.backend import cpu_patches, kernels, layers  # noqa: E402
+from megatron_meap.backend import cpu_patches, kernels, layers, native  # noqa: E402
 from megatron_meap.backend.attention import causal_attention  # noqa: E402
 from megatron_meap.backend.layers import (  # noqa: E402
     CPUAttention,
@@ -62,6 +62,15 @@ def _one_rank():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def either(request, monkeypatch):
+    """The kernels in C, and those in PyTorch where no compiler is."""
+    if request.param == "plain":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler")
 
 
 def assert_same(own, reference, inputs: list[Tensor], tolerance: float | None = None) -> None:
@@ -116,7 +125,7 @@ def test_attention_is_megatrons(kind, groups, dtype):
 
 @pytest.mark.parametrize("length", [7, 131, 1030])
 @pytest.mark.parametrize(("groups", "size", "dimensions"), [(G, 1.0, 16), (N, 4.0, 24), (1, 6.0, 64)])
-def test_attention_by_products_rounds_as_pytorchs_does(length, groups, size, dimensions):
+def test_attention_by_products_rounds_as_pytorchs_does(either, length, groups, size, dimensions):
     """Against exact arithmetic: long rows and short ones, heads that share keys, scores of a hundred, any scale."""
     given = [(torch.randn(1, h, length, dimensions) * size).bfloat16() for h in (N, groups, groups)]
     scale = dimensions**-0.5
@@ -220,7 +229,7 @@ def test_the_kernel_for_packed_sequences_is_told_all_that_matters(window, monkey
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("settings", [{}, {"layernorm_zero_centered_gamma": True}, {"normalization": "LayerNorm"}])
-def test_norm_is_pytorchs(settings, dtype):
+def test_norm_is_pytorchs(either, settings, dtype):
     mine = CPUNorm(config(params_dtype=dtype, **settings), 96, 1e-5)
     shift = 1.0 if settings.get("layernorm_zero_centered_gamma") else 0.0
     own, x = torch.rand(96).to(dtype), (3 * torch.randn(S, B, 96) + 1).to(dtype)
@@ -243,16 +252,17 @@ def test_norm_parameters_are_marked_for_sequence_parallelism():
     assert marked.weight.sequence_parallel is True
 
 
-def test_norm_of_zeros_is_zero():
-    x = torch.zeros(4, 8, requires_grad=True)
-    out = kernels.rms_norm(x, torch.ones(8), 1e-5)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_norm_of_zeros_is_zero(dtype):
+    x = torch.zeros(4, 8, dtype=dtype, requires_grad=True)
+    out = kernels.rms_norm(x, torch.ones(8, dtype=dtype), 1e-5)
     out.sum().backward()
     assert out.abs().max() == 0
     assert torch.isfinite(x.grad).all()
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_swiglu_is_pytorchs(dtype):
+def test_swiglu_is_pytorchs(either, dtype):
     def reference(x: Tensor) -> Tensor:
         gate, up = x.float().chunk(2, dim=-1)
         return (functional.silu(gate) * up).to(dtype)
@@ -262,7 +272,7 @@ def test_swiglu_is_pytorchs(dtype):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("turned", [D, D // 2])
-def test_rotary_embedding_is_megatrons(turned, dtype):
+def test_rotary_embedding_is_megatrons(either, turned, dtype):
     freqs = torch.rand(S, 1, 1, turned) * 6
     x = torch.randn(S, B, N, D).to(dtype)
     cos_sin = cpu_patches._cos_sin(freqs, dtype, 1.2)
@@ -270,7 +280,7 @@ def test_rotary_embedding_is_megatrons(turned, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_cross_entropy_is_megatrons(dtype, monkeypatch):
+def test_cross_entropy_is_megatrons(either, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_CACHED_NUMBERS", 700)  # several parts, the last one shorter
     logits, target = (4 * torch.randn(S, B, 320)).to(dtype), torch.randint(0, 320, (S, B))
     group = parallel_state.get_tensor_model_parallel_group()
@@ -281,8 +291,9 @@ def test_cross_entropy_is_megatrons(dtype, monkeypatch):
     )
 
 
-def test_the_gradient_of_the_logits_takes_their_place_and_is_had_once():
-    weight = torch.randn(5, 320, requires_grad=True)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_gradient_of_the_logits_takes_their_place_and_is_had_once(dtype):
+    weight = torch.randn(5, 320, dtype=dtype, requires_grad=True)
     logits = weight * 1.0
     loss = kernels.cross_entropy(logits, torch.randint(0, 320, (5,)))
     (gradient,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
@@ -291,11 +302,12 @@ def test_the_gradient_of_the_logits_takes_their_place_and_is_had_once():
         loss.sum().backward()
 
 
-def test_cross_entropy_of_extreme_logits_is_finite():
-    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], requires_grad=True)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_cross_entropy_of_extreme_logits_is_finite(dtype):
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]], dtype=dtype, requires_grad=True)
     loss = kernels.cross_entropy(logits.clone(), torch.tensor([1, 2]))  # it overwrites them
     loss.sum().backward()
-    assert torch.allclose(loss, functional.cross_entropy(logits, torch.tensor([1, 2]), reduction="none"))
+    assert torch.allclose(loss, functional.cross_entropy(logits.float(), torch.tensor([1, 2]), reduction="none"))
     assert torch.isfinite(logits.grad).all()
 
 
