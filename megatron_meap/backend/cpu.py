@@ -72,11 +72,10 @@ def install() -> None:
 def describe() -> str:
     """One line for the user: that the run is on CPU, with how many threads, in which arithmetic at best."""
     kind = "bf16 matrix units" if has_bf16_units() else "no bf16 matrix units: 32-bit floats"
-    compiled = "compiled kernels" if native.library() else "PyTorch's kernels (no C compiler)"
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return (
         f"no CUDA device: training on CPU, {ranks} process{'es' if ranks > 1 else ''} x "
-        f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}, {kind}, {compiled}"
+        f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}, {kind}, {native.state()}"
     )
 
 

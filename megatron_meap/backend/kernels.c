@@ -59,23 +59,27 @@ void rms_norm(const bf16 *x, const float *weight, float eps, num rows, num h, bf
     }
 }
 
-/* Gradients of x, and of the weight, which is added to dweight [h]. */
+/* Gradients of x, and of the weight in parts [parts, h], zeros before: which rows are added up in which order does not
+depend on the threads. */
 void rms_norm_backward(const bf16 *grad, const bf16 *x, const float *weight, const float *inverse, num rows, num h,
-                       bf16 *dx, float *dweight) {
-#pragma omp parallel for schedule(static) reduction(+ : dweight[ : h])
-    for (num i = 0; i < rows; i++) {
-        const bf16 *g = grad + i * h, *in = x + i * h;
-        bf16 *to = dx + i * h;
-        float scale = inverse[i], sum = 0;
+                       bf16 *dx, num parts, float *dweights) {
+    ROWS
+    for (num part = 0; part < parts; part++) {
+        float *dweight = dweights + part * h;
+        for (num i = rows * part / parts; i < rows * (part + 1) / parts; i++) {
+            const bf16 *g = grad + i * h, *in = x + i * h;
+            bf16 *to = dx + i * h;
+            float scale = inverse[i], sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (num j = 0; j < h; j++) {
-            float along = wide(g[j]) * wide(in[j]);
-            sum += along * weight[j];
-            dweight[j] += along * scale;
+            for (num j = 0; j < h; j++) {
+                float along = wide(g[j]) * wide(in[j]);
+                sum += along * weight[j];
+                dweight[j] += along * scale;
+            }
+            float back = sum * scale * scale * scale / h;
+            VECTOR
+            for (num j = 0; j < h; j++) to[j] = narrow(wide(g[j]) * weight[j] * scale - wide(in[j]) * back);
         }
-        float back = sum * scale * scale * scale / h;
-        VECTOR
-        for (num j = 0; j < h; j++) to[j] = narrow(wide(g[j]) * weight[j] * scale - wide(in[j]) * back);
     }
 }
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 from megatron_meap.backend import device, native
 
 _CACHED_NUMBERS = 2**17  # 32-bit floats that a core's own cache holds beside the other operands (512 KiB)
+_PARTS = 64  # in which rows are added up, whatever the number of threads
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -47,10 +48,10 @@ class _RMSNorm(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         if native.suits(x):
-            dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+            dx, dweights = torch.empty_like(x), weight.new_zeros(_PARTS, x.shape[-1], dtype=torch.float32)
             given = gradients[0].contiguous(), x, weight.float(), inverse
-            native.call("rms_norm_backward", *given, inverse.numel(), x.shape[-1], dx, dweight)
-            return dx, dweight.to(weight.dtype), None
+            native.call("rms_norm_backward", *given, inverse.numel(), x.shape[-1], dx, _PARTS, dweights)
+            return dx, dweights.sum(0).to(weight.dtype), None
         grad, scale = gradients[0].float().contiguous(), weight.float()
         # PyTorch has a kernel for the gradient of LayerNorm. With mean 0 it is that of RMSNorm, but for the term by
         # which it takes the mean out of the gradient; that one is added back.

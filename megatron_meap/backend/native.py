@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_meap.errors import one_line
+
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
@@ -38,16 +40,27 @@ def _as_c(argument: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_i
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they cannot be had."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or os.environ.get("MEAP_CPU_COMPILE") == "0":
-        return None
+    return _loaded()[0]
+
+
+def state() -> str:
+    """Which kernels compute, in words: they round differently."""
+    return _loaded()[1]
+
+
+@functools.cache
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    name = os.environ.get("CC", "cc")
+    if os.environ.get("MEAP_CPU_COMPILE") == "0":
+        return None, "PyTorch's kernels (MEAP_CPU_COMPILE=0)"
+    if (compiler := shutil.which(name)) is None:
+        return None, f"PyTorch's kernels (no C compiler {name!r})"
     try:
-        return ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError):
-        return None
+        return ctypes.CDLL(str(_built(compiler))), "compiled kernels"
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
+        return None, f"PyTorch's kernels ({one_line(error)})"
 
 
 def _built(compiler: str) -> Path:

@@ -15,6 +15,7 @@ from importlib import metadata
 from typing import Any
 
 import megatron_meap
+from megatron_meap.backend import device, native
 from megatron_meap.checkpoint import model_arguments
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft.flags import SFTSettings
@@ -123,6 +124,8 @@ def describe(args: Namespace, tokenizer: Any = None) -> dict[str, Any]:
             "--meap-mask-validation": args.meap_mask_validation,
             "the samples of training": run_samples(args),
         }
+        if device.is_cpu() and args.bf16:
+            found[KERNELS] = native.state().partition(" (")[0]
         if "muon" in args.optimizer and args.muon_tp_mode == "blockwise":
             found[BLOCKS] = args.tensor_model_parallel_size
     return found
@@ -185,7 +188,11 @@ PADDING = "rows of the padded vocabulary"
 BLOCKS = "the parts of each matrix that Muon takes by themselves (--muon-tp-mode blockwise)"
 """They are the tensor-parallel ranks' parts, so that there the layout decides what is learned."""
 
+KERNELS = "on the CPU"
+"""Which kernels compute there: they round differently."""
+
 _NAMED = {
+    KERNELS: Verdict.WARNED,
     PADDING: Verdict.WARNED,
     BLOCKS: Verdict.WARNED,
     "precision": Verdict.WARNED,
