@@ -332,6 +332,7 @@ def unsupported(args: Any) -> list[tuple[str, str]]:
         ("--gpu-sniff-test-interval", args.gpu_sniff_test_interval is not None, "its products would take minutes"),
         ("--log-straggler", args.log_straggler, "it asks NVIDIA's driver"),
         ("--log-device-memory-used", args.log_device_memory_used, "it asks NVIDIA's driver"),
+        ("--record-memory-history", args.record_memory_history, "it asks NVIDIA's driver"),
         ("--use-nccl-ub", args.nccl_ub, "only gloo communicates between CPU processes"),
         ("--fp16", args.fp16, "half precision is not made for it; use --bf16 or --fp32"),
     ]

@@ -10,7 +10,7 @@ def over_steps_that_have_it(log: Callable) -> Callable:
     """Megatron's `training_log`, which averages each loss of an interval over the steps that have it.
 
     Its own average is over all steps, and a loss over no token in one of them, a NaN, is not logged for the whole
-    interval. (Not of `lm loss` itself: there a NaN is one.)
+    interval. (Not of `lm loss` itself: there a NaN is one.) Where all steps are skipped it logs zeros.
     """
     steps = "advanced iterations"
     found: dict[str, list[Any]] = {}
@@ -19,6 +19,9 @@ def over_steps_that_have_it(log: Callable) -> Callable:
         skipped, done = args[4], totals.get(steps, 0)
         if not done:
             found.clear()  # an interval begins
+        if skipped and not done:
+            for name in [name for name in totals if not name.endswith(" iterations")]:
+                del totals[name]
         missing = torch.stack([each.reshape(()) for each in losses.values()]).isnan().tolist() if losses else []
         lacking = {name for name, is_missing in zip(losses, missing, strict=True) if is_missing} - {"lm loss"}
         for name, loss in losses.items():

@@ -10,7 +10,7 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -284,7 +284,10 @@ class Step:
 
 
 def around_log(
-    begin: Callable[[], None], see: Callable[[Step], None], rewrite: Callable[[str, Step | None], str]
+    begin: Callable[[], None],
+    see: Callable[[Step], None],
+    rewrite: Callable[[str, Step | None], str],
+    left_out: Collection[int] = (),
 ) -> None:
     """Let the lines that Megatron logs of steps and evaluations say more: it has no hook there.
 
@@ -292,6 +295,7 @@ def around_log(
         begin: called on every rank before the first step.
         see: called on every rank with each step, after its line where it has one.
         rewrite: called on every rank, with a line and the last step; what it returns is logged by the last rank.
+        left_out: steps that count as skipped (left_out.py).
     """
     from megatron.training import training
 
@@ -318,6 +322,7 @@ def around_log(
     ) -> Any:
         lengths = {name: more.get(name) for name in ("seqlen_squared_sum_in_batch", "total_real_tokens_in_batch")}
         model, optimizer = trained
+        skipped = int(skipped or iteration in left_out)
         last[0] = step = Step(model, optimizer, iteration, losses, bool(skipped), scale, lengths)
         report_memory = log(losses, totals, rate, iteration, scale, memory, skipped, *args, **more)
         see(step)

@@ -21,7 +21,7 @@ from megatron_meap.meap import settings as meap
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft import flags as sft
 from megatron_meap.sft.flags import BadLineSettings, SFTSettings
-from megatron_meap.trainer import batch_sizes, blend, ranges, wandb_run, without_effect, writable
+from megatron_meap.trainer import bad_steps, batch_sizes, blend, ranges, wandb_run, without_effect, writable
 from megatron_meap.trainer.data_plan import DataSettings
 from megatron_meap.trainer.log_line import LogSettings
 from megatron_meap.trainer.official import OfficialSettings
@@ -255,6 +255,7 @@ def _validate_meap(args: Namespace) -> None:
     wandb_run.check(args)
     ProbeSettings.of(args).check(args)
     LogSettings.of(args).check()
+    bad_steps.check(args)
     hangs.check(args)
     OfficialSettings.of(args).check(args)
     if args.sft:

@@ -11,17 +11,31 @@ import torch
 from megatron.core.rerun_state_machine import (
     EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
     EXIT_CODE_RESUME_TO_DISAMBIGUATE,
+    RerunMode,
     get_rerun_state_machine,
 )
 from megatron.training import get_args
 
-from megatron_meap.errors import note_status
+from megatron_meap.errors import UsageError, note_status
 
 TO_RESUME, REPEATS = EXIT_CODE_RESUME_TO_DISAMBIGUATE, EXIT_CODE_FAILED_ON_RESULT_VALIDATION
 STATUSES = (TO_RESUME, REPEATS)
 """Megatron's exit statuses: 16 at the first time, 17 where the step was computed again or cannot be."""
 
 _MESSAGE = re.compile(r"Unexpected result .*message='(.*)'")
+
+
+def check(args: Namespace) -> None:
+    """Refuse a mode that Megatron's parser takes and its trainer does not know, and steps that there are not.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    if args.rerun_mode not in list(RerunMode):
+        raise UsageError(f"--rerun-mode {args.rerun_mode}: megatron-core 0.19 fails; use disabled or validate_results")
+    last = args.train_iters or sys.maxsize  # unknown as yet where the length is given in samples
+    if wrong := [step for step in args.iterations_to_skip if not 1 <= step <= last]:
+        raise UsageError(f"--iterations-to-skip {wrong[0]}: there are the steps 1 to {last}")
 
 
 def refuse(loss: torch.Tensor) -> None:

@@ -97,6 +97,7 @@ class LogLine:
         self.peak = settings.peak()
         self._measure = settings.peak_tflops == MEASURED
         self._spikes = Spikes(settings.loss_spike)
+        self._left_out = frozenset(args.iterations_to_skip)
         self._total = batch_sizes.samples(args)
         self._since: tuple[float, int] | None = None
 
@@ -114,7 +115,9 @@ class LogLine:
 
     def see(self, step: Step) -> None:
         """Say in a line of its own that a step was skipped, or that its loss is a spike."""
-        if step.skipped:
+        if step.iteration in self._left_out:
+            publish(SKIPPED, "its data is left out (--iterations-to-skip) |", {}, step.iteration)
+        elif step.skipped:
             what = f"gradients that are not finite, nothing learned | loss scale: {step.loss_scale:.1f} |"
             publish(SKIPPED, what, {"loss scale": step.loss_scale}, step.iteration)
         elif self._spikes.limit and self.args.rank == self.args.world_size - 1:  # as it logs
@@ -136,6 +139,8 @@ class LogLine:
             f" {name}: {value:.4g} |" if value < 1000 else f" {name}: {value:.0f} |" for name, value in values.items()
         )
         added += self._time_left()
+        if "lm loss" in step.losses and not step.skipped and " lm loss: " not in line:
+            added += " lm loss: NAN |"  # which Megatron leaves out
         if has_mask_token(self.args):
             norms = embedding_norms(self.args, step.model, step.optimizer)
             added += "".join(f" {EMBEDDING_NORM} {name}: {value:.6E} |" for name, value in norms.items())

@@ -45,13 +45,28 @@ def explained(args: Namespace) -> Iterator[None]:
     """
     try:
         yield
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        named = [name for name, value in vars(args).items() if value is not None and str(value) == str(error.filename)]
-        flag = "".join(f"--{name.replace('_', '-')} " for name in named[:1])
-        raise UsageError(f"{flag}{error.filename}: {error.strerror}") from error
     except Exception as error:
-        if not is_refusal(error):
-            raise
+        refuse(error, args, unnamed=True)
+        raise
+
+
+def refuse(error: BaseException, args: Namespace, unnamed: bool = False) -> None:
+    """Raise the one line where an error before the first step is about the flags, or about a file that one names.
+
+    Args:
+        error: what was raised.
+        args: of the run.
+        unnamed: the error may be about any file.
+
+    Raises:
+        UsageError: in its place.
+    """
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError | PermissionError):
+        named = [name for name, value in vars(args).items() if value and str(value) == str(error.filename)]
+        if named or unnamed:
+            flag = "".join(f"--{name.replace('_', '-')} " for name in named[:1])
+            raise UsageError(f"{flag}{error.filename}: {error.strerror}") from error
+    if is_refusal(error):
         raise refusal(error, args) from error
 
 

@@ -25,7 +25,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_meap.backend import description, device, megatron_patches, optimizer_step
+from megatron_meap.backend import description, device, left_out, megatron_patches, optimizer_step
 from megatron_meap.checkpoint import integrity, latest
 from megatron_meap.cluster import connections
 from megatron_meap.cluster.run_files import STOP, Heartbeat, Requests
@@ -84,7 +84,9 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
     if args.meap_probe_interval is not None:
         megatron_patches.after_each_step(RetrievalProbe(args, special_token_ids(get_tokenizer())).after_step)
     log = LogLine(args)
-    megatron_patches.around_log(log.begin, log.see, log.rewrite)
+    skipped, args.iterations_to_skip = args.iterations_to_skip, []
+    left_out.leave_out(skipped)
+    megatron_patches.around_log(log.begin, log.see, log.rewrite, skipped)
     if args.rank == 0:
         _announce(args)
         for line in remarks(args):
@@ -171,8 +173,8 @@ def _pretrain(
         problem = latest.full_disk(Path(args.save), error) if args.save else None
         if problem is None and (lost := connections.explain(error)) is not None:
             raise lost from error
-        if problem is None and _not_begun(args) and refusals.is_refusal(error):
-            raise refusals.refusal(error, args) from error
+        if problem is None and _not_begun(args):
+            refusals.refuse(error, args)
         if problem is None:
             raise
         traceback.print_exc()  # what is said below is concluded, and the error itself must not be lost

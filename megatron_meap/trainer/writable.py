@@ -1,4 +1,4 @@
-"""Directories that a run writes to: known to be writable before anything is written."""
+"""What a run writes to: known to be writable before anything is written."""
 
 import os
 import tempfile
@@ -7,11 +7,29 @@ from pathlib import Path
 
 from megatron_meap.errors import UsageError
 
+_DIRECTORIES = (
+    "tensorboard_dir",
+    "config_logger_dir",
+    "dump_param_to_param_group_map",
+    "logits_save_dir",
+    "moe_routing_trace_path",
+)
+"""Arguments that name one."""
+
 
 def check(args: Namespace) -> None:
-    """Refuse a directory for TensorBoard that its writer would fail to make."""
-    if args.tensorboard_dir:
-        check_writable("--tensorboard-dir", args.tensorboard_dir)
+    """Refuse directories and files that Megatron would fail to make.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    for name in _DIRECTORIES:
+        if directory := getattr(args, name):
+            check_writable(f"--{name.replace('_', '-')}", directory)
+    if (file := args.result_rejected_tracker_filename) and not Path(file).absolute().parent.is_dir():
+        raise UsageError(f"--result-rejected-tracker-filename {file}: its directory is not there; make it")
+    if args.profile and args.use_pytorch_profiler and not args.tensorboard_dir:
+        raise UsageError("--use-pytorch-profiler: writes beside --tensorboard-dir, which is missing; add it")
 
 
 def check_writable(flag: str, directory: str | Path) -> None:

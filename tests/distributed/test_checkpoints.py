@@ -84,6 +84,7 @@ def saved(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     more = {
         "run": [],
         "asynchronous": ["--async-save", "--save-interval", "2", "--meap-keep-last", "2"],
+        "left_out": ["--train-iters", "4", "--iterations-to-skip", "4", "--save-interval", "2"],
         "pruned": ["--train-iters", "9", "--meap-keep-last", "2", "--meap-keep-every", "4"],
     }
     runs = {name: [*flags, "--save", str(folder / name), *own] for name, own in more.items()}
@@ -160,6 +161,11 @@ def test_the_learning_rate_changes_on_purpose(saved: Saved, tmp_path: Path) -> N
 
 def test_old_checkpoints_are_pruned(saved: Saved) -> None:
     assert latest.iterations(saved.folder / "pruned") == [4, 8, 9]
+
+
+def test_what_is_learned_before_a_last_step_without_data_is_saved(saved: Saved) -> None:
+    assert latest.iterations(saved.folder / "left_out") == [2, 4]
+    assert "skipped step at iteration 4 | its data is left out" in saved.runs["left_out"].output
 
 
 def test_asynchronous_saving(saved: Saved, corpus: Corpus) -> None:

@@ -86,6 +86,13 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--train-data-path somewhere", "--split 90,10,0: contradicts data that is named for each split"),
         ("--data-path s3://bucket/data", "s3://bucket/data: data in an object storage needs --data-cache-path"),
         ("--tensorboard-dir /dev/null/logs", "--tensorboard-dir /dev/null/logs: cannot be written (/dev/null"),
+        ("--config-logger-dir /dev/null/log", "--config-logger-dir /dev/null/log: cannot be written"),
+        ("--dump-param-to-param-group-map /dev/null/map", "--dump-param-to-param-group-map /dev/null/map: cannot be"),
+        ("--result-rejected-tracker-filename absent/file", "absent/file: its directory is not there"),
+        ("--profile --use-pytorch-profiler", "--use-pytorch-profiler: writes beside --tensorboard-dir"),
+        ("--record-memory-history", "--record-memory-history: cannot work on a CPU"),
+        ("--rerun-mode report_stats", "--rerun-mode report_stats: megatron-core 0.19 fails"),
+        ("--iterations-to-skip 3 21", "--iterations-to-skip 21: there are the steps 1 to 20"),
         ("--wandb-project p", "--wandb-project: needs a directory for its files"),
         (
             "--eval-iters 1 --eval-global-batch-size 3",

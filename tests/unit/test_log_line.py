@@ -70,6 +70,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> LogLine:
         meap_peak_tflops="1", meap_loss_spike=7.0, seq_length=64, world_size=2, rank=1, consumed_train_samples=0,
         meap_mask_ratio=0.0, meap_random_share=0.0, meap_kept_share=0.0, micro_batch_size=4, data_parallel_size=2,
         step_batch_size_schedule=None, train_samples=None, train_iters=100, global_batch_size=8,
+        iterations_to_skip=[80],
     )  # fmt: skip
     monkeypatch.setattr("megatron.training.training.num_floating_point_operations", lambda *args, **kwargs: 4e11)
     monkeypatch.setattr("megatron.training.utils.is_last_rank", lambda: True)
@@ -97,7 +98,7 @@ def write_run(log: LogLine, path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     for iteration in range(1, 100):
         now, log.args.consumed_train_samples = 2.0 * iteration, 8 * iteration
         lines.append(log.rewrite(megatrons(iteration), step(iteration)))
-        log.see(step(iteration, 9.0 if iteration == 60 else 2.0, skipped=iteration == 70))
+        log.see(step(iteration, 9.0 if iteration == 60 else 2.0, skipped=iteration in (70, 80)))
         lines += capsys.readouterr().out.splitlines()
     lines.append(
         " validation loss at iteration 90 | lm loss value: 2.1E+00 | lm loss PPL: 8.0 | bits per byte value: 1.25 | "
@@ -114,7 +115,7 @@ def test_the_log_is_understood(log: LogLine, tmp_path: Path, monkeypatch, capsys
     assert (values["tokens/s"], values["tokens/s/rank"]) == (1024.0, 512.0)
     assert (values["model TFLOP/s/rank"], values["MFU (%)"]) == (0.4, 40.0)
     assert history.steps[50].time_left == "0:01:40"  # two seconds a step, whatever the steps themselves take
-    assert history.marked == {60, 70}
+    assert history.marked == {60, 70, 80}
     monkeypatch.setattr(sys, "argv", ["watch_training.py", str(path), "--once"])
     watch_training.main()
     progress, *notices = capsys.readouterr().out.splitlines()
@@ -123,7 +124,16 @@ def test_the_log_is_understood(log: LogLine, tmp_path: Path, monkeypatch, capsys
         "loss spike at iteration 60 | lm loss: 9.000000E+00 | mean before: 2.000000E+00 | "
         "standard deviations above it: 700.0",
         "skipped step at iteration 70 | gradients that are not finite, nothing learned | loss scale: 1024.0",
+        "skipped step at iteration 80 | its data is left out (--iterations-to-skip)",
     ]
+
+
+def test_a_loss_that_is_no_number_is_in_the_line(log: LogLine) -> None:
+    """Megatron leaves it out, and goes on with `--no-check-for-nan-in-loss-and-grad`."""
+    line = megatrons(3).replace(" lm loss: 2.0E+00 |", "")
+    assert " lm loss: NAN |" in log.rewrite(line, step(3, float("nan")))
+    assert "NAN" not in log.rewrite(line, step(3, skipped=True))
+    assert "NAN" not in log.rewrite(megatrons(3), step(3))
 
 
 def test_several_runs_are_one_picture(log: LogLine, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -141,7 +151,7 @@ def test_several_runs_are_one_picture(log: LogLine, tmp_path: Path, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["watch_training.py", first, f"B={second}", "--once"])
     watch_training.main()
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["one", "one", "one", "B"]
+    assert [line.partition(":")[0] for line in lines] == ["one", "one", "one", "one", "B"]
     monkeypatch.setattr(sys, "argv", ["watch_training.py", first, f"one={second}"])
     with pytest.raises(UsageError, match="two runs have the same name"):
         watch_training.main()

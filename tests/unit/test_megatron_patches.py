@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from pathlib import Path
 from queue import Empty
@@ -44,7 +44,7 @@ from megatron.core.utils import local_multi_tensor_l2_norm  # noqa: E402
 from megatron.training import initialize, pretrain, training  # noqa: E402
 from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
 
-from megatron_meap.backend import helpers, kernels  # noqa: E402
+from megatron_meap.backend import helpers, kernels, left_out  # noqa: E402
 from megatron_meap.backend.loss_patches import over_steps_that_have_it  # noqa: E402
 from megatron_meap.backend.patching import original_of, replace  # noqa: E402
 from tests.launch import free_port  # noqa: E402
@@ -198,6 +198,28 @@ def test_the_trainer_has_no_hook_after_a_step_or_a_save() -> None:
     assert "non_loss_data_func" in inspect.getsource(training.evaluate)
 
 
+@pytest.mark.parametrize("data", [None, [iter(range(9)), None]], ids=["a stage without data", "virtual stages"])
+def test_a_step_that_is_left_out_reads_where_there_is_no_data(one_rank: None, data: Any, monkeypatch) -> None:
+    """And Megatron's own passes by what follows a step; ours reads each part of the data once a micro batch."""
+    machine = SimpleNamespace(should_run_forward_backward=lambda data: next(asked))
+    for place in ("megatron.training.training", "megatron.core.rerun_state_machine"):
+        monkeypatch.setattr(f"{place}.get_rerun_state_machine", lambda: machine)
+    for place in ("megatron.training.training", "megatron.core.num_microbatches_calculator"):
+        monkeypatch.setattr(f"{place}.get_num_microbatches", lambda: 2)
+    monkeypatch.setattr(training, "get_args", lambda: SimpleNamespace(hybrid_context_parallel=False))
+    asked = iter([True, False])
+    with pytest.raises(TypeError):
+        training.dummy_train_step(data)
+    assert "dummy_train_step(train_data_iterator)" in (source := inspect.getsource(training.train))
+    assert "checkpoint" not in source.partition("dummy_train_step(")[2].partition("continue")[0]
+    monkeypatch.setattr(training, "train_step", lambda *args, **kwargs: "trained")
+    left_out.leave_out({5})
+    asked = iter([True, False])
+    assert training.train_step(None, data, iteration=4)[:2] == ({}, 0)
+    assert training.train_step(None, data, iteration=5) == "trained"
+    assert data is None or next(data[0]) == 2
+
+
 # What a CPU alone needs.
 
 
@@ -294,22 +316,25 @@ def test_a_loss_over_no_token_in_one_step_is_not_logged_for_its_interval(monkeyp
     monkeypatch.setattr(training, "one_logger_utils", mock.MagicMock())
     monkeypatch.setattr(training, "report_memory", lambda _: None)
 
-    def logged(log: Callable, values: list[list[float]]) -> list[dict[str, str]]:
+    def logged(log: Callable, values: list[list[float]], skipped: Collection[int] = ()) -> list[dict[str, str]]:
         totals: dict[str, Any] = {}
         for step, (whole, part) in enumerate(values, 1):
             losses = {"lm loss": torch.tensor(whole), "part": torch.tensor(part)}
-            log(losses, totals, 1e-3, step, 1.0, False, 0, 1.0, None, None, None)
+            log(losses, totals, 1e-3, step, 1.0, False, int(step in skipped), 1.0, None, None, None)
         lines, said[:] = list(said), []
         return [dict(re.findall(r" (lm loss|part): (\S+) \|", line)) for line in lines]
 
     none = float("nan")
     values = [[1.0, 1.0], [2.0, none], [3.0, 3.0], [4.0, 5.0]]
     assert logged(original_of(training, "training_log"), values) == [{"lm loss": "2.500000E+00"}]
+    zeros = {"lm loss": "0.000000E+00", "part": "0.000000E+00"}
+    assert logged(original_of(training, "training_log"), values * 2, skipped=range(5, 9))[1] == zeros
     whole = {"lm loss": "2.500000E+00"}
     replace(training, "training_log", over_steps_that_have_it)  # as `around_log` does
     assert logged(training.training_log, values) == [whole | {"part": "3.000000E+00"}]
     assert logged(training.training_log, values[1:2] * 4 + values) == [
         {"lm loss": "2.000000E+00"}, whole | {"part": "3.000000E+00"},
     ]  # fmt: skip
+    assert logged(training.training_log, values * 2, skipped=range(5, 9))[1] == {}
     bad = [[none, none], *values[1:]]
     assert logged(training.training_log, bad) == [{"part": "4.000000E+00"}]

@@ -73,6 +73,13 @@ def test_the_place_is_told_where_the_words_do_not(source: str, line: str) -> Non
     assert said == line.replace(str(Path(megatron.core.__file__).parents[2]) + "/", "")
 
 
+def test_a_file_that_a_flag_names_is_named(tmp_path: Path) -> None:
+    error = raised(f"open('{tmp_path}/absent')", IN_MEGATRON)
+    with pytest.raises(errors.UsageError, match=f"^--config-file {tmp_path}/absent: No such file"):
+        refusals.refuse(error, Namespace(config_file=f"{tmp_path}/absent"))
+    refusals.refuse(error, Namespace(config_file=None))  # a failure: its traceback is wanted
+
+
 def test_memory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture) -> None:
     def main() -> None:
         raise MemoryError("Unable to allocate 2.40 TiB")
