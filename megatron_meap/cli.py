@@ -16,7 +16,7 @@ def main() -> None:
 
 
 def subcommands() -> dict[str, str]:
-    """Names of the subcommands, and what each does; read without importing them, which takes seconds."""
+    """Names and summaries of the subcommands, read without importing them, which takes seconds."""
     here = Path(__file__).parent
     modules = {PRETRAIN: here / "pretrain.py"}
     for folder in commands.__path__:

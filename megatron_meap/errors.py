@@ -1,4 +1,4 @@
-"""What is wrong with the user's input, said in one line: a traceback is for our own bugs only."""
+"""Errors in the user's input, reported in one line: a traceback means a bug of our own."""
 
 import contextlib
 import json
@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-# Mostly all ranks meet the same error: rank 0 says it and leaves, whereupon torchrun ends the others before they
-# repeat it. An error of another rank alone is said by that rank, a little later.
+# Usually all ranks meet the same error: rank 0 prints it and exits, and torchrun ends the others before they repeat it.
+# An error on another rank only is printed by that rank, a little later.
 _RANK_ZERO_SPEAKS_FIRST_S = 3.0
 
 _REQUIRED = ("torch", "megatron", "numpy", "sentencepiece", "tokenizers", "transformers")
-"""Packages without which the wrong Python was started, or nothing was installed."""
+"""If one of these is missing, the wrong Python was started, or nothing was installed."""
 
 _INTERRUPTED = 130
 """Exit status after Ctrl-C, as of a shell."""
@@ -33,11 +33,11 @@ class UsageError(Exception):
 
 
 class JobError(Exception):
-    """What ends a job through no fault of its input or of this code, as a host that is gone; one line says it."""
+    """A failure that neither the input nor this code caused, such as a lost host; the message is one line."""
 
 
 def refuse(*checks: tuple[object, str]) -> None:
-    """Raise a `UsageError` for the first check that holds; a check is what is wrong, and the message."""
+    """Raise a `UsageError` for the first check that is true; each is a pair of a condition and a message."""
     for wrong, message in checks:
         if wrong:
             raise UsageError(message)
@@ -49,7 +49,7 @@ def refusing(message: str, *kinds: type[Exception], remedy: str = "") -> Iterato
 
     Args:
         message: names the file or flag, and says what is wrong with it.
-        kinds: the errors that are meant; all where none is given. A `UsageError` passes through.
+        kinds: the errors to convert; all if none is given. A `UsageError` passes through.
         remedy: what to do.
     """
     try:
@@ -62,7 +62,7 @@ def refusing(message: str, *kinds: type[Exception], remedy: str = "") -> Iterato
 
 
 def refuse_to_overwrite(flag: str, path: str | Path, overwrite: bool) -> None:
-    """Refuse an output that is there already, unless `--overwrite` says that it is meant."""
+    """Refuse to replace an existing output without `--overwrite`."""
     if Path(path).exists() and not overwrite:
         raise UsageError(f"{flag} {path}: already exists; name another one, or add --overwrite to replace it")
 
@@ -77,7 +77,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def one_line(error: BaseException, most: int = 200) -> str:
-    """What an exception says, in a line of at most `most` characters; the code that raised it where it says nothing."""
+    """The message of an exception in at most `most` characters; if it is empty, the line of code that raised it."""
     said = " ".join(str(error).split()) or type(error).__name__
     if said == type(error).__name__ and (frames := traceback.extract_tb(error.__traceback__)):
         said = f"{said} at `{' '.join((frames[-1].line or '').split())}`"
@@ -85,7 +85,7 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 
 def shown(text: object) -> str:
-    """Text such as the name of a file, without what breaks a line or moves a terminal's cursor: that is escaped."""
+    """Text such as a file name, with characters that break a line or move the cursor escaped."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in str(text))
 
 
@@ -100,7 +100,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UsageError as error:
-        # A data loader's worker process sends its traceback along; the message stands at the end.
+        # A data loader's worker process sends its traceback along; the message is at the end.
         message = re.split(r"^megatron_meap[\w.]+: ", str(error).strip(), flags=re.MULTILINE)[-1]
         _leave(f"error: {shown(message)}", 2)
     except JobError as error:
@@ -111,7 +111,7 @@ def run(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output went away (`tool | head`): nothing is wrong, and nothing more can be said.
+        # The reader of our output closed it (`tool | head`): nothing is wrong, and nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except ModuleNotFoundError as error:
@@ -126,7 +126,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def end_at_once(*_: object) -> None:
-    """A handler of Ctrl-C for where nothing is lost: an exception would come out of half an import as any other."""
+    """Handler of Ctrl-C while there is nothing to lose: an exception in the middle of an import may become another."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             os.write(2, b"interrupted\n")
@@ -135,7 +135,7 @@ def end_at_once(*_: object) -> None:
 
 
 def _leave(line: str, status: int) -> NoReturn:
-    """Say a line once on this host, and leave with a status."""
+    """Print a line once on this host, and exit with a status."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_RANK_ZERO_SPEAKS_FIRST_S)
     if _tell_torchrun(line):
@@ -162,7 +162,7 @@ def _tell_torchrun(message: str) -> bool:
 
 
 def note_status(status: int) -> None:
-    """Let torchrun end with this exit status, where it is ours to say (cluster/torchrun.py)."""
+    """Let torchrun end with this exit status, if it is running one of our scripts (cluster/torchrun.py)."""
     if LAST_STATUS in os.environ:
         with contextlib.suppress(OSError), open(os.environ[LAST_STATUS], "x") as file:
             file.write(str(status))

@@ -1,7 +1,7 @@
-"""Files and directories that are complete or not there at all.
+"""Files and directories that are either complete or absent.
 
-Both are written under a hidden name beside their own, forced to the disk, and renamed at the end. Whatever happens
-before that leaves what stood there before; what was begun is removed.
+Both are written under a hidden name in the same folder, synced to disk, and renamed at the end. If anything fails
+before that, the old content stays and the unfinished one is removed.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from typing import IO, Any
 from megatron_meap.errors import UsageError, causes, one_line
 
 ROOM_FOR_THE_REST = 64 * 2**20
-"""Bytes that must be free beside those that are known to be needed: tokenizer, configuration, index."""
+"""Bytes that must be free in addition to those known to be needed: tokenizer, configuration, index."""
 
-# What libraries that write with their own code leave of the system's error: safetensors and NumPy.
+# What safetensors and NumPy, which write with code of their own, say instead of the system's error.
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written")
 
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
@@ -35,7 +35,7 @@ class CannotWriteError(UsageError):
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or one that led to it, comes from a disk without space."""
+    """Whether an exception, or one that caused it, comes from a full disk."""
     return any(
         getattr(each, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(each))
         for each in causes(error)
@@ -43,7 +43,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def cannot_write(path: str | Path, error: BaseException) -> CannotWriteError:
-    """What to tell the user of an error in writing `path`."""
+    """The error to report when writing `path` failed."""
     reason = getattr(error, "strerror", None) or one_line(error)
     return _cannot_write(path, "the disk is full" if is_disk_full(error) else reason)
 
@@ -53,13 +53,13 @@ def _cannot_write(path: str | Path, reason: str) -> CannotWriteError:
 
 
 def sync(file: IO[Any]) -> None:
-    """Force what was written to a file to the disk."""
+    """Flush a file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Flush the entries of a folder to disk, so that they survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -68,9 +68,9 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """Give a file one more name; where the disk is another, or has no links, copy it.
+    """Give a file one more name; copy it if the target is on another disk, or on one without hard links.
 
-    What replaces the file later, or removes its first name, leaves this one as it is.
+    The new name keeps the content when the first one is removed or replaced later.
     """
     try:
         os.link(source, target)
@@ -82,9 +82,9 @@ def link_or_copy(source: str, target: str) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """A file to write to, which takes the name `path` when the block ends without an exception.
+    """A file to write to, renamed to `path` when the block ends without an exception.
 
-    Its folder is made where it is missing. An OSError of the block is taken to be this file's, unless it names another.
+    Its folder is created if needed. An OSError in the block counts as this file's, unless it names another.
 
     Raises:
         CannotWriteError: it cannot be written, or the disk gets full.
@@ -115,17 +115,17 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def whole_directory(target: Path, *, overwrite: bool = False, needed: int = 0) -> Iterator[Path]:
-    """A directory to write to, which takes the name `target` when the block ends without an exception.
+    """A directory to write to, renamed to `target` when the block ends without an exception.
 
     Args:
-        target: the name it shall have.
-        overwrite: replace a directory that is there and not empty; otherwise it stays, and FileExistsError is raised.
-        needed: bytes that will be written, where they are known: refused at once where they do not fit.
+        target: its final name.
+        overwrite: replace an existing directory; otherwise one that is not empty stays, with a FileExistsError.
+        needed: bytes that will be written, if known: refused at once if they do not fit.
 
     Raises:
-        CannotWriteError: it cannot be made, or the disk gets full.
-        UsageError: the disk has not the room that is needed.
-        FileExistsError: there is such a directory with something in it.
+        CannotWriteError: it cannot be created, or the disk is full.
+        UsageError: the disk does not have enough space.
+        FileExistsError: the directory exists and is not empty.
     """
     directory = _beside(target)
     try:
@@ -150,18 +150,18 @@ def whole_directory(target: Path, *, overwrite: bool = False, needed: int = 0) -
 
 
 def _beside(path: Path) -> Path:
-    """A new name in the same folder, hidden from those that list it."""
+    """A new hidden name in the same folder."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.incomplete")
 
 
 def _lacks_space(directory: Path, needed: int) -> bool:
-    """Whether what is still to be written does not fit: Megatron's writers lose the reason of their failure."""
+    """Whether the rest does not fit on the disk: Megatron's writers lose the reason of their failure."""
     written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     return shutil.disk_usage(directory.parent).free < needed - written
 
 
 def _publish(directory: Path, target: Path, overwrite: bool) -> None:
-    """Force everything to the disk, then swap the directories."""
+    """Flush everything to disk, then swap the directories."""
     umask = os.umask(0)
     os.umask(umask)
     for path in directory.rglob("*"):

@@ -4,8 +4,8 @@
     class ProbeSettings(Settings):
         probe_interval: int | None = flag(None, "take the probe every N steps", metavar="N")
 
-declares `--meap-probe-interval`, held in `args.meap_probe_interval`. What a field says decides how it is parsed, shown
-in `--help`, recorded in a checkpoint and compared on resume.
+declares `--meap-probe-interval`, stored in `args.meap_probe_interval`. The field determines how the flag is parsed,
+shown in `--help`, recorded in a checkpoint and compared on resume.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import types
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self, get_args, get_type_hints
+from typing import Any, ClassVar, NoReturn, Self, get_args, get_origin, get_type_hints
 
 from megatron_meap.errors import UsageError, refusing
 
@@ -34,12 +34,12 @@ def flag(
     """A field of a `Settings` class that is a command-line flag.
 
     Args:
-        default: value where the flag is not given; None may stand for a default that depends on other flags.
+        default: value if the flag is not given; None may mean a default that depends on other flags.
         help: one sentence for `--help`; `%(default)s` is replaced by the default.
         metavar: name of the value in `--help`.
         choices: the values allowed.
-        name: the whole flag, where it is not `--meap-` and the field's name.
-        decides: whether the run's result depends on it, so that a resumed run must repeat it.
+        name: the whole flag, if it is not `--meap-` and the field's name.
+        decides: whether the result of the run depends on it, so that a resumed run must repeat it.
     """
     return dataclasses.field(
         default=default,
@@ -48,13 +48,13 @@ def flag(
 
 
 def derived(default: Any, described: str) -> Any:
-    """A field that no flag sets, found from other settings and recorded with them; `described` names it for people."""
+    """A field without a flag, derived from other settings and recorded with them; messages call it `described`."""
     return dataclasses.field(default=default, metadata={"described": described, "decides": True})
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Base of the dataclasses that declare flags; the fields stand in Megatron's arguments under `PREFIX`."""
+    """Base of the dataclasses that declare flags; in Megatron's arguments the fields' names begin with `PREFIX`."""
 
     PREFIX: ClassVar[str] = "meap_"
 
@@ -65,6 +65,9 @@ class Settings:
         for field in _flags(cls):
             kind = _plain(types_of[field.name])
             options: dict[str, Any] = {"dest": cls.PREFIX + field.name, "help": field.metadata["help"]}
+            if get_origin(kind) is tuple:
+                kind = get_args(kind)[0]
+                options["nargs"] = "+"
             if kind is bool:
                 options["action"] = "store_true" if field.default is False else BooleanOptionalAction
             else:
@@ -73,34 +76,39 @@ class Settings:
 
     @classmethod
     def flag_of(cls, name: str) -> str:
-        """How people write a field: its flag, or what it is where no flag sets it."""
+        """What a field is called in messages: its flag, or its description if no flag sets it."""
         metadata = cls.__dataclass_fields__[name].metadata
         return metadata.get("described") or metadata["name"] or "--" + (cls.PREFIX + name).replace("_", "-")
 
     @classmethod
     def of(cls, args: Namespace) -> Self:
-        """The settings in Megatron's arguments; a field that older arguments do not have takes its default."""
+        """The settings in Megatron's arguments; a field that older arguments lack gets its default."""
         return cls(
             **{field.name: getattr(args, cls.PREFIX + field.name, field.default) for field in dataclasses.fields(cls)}
         )
 
     @classmethod
+    def names(cls) -> list[str]:
+        """Names of the fields that are flags."""
+        return [field.name for field in _flags(cls)]
+
+    @classmethod
     def given(cls, args: Namespace) -> Iterator[str]:
-        """The flags that were given another value than their default."""
+        """The flags whose value is not their default."""
         for field in _flags(cls):
             if getattr(args, cls.PREFIX + field.name) != field.default:
                 yield cls.flag_of(field.name)
 
     @classmethod
     def deciding(cls, args: Namespace) -> dict[str, Any]:
-        """What decides a run, as people write it, and its values; without what older arguments do not have."""
+        """Settings that determine the result of a run, by name, without those that older arguments lack."""
         names = [field.name for field in dataclasses.fields(cls) if field.metadata["decides"]]
         return {
             cls.flag_of(name): getattr(args, cls.PREFIX + name) for name in names if hasattr(args, cls.PREFIX + name)
         }
 
 
-def add_group(parser: argparse.ArgumentParser, title: str, description: str, *settings: type[Settings]) -> None:
+def add_group(parser: argparse.ArgumentParser, title: str, description: str | None, *settings: type[Settings]) -> None:
     """Add the flags of several components under one title."""
     group = parser.add_argument_group(title, description)
     for each in settings:
@@ -108,9 +116,9 @@ def add_group(parser: argparse.ArgumentParser, title: str, description: str, *se
 
 
 class Parser(argparse.ArgumentParser):
-    """Of a tool's command line: what it cannot take is a `UsageError`, in place of a list of all flags.
+    """Parser of a tool's command line, whose errors are a `UsageError` instead of a list of all flags.
 
-    The description, mostly a module's docstring, is shown as it is written.
+    The description, usually the module's docstring, is shown as it is written.
     """
 
     def __init__(self, description: str | None = None, **options: Any) -> None:
@@ -122,7 +130,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raise it; a flag that there is not comes before what is missing, which it may stand for."""
+        """Raise it; unknown flags come before missing ones, which they may be misspellings of."""
         missing = message.removeprefix("the following arguments are required: ")
         if missing != message:
             flags = (word.partition("=")[0] for word in self._words if word.startswith("--"))
@@ -134,12 +142,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def refuse_in_one_line(parser: argparse.ArgumentParser) -> None:
-    """Let a parser that others made raise a `UsageError` for a command line that it cannot take."""
+    """Let a parser of another library raise a `UsageError` for a command line that it refuses."""
     parser.error = lambda message: _refuse(parser, message)  # type: ignore[method-assign]
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Raise what argparse says, without its way to say it."""
+    """Raise argparse's message in our own form."""
     unknown = message.removeprefix("unrecognized arguments: ")
     if unknown == message:
         raise UsageError(message.removeprefix("argument "))
@@ -150,13 +158,12 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 def with_files(command_line: Sequence[str]) -> list[str]:
-    """A command line with the flags in the file in place of each `@FILE`; quotes in the file hold its spaces together.
+    """A command line in which each `@FILE` is replaced by the flags in the file, split as a shell does.
 
-    Lines that begin with `#` are left out.
+    Lines that begin with `#` are comments.
 
     Raises:
-        UsageError: a file that cannot be read; or the shell was made to read such a file, which does not take the
-            quotes in it for quotes.
+        UsageError: a file cannot be read; or the shell was made to insert it, which does not interpret its quotes.
     """
     words: list[str] = []
     for word in command_line:
@@ -172,7 +179,7 @@ def with_files(command_line: Sequence[str]) -> list[str]:
 
 
 def _is_known(name: str, parser: argparse.ArgumentParser) -> bool:
-    """Whether there is such a flag, or one that begins so."""
+    """Whether a flag has this name, or begins with it."""
     return any(flag.startswith(name) for flag in parser._option_string_actions)
 
 

@@ -16,7 +16,7 @@ from megatron_meap.flags import with_files
 
 
 def main() -> None:
-    """Choose the device, then hand over to Megatron's trainer; or show what it would do."""
+    """Choose the device, then start Megatron's trainer, or show what it would do."""
     signal.signal(signal.SIGINT, errors.end_at_once)
     sys.argv = with_files(sys.argv)
     with nothing_is_garbage():

@@ -1,4 +1,4 @@
-"""Small JSON files that are read back: what is in one is compared with what must be, before any of it is used."""
+"""Small JSON files that are read back: their structure is checked before anything in them is used."""
 
 import json
 from pathlib import Path
@@ -9,16 +9,16 @@ from megatron_meap.errors import UsageError, one_line
 
 
 def read_json(path: str | Path, shape: Any, remedy: str) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Args:
         path: the file.
-        shape: what it must look like, as `misfit` has it.
-        remedy: what to do where it does not, for the error.
+        shape: the structure it must have (see `misfit`).
+        remedy: what to do otherwise, for the error.
 
     Raises:
-        UsageError: it cannot be read, is no JSON, or has another shape; the line says where.
-        FileNotFoundError: there is none.
+        UsageError: it cannot be read, is not JSON, or has another structure; the message says where.
+        FileNotFoundError: there is no such file.
     """
     try:
         return parsed(Path(path).read_bytes(), shape)
@@ -33,7 +33,7 @@ def parsed(content: bytes, shape: Any) -> Any:
     """The value of JSON text of a known shape.
 
     Raises:
-        ValueError: it is no JSON, or has another shape; says where.
+        ValueError: it is not JSON, or has another shape; the message says where.
     """
     try:
         value = json.loads(content.decode())
@@ -45,11 +45,11 @@ def parsed(content: bytes, shape: Any) -> Any:
 
 
 def misfit(value: Any, shape: Any, at: str = "") -> str | None:
-    """Where a value of JSON is not of a shape, in a few words; None where it is.
+    """Where a JSON value does not have a shape, in a few words; None if it has.
 
-    A shape is a type (`int`, `int | None`; true is no number), `[shape]` for a list of any length, `(shape, shape)` for
-    one of this length, `{str: shape}` for an object with any keys, or `{"key": shape}` for one that has these, and may
-    have others; `"key?"` may be missing.
+    A shape is a type (`int`, `int | None`; true is not a number), `[shape]` for a list of any length, `(shape, shape)`
+    for one of this length, `{str: shape}` for an object with any keys, or `{"key": shape}` for one that has at least
+    these keys; `"key?"` may be missing.
     """
     if isinstance(shape, type | UnionType):
         fits = bool in (get_args(shape) or (shape,)) if isinstance(value, bool) else isinstance(value, shape)

@@ -22,33 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_meap.errors import UsageError, refusing
-from megatron_meap.flags import Parser
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "max_seq_lengths": {"type": int, "nargs": "+", "help": "lengths of the generated prompts, in tokens"},
-    "samples": {"type": int, "help": "samples of each cell (a length and depth, a position, ...)"},
-    "seed": {"type": int, "help": "seed of all samples"},
-    "chat_template": {"action": "store_true", "default": None, "help": "ask in the tokenizer's chat template"},
-    "haystack": {"metavar": "FILE", "help": "text or JSON Lines with text (default: Python's documentation)"},
-    "depths": {"type": float, "nargs": "+", "help": "percent of the context before the needle"},
-    "needle": {"metavar": "TEXT", "help": "sentence to hide, with {key} and {value}"},
-    "question": {"metavar": "TEXT", "help": "question at the end, with {key}"},
-    "answer": {"metavar": "TEXT", "help": "part of the needle that must be found; to be ranked it needs {value}"},
-    "needles": {"type": int, "nargs": "+", "help": "lengths of the kinship chains"},
-    "kv_pairs": {"type": int, "help": "pairs of an object (default: as many as fit)"},
-    "kv_digits": {"type": int, "help": "hexadecimal digits of keys and values (default: UUIDs)"},
-    "kv_positions": {"type": int, "help": "number of gold positions, spread evenly"},
-    "kv_instruction": {"action": argparse.BooleanOptionalAction, "help": "ask in words, or only with the key"},
-    "kv_file": {"metavar": "FILE", "help": "lost-in-the-middle's key-value file, instead of generated pairs"},
-    "qa_file": {"metavar": "FILE", "help": "lost-in-the-middle's questions, for the document tasks"},
-    "qa_documents": {"type": int, "help": "documents per question in meap_multidoc"},
-    "qa_positions": {"type": int, "nargs": "+", "help": "gold positions, from 0"},
-    "piqa_file": {"metavar": "FILE", "help": "PIQA's valid.jsonl, with its labels next to it"},
-    "commonsense_data": {"metavar": "DIR", "help": "<task>.jsonl of lm-eval's commonsense tasks, if there is no hub"},
-    "summaries_file": {"metavar": "FILE", "help": "JSON Lines with document, for meap_faithfulness"},
-}
-"""Flags that decide the samples, by their name among the tasks' options: how they are parsed."""
-
+from megatron_meap.evaluation.tasks.options import Options
+from megatron_meap.flags import Parser, add_group
 
 UNFINISHED = "unfinished.txt"
 """Stands in the output folder until all is done."""
@@ -81,10 +56,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--judge-url", metavar="URL", help="OpenAI-compatible endpoint, up to /v1 (key: MEAP_JUDGE_KEY)"
     )
     parser.add_argument("--judge-model", metavar="NAME", help="the judge's model")
-    samples = parser.add_argument_group("samples of the generated tasks")
-    for name, how in OPTIONS.items():
-        flag = "context-lengths" if name == "max_seq_lengths" else name.replace("_", "-")
-        samples.add_argument(f"--{flag}", dest=name, **how)
+    add_group(parser, "samples of the generated tasks", None, Options)
+    parser.set_defaults(**dict.fromkeys(Options.names()))  # where a flag is not given, the suite chooses
 
 
 def main() -> None:
@@ -146,7 +119,7 @@ def choose_tasks(flags: argparse.Namespace, chosen: list[Any]) -> tuple[Any, dic
     from megatron_meap.evaluation.run import check_lengths, load_tasks, measuring_tokenizer
     from megatron_meap.evaluation.suites import make_plan
 
-    given = {name: getattr(flags, name) for name in OPTIONS}
+    given = {name: getattr(flags, name) for name in Options.names()}
     context = min(models.context_length(model) for model in chosen)
     plan = make_plan(flags.suite, [task for task in flags.tasks.split(",") if task], given, context)
     tasks = check_lengths(load_tasks(plan, measuring_tokenizer(chosen)), plan, chosen)

@@ -162,19 +162,8 @@ def _same_options(flags: argparse.Namespace) -> None:
     Raises:
         UsageError: says what differs.
     """
-    apart = (
-        "run",
-        "output",
-        "name",
-        "once",
-        "every",
-        "patience",
-        "tensorboard_dir",
-        "no_wandb",
-        "batch_size",
-        "device",
-    )
-    options = {name: value for name, value in vars(flags).items() if name not in apart}
+    free = ("run", "output", "name", "once", "every", "patience", "tensorboard_dir", "no_wandb", "batch_size", "device")
+    options = {name: value for name, value in vars(flags).items() if name not in free}
     path = flags.output / OPTIONS
     if not path.exists():
         with whole_file(path, "w") as file:

@@ -15,17 +15,17 @@ from megatron_meap.tokenization.text_bytes import text_bytes
 def validation_samples(args: Namespace, count: int) -> np.ndarray | None:
     """Samples [n, sequence length + 1] of ids, evenly spread over the validation documents of a pretraining.
 
-    They are of the same documents as those of the training's own evaluation, but not the same samples.
+    They come from the same documents as the samples of the training's own evaluation, but are not the same.
 
     Args:
         args: of a run, or in its checkpoint. Needs Megatron.
-        count: how many at most; those of a blend are shared out evenly.
+        count: how many at most, shared evenly among the datasets of a blend.
 
     Returns:
-        The ids, or None where the run has no such data.
+        The ids, or None if the run has no such data.
 
     Raises:
-        UsageError: the data is not there any more.
+        UsageError: the data no longer exists.
     """
     from megatron_meap.trainer.blend import blends, ranges
 
@@ -42,7 +42,7 @@ def validation_samples(args: Namespace, count: int) -> np.ndarray | None:
 
 
 def _samples(prefix: str, share: tuple[float, float], length: int, count: int) -> np.ndarray:
-    """Of one dataset: of the documents between two shares of all."""
+    """Samples of one dataset, from the documents between two shares of all."""
     index = read_index(prefix)
     first, last = (round(border * index.documents) for border in share)
     begin, end = (int(index.lengths[:document].sum(dtype=np.int64)) for document in (first, last))
@@ -54,7 +54,7 @@ def _samples(prefix: str, share: tuple[float, float], length: int, count: int) -
 
 @torch.no_grad()
 def measure(model: Any, tokenizer: Any, samples: np.ndarray, batch: int = 8) -> float | None:
-    """Bits per byte of a model of transformers, as training counts them; None where the tokens' bytes are not known.
+    """Bits per byte of a model of transformers, counted as in training; None if the bytes of its tokens are unknown.
 
     Args:
         model: on its device.

@@ -1,8 +1,8 @@
-"""lm-eval's Hugging Face model, asked in the tokenizer's chat template with the very ids that fine-tuning has.
+"""lm-eval's Hugging Face model, prompted in the tokenizer's chat template with exactly the ids of fine-tuning.
 
-lm-eval renders a prompt to text and tokenizes prompt and answer as one: white space at the end of the template moves
-into the scored text, and some tokenizers put a BOS in front that training does not have. Here the prompt is the ids of
-the generation prompt, and what is scored are the ids that training has behind it.
+lm-eval renders a prompt to text and tokenizes prompt and answer together: white space at the end of the template moves
+into the scored text, and some tokenizers add a BOS that training does not have. Here the prompt is the ids of the
+generation prompt, and the ids that follow it in training are scored.
 """
 
 from typing import Any
@@ -22,10 +22,10 @@ class ChatHFLM(HFLM):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self._encoder = TurnEncoder(self.tokenizer, None)
-        self._chats: dict[str, list[Message]] = {}  # by their rendered text, which is all that lm-eval hands on
+        self._chats: dict[str, list[Message]] = {}  # by their rendered text, which is all that lm-eval passes on
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a chat; it is kept, so that its ids can be found."""
+        """The text of a chat, remembered so that its ids can be found."""
         text = super().apply_chat_template(chat_history, add_generation_prompt)
         if add_generation_prompt:
             chat = [{"role": each["role"], "content": each["content"]} for each in chat_history]
@@ -33,7 +33,7 @@ class ChatHFLM(HFLM):
         return text
 
     def _taken(self, chat: list[Message]) -> list[Message]:
-        """The chat, without its system prompt where the template takes none (Gemma's): lm-eval drops it, too."""
+        """The chat, without its system prompt if the template takes none (Gemma's): lm-eval drops it as well."""
         try:
             self._encoder.prompt(chat)
             return chat
@@ -44,14 +44,14 @@ class ChatHFLM(HFLM):
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of the generation prompt, and of the answer without the space that separates it from a plain prompt."""
-        if context not in self._chats:  # an answer that is begun already, or a task without a chat
+        if context not in self._chats:  # an answer that has already begun, or a task without a chat
             whole = self.tok_encode(context + continuation, add_special_tokens=False)
             begun = self.tok_encode(context, add_special_tokens=False)
             return begun, whole[len(begun) :]
         messages, answer = self._chats[context], continuation.lstrip()
         try:
             turn = self._encoder.turn([*messages, {"role": "assistant", "content": answer}])
-        except BadConversation:  # the template writes such an answer otherwise than it asks for one, as DeepSeek-R1's
+        except BadConversation:  # the template renders an answer differently from its generation prompt (DeepSeek-R1's)
             return self._prompt(context), self.tokenizer.encode(answer, add_special_tokens=False)
         ids = turn.ids.tolist()
         return ids[: turn.prompt], ids[turn.prompt : turn.prompt + turn.answer]
@@ -63,7 +63,7 @@ class ChatHFLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids of prompts to be continued, padded; cut from the left where they are too long."""
+        """Ids of prompts to continue, padded; cut from the left if they are too long."""
         ids = [self._prompt(text)[-(left_truncate_len or 0) :] for text in strings]
         padded = self.tokenizer.pad({"input_ids": ids}, padding_side=padding_side, return_tensors="pt")
         return padded["input_ids"], padded["attention_mask"]

@@ -1,4 +1,4 @@
-"""Evaluation that follows a run: every checkpoint once, in their order, as soon as it is complete."""
+"""Evaluation that follows a run: every checkpoint once, in order, as soon as it is complete."""
 
 import contextlib
 import hashlib
@@ -22,13 +22,13 @@ LOOK_S = 10.0
 
 
 class GoneError(UsageError):
-    """A checkpoint that cannot be read any more, or not now."""
+    """A checkpoint that can no longer be read, or not at the moment."""
 
 
 def complete(run: Path) -> dict[int, str]:
-    """Iterations that a --save directory has complete checkpoints of, ascending, and a digest of each.
+    """Iterations of the complete checkpoints in a --save directory, ascending, with a digest of each.
 
-    A new checkpoint of the same iteration has another digest; one without recorded hashes has the empty one.
+    A new checkpoint of the same iteration has another digest; one without recorded hashes has an empty one.
     """
     newest = latest.newest_saved(run)
     steps = [] if newest is None else [step for step in latest.iterations(run) if step <= newest]
@@ -44,15 +44,15 @@ def _digest(checkpoint: Path) -> str:
 
 @contextlib.contextmanager
 def held(run: Path, step: int, beside: Path) -> Iterator[Path]:
-    """A checkpoint under another name, whose files stay while they are read, even if the run prunes its own.
+    """A checkpoint under another name, so that its files stay while they are read, even if the run deletes its own.
 
     Args:
         run: the --save directory.
         step: iteration of a complete checkpoint.
-        beside: a folder on the same disk, where the files are hard links; on another they are copies.
+        beside: a folder on the same disk, for hard links; on another disk the files are copied.
 
     Raises:
-        GoneError: it is not there any more.
+        GoneError: it no longer exists.
     """
     source = latest.directory(run, step)
     with tempfile.TemporaryDirectory(prefix=".held-", dir=beside) as folder:
@@ -60,7 +60,7 @@ def held(run: Path, step: int, beside: Path) -> Iterator[Path]:
         try:
             shutil.copytree(source, target, copy_function=link_or_copy)
         except OSError as error:
-            raise GoneError(f"{source}: went away") from error
+            raise GoneError(f"{source}: no longer there") from error
         yield target
 
 
@@ -109,20 +109,20 @@ def follow(
 
     Args:
         run: the --save directory; it may not exist yet.
-        done: iterations that were taken, and their digests; `take` adds to it.
-        take: called with a checkpoint's iteration and digest. Where it fails for a checkpoint that has gone, this is
-            said, and it is left out until it is another one.
-        every: take multiples of this alone.
-        once: end when there is no more now.
-        patience_s: seconds without a sign of life after which a run that has not done its last step counts as ended.
+        done: iterations already taken, and their digests; `take` adds to it.
+        take: called with a checkpoint's iteration and digest. If it fails because the checkpoint is gone, a note is
+            printed and the checkpoint is skipped until it is replaced.
+        every: take only multiples of this.
+        once: end when no checkpoint is left.
+        patience_s: seconds without a sign of life after which an unfinished run counts as ended.
 
     Returns:
-        Why it has ended, in a few words.
+        Why it ended, in a few words.
     """
     lost: dict[int, str] = {}
     begun = time.time()
     while True:
-        state = run_files.state_of(run)  # before the look: whatever is saved before the end is seen after it
+        state = run_files.state_of(run)  # read first, so that a checkpoint saved just before the end is not missed
         there = {step: digest for step, digest in _look(run).items() if step % every == 0}
         waiting = [step for step in there if there[step] not in (done.get(step), lost.get(step))]
         if waiting:

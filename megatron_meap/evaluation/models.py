@@ -43,10 +43,10 @@ def open_models(specs: list[str], cache: Path, tokenizer: str | None = None) -> 
     Args:
         specs: `[NAME=]PATH[@ITERATION]`; `@all` is every checkpoint of the directory.
         cache: folder for exports of Megatron checkpoints.
-        tokenizer: of these checkpoints, where it is not where they were trained with it.
+        tokenizer: of these checkpoints, if it is no longer where it was during training.
 
     Raises:
-        UsageError: a path holds no model, an iteration is not there, or two models have the same name.
+        UsageError: a path holds no model, an iteration does not exist, or two models have the same name.
     """
     models = [model for spec in specs for model in _open(spec, cache, tokenizer)]
     names = [model.name for model in models]
@@ -62,7 +62,7 @@ def parse(spec: str) -> tuple[str, Path, str | None]:
     Raises:
         UsageError: it is not of that form.
     """
-    if spec and Path(spec).exists():  # whatever = and @ it has
+    if spec and Path(spec).exists():  # even if it contains = or @
         return _default_name(Path(spec)), Path(spec), None
     match = _SPEC.fullmatch(spec)
     if match is None:
@@ -86,39 +86,34 @@ def _open(spec: str, cache: Path, tokenizer: str | None) -> list[Model]:
 
 
 def _default_name(path: Path) -> str:
-    """The last part of a path that says something."""
+    """The last part of a path that is not a generic name."""
     says_nothing = ("checkpoints", "checkpoint", "hf", "..", "/")
     parts = [part for part in path.parts if part not in says_nothing]
     return parts[-1] if parts else path.resolve().name
 
 
 def _export(path: Path, iteration: int | None, name: str, cache: Path, tokenizer: str | None) -> Model:
-    """A Megatron checkpoint as a Hugging Face directory in the cache, made there unless it is there already."""
+    """A Megatron checkpoint as a Hugging Face directory in the cache, exported unless it is there already."""
     checkpoint = open_checkpoint(path, iteration)
     written = (checkpoint.directory / ".metadata").stat().st_mtime_ns
     identity = f"{checkpoint.directory.resolve()}\n{written}" + (f"\n{tokenizer}" if tokenizer else "")
     directory = cache / f"{checkpoint.directory.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if not (directory / "config.json").is_file():
         print(f"{checkpoint.directory}: exporting to {directory}", flush=True)
-        # In a process of its own: the export's self-check runs Megatron on the CPU, whatever this machine has.
+        # In a separate process: the export's self-check runs Megatron on the CPU, whatever this machine has.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            pool.submit(_export_here, str(path), str(directory), iteration, tokenizer).result()
+            pool.submit(export_here, str(path), str(directory), iteration, tokenizer).result()
     source = str(path) if iteration is None else f"{path}@{iteration}"
     return Model(name, directory, source, name, trained_tokens(checkpoint.args))
 
 
 def trained_tokens(args: Namespace) -> int | None:
-    """Tokens that a checkpoint was trained on, by the arguments in it; None where they do not say."""
+    """Tokens that a checkpoint was trained on, by the arguments in it; None if they do not say."""
     return (getattr(args, "consumed_train_samples", 0) or 0) * args.seq_length or None
 
 
-def _export_here(load: str, output: str, iteration: int | None, tokenizer: str | None) -> None:
-    prepare_export()
-    export_here(load, output, iteration, tokenizer)
-
-
 def prepare_export() -> None:
-    """Make this process one that exports and does nothing else: on the CPU, whatever this machine has, and quiet."""
+    """Make this a process that only exports: quietly, and on the CPU, whatever this machine has."""
     os.environ["MEAP_DEVICE"] = "cpu"
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
@@ -126,7 +121,8 @@ def prepare_export() -> None:
 
 
 def export_here(load: str, output: str, iteration: int | None, tokenizer: str | None) -> None:
-    """Export a checkpoint, in the place of an earlier export; `prepare_export` comes first."""
+    """Export a checkpoint, in place of an earlier export, in a process that does nothing else."""
+    prepare_export()
     from megatron_meap.huggingface.export import ExportJob, export
 
     export(ExportJob(load=load, output=output, iteration=iteration, tokenizer=tokenizer, overwrite=True))
@@ -167,9 +163,9 @@ def load(model: Model, batch_size: int | str, where: str | None, dtype: str | No
     Args:
         model: which.
         batch_size: samples at once, or `auto`.
-        where: device, as PyTorch names it; a GPU where there is one, if not given.
-        dtype: as PyTorch names it; if not given, fp32 on a CPU, elsewhere what the weights are stored in.
-        chat: whether it is asked in its chat template.
+        where: PyTorch device; if not given, a GPU if there is one.
+        dtype: PyTorch type; if not given, fp32 on a CPU, elsewhere as stored.
+        chat: whether prompts use its chat template.
 
     Raises:
         UsageError: transformers cannot load it, or its tokenizer has neither BOS nor EOS.
@@ -189,7 +185,7 @@ def load(model: Model, batch_size: int | str, where: str | None, dtype: str | No
                 dtype=dtype or ("float32" if chosen == "cpu" else "auto"),
                 max_length=context_length(model),
             )
-    except UsageError as error:  # also about the template, which was not named by a flag here
+    except UsageError as error:  # may be about the template, which no flag names here
         raise UsageError(f"{model.source}: {str(error).replace('--meap-sft-template', 'its chat template')}") from error
     if loaded.tokenizer.eos_token_id is None and loaded.tokenizer.bos_token_id is None:
         raise UsageError(f"{model.source}: its tokenizer has neither BOS nor EOS, which lm-eval needs to score text")

@@ -1,6 +1,6 @@
 """Runs tasks on models through lm-evaluation-harness, one after the other, and keeps what is finished.
 
-What a model answers is kept as well, batch by batch, in lm-eval's own cache: an interrupted command resumes there.
+The answers of the models are also kept, batch by batch, in lm-eval's own cache: an interrupted command resumes there.
 """
 
 from collections.abc import Callable
@@ -31,10 +31,10 @@ class Machine:
     chat_template: bool = False
     """Whether prompts go through the tokenizer's chat template."""
     answers: Path | None = None
-    """Folder that keeps what models answered, and is looked into first."""
+    """Folder in which the models' answers are kept and looked up."""
 
     def kept_answers(self, model: Model) -> str | None:
-        """Where lm-eval keeps a model's answers: they are those of its files, on this device, in this type."""
+        """Where lm-eval keeps a model's answers, which depend on its files, the device and the type."""
         if self.answers is None:
             return None
         return str(self.answers / "-".join(filter(None, (models.identity(model), self.device, self.dtype))))
@@ -48,7 +48,7 @@ def load_tasks(plan: Plan, tokenizer: str) -> dict[str, Any]:
         tokenizer: directory of the tokenizer that measures the prompts.
 
     Raises:
-        UsageError: there is no such task, or it cannot load its data.
+        UsageError: a task does not exist, or cannot load its data.
     """
     from lm_eval.tasks import TaskManager
 
@@ -75,7 +75,7 @@ def load_tasks(plan: Plan, tokenizer: str) -> dict[str, Any]:
             plan.left_out[name] = str(error)
         except UsageError:
             raise
-        except Exception as error:  # the libraries below raise many things where the hub is out of reach
+        except Exception as error:  # the libraries raise many things if the hub cannot be reached
             if plan.suite is None:
                 raise UsageError(f"--tasks {name}: its data cannot be loaded ({one_line(error)})") from error
             plan.left_out[name] = f"its data cannot be loaded ({one_line(error)})"
@@ -91,7 +91,7 @@ def evaluate(
         chosen: the models; the first is the baseline of comparisons.
         tasks: as `load_tasks` returns them.
         machine: where.
-        finished: called with what there is whenever a model is done, and before an error leaves this function.
+        finished: called with the results so far whenever a model is done, and before an error is raised.
 
     Raises:
         UsageError: a model cannot be loaded, or the judge does not answer.
@@ -121,14 +121,14 @@ def evaluate(
 def add_tasks(
     result: ModelResults, tasks: list[Any], loaded: Any, chat_template: bool = False, answers: str | None = None
 ) -> None:
-    """Run tasks on a model, and add what came out to its results.
+    """Run tasks on a model and add the outcome to its results.
 
     Args:
         result: of the model.
         tasks: lm-eval's.
         loaded: lm-eval's model.
         chat_template: whether prompts go through it.
-        answers: beginning of the name of the file that keeps the answers; None keeps none.
+        answers: how the name of the file that keeps the answers begins; None keeps none.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -139,7 +139,7 @@ def add_tasks(
         batch_size=getattr(loaded, "batch_size", None),
         apply_chat_template=chat_template,
         use_cache=answers,
-        task_manager=TaskManager(include_defaults=False),  # without one it would index all of its task files, each time
+        task_manager=TaskManager(include_defaults=False),  # otherwise it would index all of its task files each time
     )
     assert outcome is not None
     result.samples |= outcome.pop("samples")
@@ -151,16 +151,16 @@ def add_tasks(
 
 
 def measuring_tokenizer(chosen: list[Model]) -> str:
-    """Directory of the model whose tokenizer needs most tokens for a text: prompts that fit its context fit all."""
+    """Directory of the model whose tokenizer needs most tokens: prompts that fit its context fit the others' too."""
     text = " ".join(topics.topics[name] for name in sorted(topics.topics)[:5]) + f" {list(range(10_000, 11_000, 7))}"
     return max((str(model.directory) for model in chosen), key=lambda directory: counter(directory)(text))
 
 
 def check_lengths(tasks: dict[str, Any], plan: Plan, chosen: list[Model]) -> dict[str, Any]:
-    """The tasks whose prompts fit into every model's context: lm-eval would cut off their beginning silently.
+    """The tasks whose prompts fit into every model's context: lm-eval would silently cut off their beginnings.
 
     Raises:
-        UsageError: the prompts of a task that the user named do not fit; those of a suite move to `plan.left_out`.
+        UsageError: the prompts of a task named by the user do not fit; tasks of a suite move to `plan.left_out`.
     """
     fitting = {}
     for name, task in tasks.items():
@@ -178,7 +178,7 @@ def check_lengths(tasks: dict[str, Any], plan: Plan, chosen: list[Model]) -> dic
 def _too_long(name: str, task: Any, model: Model, chat_template: bool) -> str | None:
     """What is too long for the model among the samples of a task.
 
-    Of lm-eval's own tasks only the texts that are scored must fit; it is their way to cut prompts from the left.
+    Of lm-eval's own tasks only the scored texts must fit: they cut prompts from the left on purpose.
     """
     count, context = counter(str(model.directory), chat_template), models.context_length(model)
     ours = name.startswith("meap_") and "prompt" in task.features

@@ -1,4 +1,4 @@
-"""Which tasks are run, with which samples: by name, or as the suites `quick` and `paper`."""
+"""Which tasks are run on which samples: by name, or as the suites `quick` and `paper`."""
 
 import os
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ QUICK_PIQA = 200
 PAPER_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 NEEDS = {"meap_multidoc": "qa_file", "meap_piqa": "piqa_file", "meap_faithfulness": "summaries_file"}
-"""Tasks, by how their names begin, and the file that they need."""
+"""Beginnings of task names, and the file that such a task needs."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run."""
+    """What to run."""
 
     tasks: list[str]
     metadata: dict[str, Any]
@@ -34,7 +34,7 @@ class Plan:
     left_out: dict[str, str] = field(default_factory=dict)
     """Tasks of the suite that are not run, and why."""
     suite: str | None = None
-    """Where it is a suite, a task that cannot load its data is left out instead of ending everything."""
+    """Of a suite, a task that cannot load its data is left out instead of ending the evaluation."""
 
 
 def make_plan(suite: str | None, tasks: Sequence[str], given: dict[str, Any], context: int) -> Plan:
@@ -43,7 +43,7 @@ def make_plan(suite: str | None, tasks: Sequence[str], given: dict[str, Any], co
     Args:
         suite: `quick`, `paper` or None.
         tasks: further tasks by name, ours or lm-eval's.
-        given: what the user set of `Options`; the rest is the suite's choice.
+        given: the `Options` set by the user; the suite chooses the others.
         context: tokens of the shortest context among the models.
 
     Raises:
@@ -68,7 +68,7 @@ def make_plan(suite: str | None, tasks: Sequence[str], given: dict[str, Any], co
 
 
 def missing(task: str, metadata: dict[str, Any]) -> str | None:
-    """What a task needs and has not been given: the name of a file's option, or of the judge's."""
+    """The option that a task needs and has not been given: a file, or the judge."""
     for beginning, name in NEEDS.items():
         if task.startswith(beginning) and not metadata.get(name):
             return name

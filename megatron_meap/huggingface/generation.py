@@ -16,14 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Tex
 
 from megatron_meap.backend import device
 from megatron_meap.checkpoint.reader import open_checkpoint
-from megatron_meap.errors import UsageError, one_line
+from megatron_meap.errors import UsageError, refuse, refusing
 from megatron_meap.huggingface.generation_config import ending_ids
 from megatron_meap.huggingface.training_data import trained_tokenizer
 from megatron_meap.huggingface.weights import Source, inspect
 from megatron_meap.sft.fields import BadConversation
 from megatron_meap.sft.records import Message
 from megatron_meap.sft.turns import TurnEncoder
-from megatron_meap.tokenization.huggingface import load_directory, moved
+from megatron_meap.tokenization.huggingface import around_text, load_directory, moved, plain_ids
 from megatron_meap.trainer import carried
 
 
@@ -40,15 +40,12 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        checks = [
-            (self.max_new_tokens >= 1, f"--max-new-tokens {self.max_new_tokens}: must be at least 1"),
-            (self.temperature >= 0, f"--temperature {self.temperature}: must not be negative (0 is greedy)"),
-            (self.top_k >= 0, f"--top-k {self.top_k}: must not be negative (0 is no limit)"),
-            (0 < self.top_p <= 1, f"--top-p {self.top_p}: must be above 0 and at most 1"),
-        ]
-        for fine, message in checks:
-            if not fine:
-                raise UsageError(message)
+        refuse(
+            (self.max_new_tokens < 1, f"--max-new-tokens {self.max_new_tokens}: must be at least 1"),
+            (not self.temperature >= 0, f"--temperature {self.temperature}: must not be negative (0 is greedy)"),
+            (self.top_k < 0, f"--top-k {self.top_k}: must not be negative (0 is no limit)"),
+            (not 0 < self.top_p <= 1, f"--top-p {self.top_p}: must be above 0 and at most 1"),
+        )
 
 
 class Generator:
@@ -126,21 +123,12 @@ class Generator:
         return ids
 
     def _encode(self, prompt: str) -> torch.Tensor:
-        """Ids of the prompt [1, tokens]; a document's start where there is no text."""
-        ids = self._ids(prompt) if prompt else []
+        """Ids of the prompt [1, tokens], without what the tokenizer puts after a text; for no text, how one starts."""
+        ids = [*around_text(self.tokenizer)[0], *plain_ids(self.tokenizer, prompt)] if prompt else []
         start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         if not ids and start is None:
             raise UsageError("--prompt: empty, and the tokenizer has no BOS or EOS token to start from")
         return torch.tensor([self._fitting(ids) or [start]], device=self.model.device)
-
-    def _ids(self, prompt: str) -> list[int]:
-        """Ids of a text with what the tokenizer puts before it, but not what it puts behind it, such as EOS."""
-        ids = self.tokenizer(prompt, split_special_tokens=True)["input_ids"]
-        plain = self.tokenizer(prompt, split_special_tokens=True, add_special_tokens=False)["input_ids"]
-        for end in range(len(ids), len(plain) - 1, -1):
-            if plain and ids[end - len(plain) : end] == plain:
-                return ids[:end]
-        return ids
 
     def _config(self, sampling: Sampling, prompt_tokens: int) -> GenerationConfig:
         """Transformers' settings: up to the end of the context, and never the mask token."""
@@ -162,10 +150,8 @@ class Generator:
 
 def _from_huggingface(path: str, tokenizer: str | None) -> tuple[Any, Any, int | None]:
     """Model, tokenizer and mask id of a Hugging Face directory."""
-    try:
+    with refusing(f"{path}: holds no model that transformers can load"):
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
-    except Exception as error:
-        raise UsageError(f"{path}: holds no model that transformers can load ({one_line(error)})") from error
     # transformers would take what our flags leave open from there, such as a repetition penalty.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     loaded = load_directory(Path(tokenizer or path))

@@ -13,7 +13,6 @@ import io
 import math
 import shlex
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,12 +26,12 @@ from megatron_meap.errors import UsageError
 from megatron_meap.huggingface.architecture import Architecture, megatron_flags
 from megatron_meap.huggingface.export import DTYPES
 from megatron_meap.huggingface.generation_config import keep
-from megatron_meap.huggingface.mapping import Weight, layer_weights, outer_weights
+from megatron_meap.huggingface.mapping import EMBEDDING, Weight, all_weights
 from megatron_meap.huggingface.memory import PeakMemory
 from megatron_meap.huggingface.output import new_directory
 from megatron_meap.huggingface.selfcheck import compare, same_ids
 from megatron_meap.huggingface.source import HuggingFaceWeights, read_directory
-from megatron_meap.tokenization.huggingface import add_mask_token, load_directory, save_tokenizer
+from megatron_meap.tokenization.huggingface import add_mask_token, load_directory, plain_ids, save_tokenizer
 
 NOISE = 0.01  # of the rows' standard deviation
 LARGEST_PADDING = 1024  # rows beyond this are no padding, and worth a word
@@ -69,7 +68,7 @@ def import_model(job: ImportJob) -> None:
     source = read_directory(folder)
     tokenizer, tokens = _tokenizer(job, source.model)
     dtype = DTYPES[job.dtype] if job.dtype else source.dtype()
-    size = dtype.itemsize * sum(math.prod(source.shape(name)) for name in source.places)
+    size = dtype.itemsize * sum(math.prod(source.described(name)[0]) for name in source.places)
     with new_directory(output, source=folder, overwrite=job.overwrite, mark=FLAGS_FILE, needed=size) as directory:
         save_tokenizer(tokenizer, directory / "tokenizer", source.model.max_positions)
         keep(folder, directory / "tokenizer")
@@ -166,32 +165,21 @@ def fill(parameters: dict[str, Tensor], source: HuggingFaceWeights, rows: int, t
         seed: of the new rows.
     """
     model = source.model
-    values: dict[str, Callable[[], Tensor]] = {}
-    before, after = outer_weights(model)
-    for number, weight in enumerate(before + after):
-        if weight.shape == (model.vocabulary, model.hidden):
-            values[weight.megatron] = partial(_extended, source, weight, rows, tokens, seed + number)
-        else:
-            values[weight.megatron] = partial(source.fused, weight)
     linear = model.output_bias or model.mlp_bias
     complete = replace(model, qkv_bias=model.qkv_bias or linear, output_bias=linear, mlp_bias=linear)
-    for layer in range(model.layers):
-        for weight in layer_weights(complete):
-            name = local_name(layer, weight)
-            values[name] = partial(source.fused, weight, f"model.layers.{layer}.")
-    assert values.keys() == parameters.keys(), sorted(parameters.keys() ^ values.keys())
+    weights = {local_name(layer, weight): (layer, weight) for layer, weight in all_weights(complete)}
+    assert weights.keys() == parameters.keys(), sorted(parameters.keys() ^ weights.keys())
+    seeds = {EMBEDDING: seed, "output_layer.weight": seed + 2}
     with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value())
+        for name, (layer, weight) in weights.items():
+            value = source.fused(layer, weight)
+            parameters[name].copy_(new_rows(value[:tokens], rows, seeds[name]) if name in seeds else value)
 
 
-def _extended(source: HuggingFaceWeights, weight: Weight, rows: int, tokens: int, seed: int) -> Tensor:
-    """The embedding or the head with new rows for the mask token and the padding."""
-    return new_rows(source.fused(weight)[:tokens], rows, seed)
-
-
-def local_name(layer: int, weight: Weight) -> str:
-    """Name of a layer's parameter in the local layer spec, whose norms and experts are modules of their own."""
+def local_name(layer: int | None, weight: Weight) -> str:
+    """Name of a parameter in the local layer spec, whose norms and experts are modules of their own."""
+    if layer is None:
+        return weight.megatron
     for number in weight.expert:
         return f"decoder.layers.{layer}." + weight.megatron.replace("experts.linear", f"local_experts.{number}.linear")
     name = weight.megatron.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
@@ -219,10 +207,6 @@ def _write_flags(directory: Path, flags: list[str], args: Namespace) -> str:
 def _check(job: ImportJob, source: HuggingFaceWeights, directory: Path, dtype: torch.dtype, tokens: int) -> None:
     """Compare the checkpoint with the directory that it was made from."""
     original, carried = load_directory(Path(job.tokenizer or job.load)), load_directory(directory / "tokenizer")
-
-    def encode(text: str) -> list[int]:
-        return original(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    same_ids(carried, encode, original.decode, str(directory / "tokenizer"))
+    same_ids(carried, partial(plain_ids, original), original.decode, str(directory / "tokenizer"))
     print(f"self-check: the tokenizer round-trips; {carried.mask_token} is id {carried.mask_token_id}", flush=True)
     compare(source.folder, directory / "release", dtype, tokens)

@@ -10,7 +10,7 @@ Megatron fuses projections that Hugging Face keeps apart. With g query groups of
 RoPE rotates the halves of a head in both, so no row changes its place within a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +40,21 @@ class Weight:
     join: Join = lambda parts: parts[0]
     """From Hugging Face's to Megatron's."""
     expert: tuple[int, ...] = ()
-    """Number of the expert whose weight it is; empty where it is none's."""
+    """Number of the expert that it belongs to; empty for all other weights."""
+
+    def parts(self, layer: int | None) -> dict[str, tuple[int, ...]]:
+        """Hugging Face's full names and shapes; `layer` is None for a weight outside the layers."""
+        prefix = "" if layer is None else f"model.layers.{layer}."
+        return {prefix + name: shape for name, shape in zip(self.huggingface, self.shapes, strict=True)}
+
+
+def all_weights(model: Architecture) -> Iterator[tuple[int | None, Weight]]:
+    """Every weight in the order of an export, with the number of its layer (None outside the layers)."""
+    before, after = outer_weights(model)
+    yield from ((None, weight) for weight in before)
+    for layer in range(model.layers):
+        yield from ((layer, weight) for weight in layer_weights(model))
+    yield from ((None, weight) for weight in after)
 
 
 def _plain(megatron: str, huggingface: str, *shape: int) -> Weight:

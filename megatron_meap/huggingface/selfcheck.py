@@ -6,7 +6,7 @@ model, the logits must agree, and, since short texts hardly show them, the rotar
 """
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from megatron_meap.checkpoint import latest
 from megatron_meap.checkpoint.reader import Checkpoint
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface.source import read_directory
-from megatron_meap.tokenization.huggingface import load_directory
+from megatron_meap.tokenization.huggingface import load_directory, plain_ids
+from megatron_meap.tokenization.reference import plain_encode
 
 TOLERANCE = 1e-4  # of the logits in fp32, for the largest logit up to 1; relative to it above
 LENGTH, SEQUENCES = 192, 2
@@ -145,25 +146,19 @@ def check_tokenizer(directory: Path, args: Namespace) -> None:
     if saved.mask_token_id is None or saved.mask_token_id not in suppressed:
         raise CheckFailed(f"{directory}: the mask token (id {saved.mask_token_id}) is not suppressed in generation")
     reference = build_tokenizer(args)
-    same_ids(saved, lambda text: _plain_ids(reference, text), reference.detokenize, str(directory))
+    same_ids(saved, plain_encode(reference), reference.detokenize, str(directory))
     if saved.mask_token_id in saved(saved.mask_token, split_special_tokens=True)["input_ids"]:
         print(f"note: with this tokenizer the text {saved.mask_token} always becomes the mask token", flush=True)
     print(f"self-check: the tokenizer round-trips; {saved.mask_token} is id {saved.mask_token_id}", flush=True)
 
 
-def _plain_ids(reference: Any, text: str) -> list[int]:
-    """Ids from Megatron's tokenizer, with special tokens in the text taken as text where it would parse them."""
-    inner = reference._tokenizer.tokenizer
-    if reference.library in ("huggingface", "megatron"):
-        return inner(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return inner.encode_ordinary(text) if reference.library == "tiktoken" else reference.tokenize(text)
-
-
-def same_ids(saved: Any, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str], where: str) -> None:
+def same_ids(
+    saved: Any, encode: Callable[[str], Sequence[int]], decode: Callable[[list[int]], str], where: str
+) -> None:
     """Compare a saved tokenizer with a reference on the sample texts."""
     for text in SAMPLES:
-        ids = saved(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        if ids != encode(text):
+        ids = plain_ids(saved, text)
+        if ids != list(encode(text)):
             raise CheckFailed(f"{where}: its tokenizer gives other ids than the one in training, such as for {text!r}")
         if saved.unk_token_id not in ids and saved.decode(ids) != decode(ids):
             raise CheckFailed(f"{where}: its tokenizer decodes to another text than the one in training, for {text!r}")

@@ -1,6 +1,5 @@
 """A Hugging Face directory as a source of weights: found complete before anything is converted."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +8,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
-from megatron_meap.errors import UsageError, one_line
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.huggingface.architecture import Architecture, from_huggingface
-from megatron_meap.huggingface.mapping import Weight, layer_weights, outer_weights
+from megatron_meap.huggingface.mapping import Weight, all_weights
+from megatron_meap.records import read_json
 
 _FLOATS = ("F64", "F32", "F16", "BF16")  # others are scaled by something that nobody would apply
 
@@ -30,31 +30,22 @@ class HuggingFaceWeights:
         with safe_open(self.places[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a weight, without reading it."""
+    def described(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape of a weight and safetensors' name of its type, without reading it."""
         with safe_open(self.places[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+            stored = file.get_slice(name)
+            return tuple(stored.get_shape()), str(stored.get_dtype())
 
-    def kind(self, name: str) -> str:
-        """How safetensors calls the type of a weight."""
-        with safe_open(self.places[name], framework="pt") as file:
-            return str(file.get_slice(name).get_dtype())
-
-    def fused(self, weight: Weight, prefix: str = "") -> Tensor:
+    def fused(self, layer: int | None, weight: Weight) -> Tensor:
         """A weight of Megatron's, made of those here; biases that are not here are zero.
 
         Megatron has biases on all linear layers, or on Q, K and V alone.
         """
-        names = [prefix + name for name in weight.huggingface]
-        return weight.join(
-            [
-                self.read(name) if name in self.places else torch.zeros(shape)
-                for name, shape in zip(names, weight.shapes, strict=True)
-            ]
-        )
+        parts = weight.parts(layer).items()
+        return weight.join([self.read(name) if name in self.places else torch.zeros(shape) for name, shape in parts])
 
     def dtype(self) -> torch.dtype:
-        """Type to keep the weights in: bf16 as it is, 32 bits for all others."""
+        """Type to keep the weights in: bf16 stays bf16, all others become fp32."""
         stored = self.read("model.embed_tokens.weight").dtype
         return stored if stored == torch.bfloat16 else torch.float32
 
@@ -67,10 +58,8 @@ def read_directory(folder: Path) -> HuggingFaceWeights:
     """
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: not a Hugging Face model directory: it has no config.json")
-    try:
+    with refusing(f"{folder / 'config.json'}: transformers cannot read it"):  # an unknown architecture, or no JSON
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # an architecture that transformers does not know, or a file that is not JSON
-        raise UsageError(f"{folder / 'config.json'}: {one_line(error)}") from error
     found = HuggingFaceWeights(folder, from_huggingface(config), weights_in(folder))
     if not found.places:
         raise UsageError(
@@ -95,10 +84,8 @@ def weights_in(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(_names_in(whole), whole)
     if not index.is_file():
         return {}
-    try:
-        places = {str(name): folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{index}: not an index of weights ({one_line(error)})") from error
+    places = read_json(index, {"weight_map": {str: str}}, "copy the directory again")["weight_map"]
+    places = {name: folder / file for name, file in places.items()}
     for path in sorted(set(places.values())):
         if not path.is_file():
             raise UsageError(f"{path}: missing, but {index.name} names it; copy the directory again")
@@ -110,28 +97,23 @@ def weights_in(folder: Path) -> dict[str, Path]:
 
 def _names_in(path: Path) -> set[str]:
     """Names of the weights in one file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except Exception as error:  # a damaged header can be wrong in any way
-        raise UsageError(f"{path}: not a safetensors file, or damaged ({one_line(error)})") from error
+    # A damaged header can be wrong in any way.
+    with refusing(f"{path}: not a safetensors file, or damaged"), safe_open(path, framework="pt") as file:
+        return set(file.keys())
 
 
 def _check_weights(found: HuggingFaceWeights) -> None:
     """Refuse weights that are not exactly those of the config: transformers would make up or drop the rest."""
-    before, after = outer_weights(found.model)
-    expected = {name: shape for w in before + after for name, shape in zip(w.huggingface, w.shapes, strict=True)}
-    for layer in range(found.model.layers):
-        for weight in layer_weights(found.model):
-            names = (f"model.layers.{layer}.{name}" for name in weight.huggingface)
-            expected |= dict(zip(names, weight.shapes, strict=True))
+    expected: dict[str, tuple[int, ...]] = {}
+    for layer, weight in all_weights(found.model):
+        expected |= weight.parts(layer)
     for name, shape in expected.items():
         if name not in found.places:
             raise UsageError(f"{found.folder}: {name} is missing; by config.json the model has it")
-        if found.shape(name) != shape:
-            stored = list(found.shape(name))
-            raise UsageError(f"{found.folder}: {name} is {stored}, but by config.json it is {list(shape)}")
-        if (kind := found.kind(name)) not in _FLOATS:
+        stored, kind = found.described(name)
+        if stored != shape:
+            raise UsageError(f"{found.folder}: {name} is {list(stored)}, but by config.json it is {list(shape)}")
+        if kind not in _FLOATS:
             raise UsageError(f"{found.folder}: {name} is stored as {kind}: quantized weights are not supported")
     superfluous = {name for name in found.places.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq")}
     if "lm_head.weight" in superfluous and found.model.tied:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_meap.checkpoint.reader import LAYERS, Checkpoint
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.huggingface.architecture import Architecture, exported_family, from_megatron, huggingface_config
 from megatron_meap.huggingface.families import family_of
-from megatron_meap.huggingface.mapping import EMBEDDING, Weight, layer_weights, outer_weights
+from megatron_meap.huggingface.mapping import EMBEDDING, Weight, all_weights, layer_weights, outer_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,39 +30,27 @@ class Source:
 
     def names(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of the Hugging Face weights, in the order of `tensors`."""
-        model = self.exported()
-        before, after = outer_weights(model)
-        for weight in before:
-            yield from zip(weight.huggingface, weight.shapes, strict=True)
-        for layer in range(model.layers):
-            for weight in layer_weights(model):
-                for name, shape in zip(weight.huggingface, weight.shapes, strict=True):
-                    yield f"model.layers.{layer}.{name}", shape
-        for weight in after:
-            yield from zip(weight.huggingface, weight.shapes, strict=True)
+        for layer, weight in all_weights(self.exported()):
+            yield from weight.parts(layer).items()
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """The Hugging Face weights, read when they are asked for."""
-        before, after = outer_weights(self.model)
-        for weight in before:
-            yield from self._outer(weight, dtype)
-        for layer in range(self.model.layers):
-            for weight in layer_weights(self.model):
-                stored = self.checkpoint.has_layers(weight.megatron)
-                read = self.checkpoint.read_layer
-                whole = read(weight.megatron, layer, weight.expert) if stored else torch.zeros(weight.shape)
-                for name, part in zip(weight.huggingface, weight.split(whole), strict=True):
-                    yield self._exported(f"model.layers.{layer}.{name}", part, dtype)
-        for weight in after:
-            yield from self._outer(weight, dtype)
+        """The Hugging Face weights, each read only when it is asked for."""
+        for layer, weight in all_weights(self.model):
+            for name, part in zip(weight.parts(layer), weight.split(self._stored(layer, weight)), strict=True):
+                yield self._exported(name, part, dtype)
 
-    def _outer(self, weight: Weight, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """A weight outside the layers, without the vocabulary's padding where it has one."""
-        there = weight.megatron in self.checkpoint.metadata.state_dict_metadata  # not so the head of a tied model
+    def _stored(self, layer: int | None, weight: Weight) -> Tensor:
+        """A weight of the checkpoint, without the padding of the vocabulary; a bias that it lacks is zero."""
+        if layer is not None:
+            stored = self.checkpoint.has_layers(weight.megatron)
+            return (
+                self.checkpoint.read_layer(weight.megatron, layer, weight.expert)
+                if stored
+                else torch.zeros(weight.shape)
+            )
+        there = weight.megatron in self.checkpoint.metadata.state_dict_metadata  # the head of a tied model is not
         whole = self.checkpoint.read(weight.megatron if there else EMBEDDING)
-        if weight.shape[0] == self.model.vocabulary and len(weight.shape) == 2:
-            whole = whole[: self.rows]
-        yield self._exported(weight.huggingface[0], whole, dtype)
+        return whole[: self.rows] if len(weight.shape) == 2 else whole  # the embedding and the head
 
     def _exported(self, name: str, part: Tensor, dtype: torch.dtype) -> tuple[str, Tensor]:
         """A weight as it is written: with muP's multiplier in it, and without what it was cut from."""
@@ -85,10 +73,8 @@ def inspect(checkpoint: Checkpoint, tokenizer: Any | None) -> Source:
     Raises:
         UsageError: another architecture; or layers, shapes or a vocabulary other than the arguments say.
     """
-    try:
+    with refusing(f"{checkpoint.directory}: its arguments are not those of a GPT model", AttributeError):
         model = from_megatron(checkpoint.args)
-    except AttributeError as error:
-        raise UsageError(f"{checkpoint.directory}: its arguments are not those of a GPT model ({error})") from error
     _check_shapes(checkpoint, model)
     rows = vocabulary_rows(checkpoint, tokenizer)
     if rows > model.vocabulary:

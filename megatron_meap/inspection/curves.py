@@ -14,16 +14,13 @@ from megatron_meap.meap.losses import CLEAN_LOSS, MASKED_LOSS
 @contextlib.contextmanager
 def _figure(path: Path, panels: int = 1) -> Iterator[Any]:
     """The axes [panels] of a picture, which is written when the block ends; the file's suffix is its format."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    formats = FigureCanvasBase.get_supported_filetypes()
+    figure = Figure((7 * panels + 1, 5))
+    formats = figure.canvas.get_supported_filetypes()
     if path.suffix[1:] not in formats:
         raise UsageError(f"{path}: no picture format has this ending; use one of .{', .'.join(sorted(formats))}")
-    figure, axes = pyplot.subplots(1, panels, figsize=(7 * panels + 1, 5), squeeze=False)
+    axes = figure.subplots(1, panels, squeeze=False)
     yield axes[0]
     for each in axes[0]:
         each.grid(alpha=0.3)
@@ -31,7 +28,6 @@ def _figure(path: Path, panels: int = 1) -> Iterator[Any]:
     figure.tight_layout()
     with whole_file(path) as file:
         figure.savefig(file, dpi=120, format=path.suffix[1:])
-    pyplot.close(figure)
 
 
 def plot(history: History, path: Path, unigram: float | None = None) -> None:

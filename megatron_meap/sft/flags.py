@@ -78,7 +78,8 @@ def validate(args: Namespace) -> None:
     """
     args.meap_sft_template_text = find_template(args.meap_sft_template)
     if not args.meap_sft:
-        _refuse_flags_without_meap_sft(args)
+        for given in (*SFTSettings.given(args), *BadLineSettings.given(args)):
+            raise UsageError(f"{given}: belongs to fine-tuning; add --meap-sft, or drop it")
         return
     try:
         datetime.date.fromisoformat(args.meap_sft_date or "2000-01-01")
@@ -91,11 +92,6 @@ def validate(args: Namespace) -> None:
             raise UsageError(f"{MaskSettings.of(args).said(given)}: not possible with --meap-sft: {reason}")
     args.dataloader_inter_document_masking = True  # batches carry the borders of the rows
     args.calculate_per_token_loss = True  # so that neither packing nor layout weighs a token
-
-
-def _refuse_flags_without_meap_sft(args: Namespace) -> None:
-    for given in (*SFTSettings.given(args), *BadLineSettings.given(args)):
-        raise UsageError(f"{given}: belongs to fine-tuning; add --meap-sft, or drop it")
 
 
 def _contradictions(args: Namespace) -> list[tuple[str, bool, str]]:

@@ -5,6 +5,8 @@ with `completion`. A field that changes the conversation is honoured or refused 
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron_meap.sft.fields import BadConversation, kind, text
@@ -74,14 +76,6 @@ def unused(record: dict) -> set[str]:
     of_messages = {*_REFUSED_IN_MESSAGE, *_WEIGHTS, *_THOUGHTS, "role", "content", "from", "value", "name"}
     of_messages |= {"tool_calls", "tool_call_id", "function_call"}
     return found | {f"messages' {name}" for entry in entries for name in entry if name not in of_messages}
-
-
-def _from_messages(record: dict) -> list[Message]:
-    return _listed(record, "messages")
-
-
-def _from_conversations(record: dict) -> list[Message]:
-    return _listed(record, "conversations")
 
 
 def _listed(record: dict, field: str) -> list[Message]:
@@ -200,9 +194,9 @@ def _without(message: Message, name: str) -> Message:
     return {key: value for key, value in message.items() if key != name}
 
 
-_READERS = {
-    "messages": _from_messages,
-    "conversations": _from_conversations,
+_READERS: dict[str, Callable[[dict], list[Message]]] = {
+    "messages": partial(_listed, field="messages"),
+    "conversations": partial(_listed, field="conversations"),
     "instruction": _alpaca,
     "prompt": _completion,
 }

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_meap.errors import UsageError, one_line
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.files import CannotWriteError, whole_directory
 from megatron_meap.records import read_json
 from megatron_meap.sft.conversations import FIX_OR_SKIP, Conversation, read_conversations
@@ -89,12 +89,10 @@ def _opened(folder: Path) -> TurnStore:
     remedy = f"remove {folder}, and it is made again"
     shape = dict.fromkeys(("conversations", "skipped", "turns", "tokens"), int)
     facts = read_json(folder / "facts.json", shape, remedy)
-    try:
+    with refusing(f"{folder}: damaged", ValueError, EOFError, remedy=remedy):
         ids, table = np.memmap(folder / "ids.bin", np.int32, "r"), np.load(folder / "turns.npy")
         if (len(ids), table.shape) != (facts["tokens"], (facts["turns"], 4)):
             raise ValueError(f"{len(ids)} tokens where {facts['tokens']} were written")
-    except (ValueError, EOFError) as error:
-        raise UsageError(f"{folder}: damaged ({one_line(error)}); {remedy}") from error
     return TurnStore(ids, table, facts["conversations"], facts["skipped"])
 
 
@@ -125,11 +123,8 @@ def digest_of(files: list[str], args: Namespace, encoder: TurnEncoder | None = N
     facts += (encoder or turn_encoder(args)).facts
     whole.update(json.dumps(facts).encode())
     for name in files:
-        try:
-            with open(name, "rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise UsageError(f"{name}: cannot be read: {error.strerror}") from error
+        with refusing(f"{name}: cannot be read", OSError), open(name, "rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()
 
 
@@ -196,7 +191,7 @@ def _rendered(
         try:
             turns = list(encoder.turns(conversation.messages, conversation.tools))
         except BadConversation as error:
-            bad(_refused(conversation, error))
+            bad(UsageError(f"{conversation.place}: {error}; {FIX_OR_SKIP}"))
             continue
         notes.unused |= conversation.unused
         notes.unanswered += conversation.ends_unanswered
@@ -216,7 +211,3 @@ def _batches(turns: Iterable[tuple[int, Rendered]]) -> Iterator[list[tuple[int, 
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _refused(conversation: Conversation, error: BadConversation) -> UsageError:
-    return UsageError(f"{conversation.place}: {error}; {FIX_OR_SKIP}")

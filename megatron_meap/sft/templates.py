@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.sft.fields import BadConversation
 from megatron_meap.sft.marks import Marked, Thoughts, holds_marks, mark, unmark
 from megatron_meap.sft.published import TEMPLATES
@@ -37,10 +37,8 @@ def find_template(name: str | None) -> str | None:
         raise UsageError(
             f"--meap-sft-template {name}: no such template; use {', '.join(TEMPLATES)}, or a file that holds one"
         )
-    try:
+    with refusing(f"--meap-sft-template {name}: cannot be read as text", OSError, UnicodeDecodeError):
         return Path(name).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--meap-sft-template {name}: cannot be read as text ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -168,10 +168,8 @@ def _comparison(point: Point, seeds: tuple[int, ...], own: np.ndarray, gaps: np.
 def _corrected(found: list[Comparison]) -> list[Comparison]:
     """Holm's correction over all comparisons but the baseline's with itself."""
     order = sorted((each for each in found if each.point.objective != BASELINE), key=lambda each: each.p_value)
-    largest, corrected = 0.0, {}
-    for rank, each in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * each.p_value))
-        corrected[each.point] = largest
+    scaled = [min(1.0, (len(order) - rank) * each.p_value) for rank, each in enumerate(order)]
+    corrected = dict(zip((each.point for each in order), itertools.accumulate(scaled, max), strict=True))
     return [replace(each, p_value=corrected.get(each.point, 1.0)) for each in found]
 
 

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from megatron_meap.files import whole_file
 from megatron_meap.study.analysis import Comparison, Results
@@ -86,16 +88,10 @@ def draw_differences(panels: Mapping[str, Iterable[Comparison]], path: Path) -> 
     _save(figure, path)
 
 
-def _figure(panels: int, sharex: bool = False) -> tuple[Any, Sequence[Any]]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams["svg.hashsalt"] = "study"  # the same results give the same file
+def _figure(panels: int, sharex: bool = False) -> tuple[Figure, Sequence[Any]]:
     columns, rows = min(panels, _IN_A_ROW), -(-panels // _IN_A_ROW)
-    size = max(6.4, 4.8 * columns), 4 * rows
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, sharex=sharex, layout="constrained")
+    figure = Figure((max(6.4, 4.8 * columns), 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex)
     used, unused = list(axes.flat)[:panels], list(axes.flat)[panels:]
     for each in unused:
         each.remove()
@@ -104,9 +100,7 @@ def _figure(panels: int, sharex: bool = False) -> tuple[Any, Sequence[Any]]:
     return figure, used
 
 
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    with whole_file(path, "w") as file:
+def _save(figure: Figure, path: Path) -> None:
+    # With a fixed salt the same results give the same file.
+    with whole_file(path, "w") as file, matplotlib.rc_context({"svg.hashsalt": "study"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
-    pyplot.close(figure)

@@ -4,11 +4,11 @@ import itertools
 import shlex
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.records import misfit
 
 BASELINE = "ntp"
@@ -164,13 +164,9 @@ def read(path: Path) -> Grid:
     Raises:
         UsageError: the file is missing or not such a grid; the line says where.
     """
-    try:
-        with open(path, "rb") as file:
-            raw = tomllib.load(file)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: is no TOML: {error}") from error
+    errors = OSError, tomllib.TOMLDecodeError, UnicodeDecodeError
+    with refusing(f"{path}: cannot be read as TOML", *errors), open(path, "rb") as file:
+        raw = tomllib.load(file)
     wanted = {"data", "training", "models", "objectives", "stage"}
     if raw.keys() != wanted:
         different = ", ".join(sorted(raw.keys() ^ wanted))
@@ -211,8 +207,3 @@ def _stages(path: Path, raw: list[dict[str, Any]], known: dict[str, dict[str, An
 def point_of(record: dict[str, Any]) -> Point:
     """The point of a recorded result."""
     return Point(**{axis: record[axis] for axis in AXES})
-
-
-def axes_of(point: Point) -> dict[str, Any]:
-    """A point as a part of its recorded result."""
-    return asdict(point)

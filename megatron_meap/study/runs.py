@@ -12,17 +12,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import megatron_meap
-from megatron_meap.errors import JobError, UsageError
+from megatron_meap.errors import JobError, UsageError, refusing
 from megatron_meap.files import whole_file
 from megatron_meap.inspection.training_log import History, read_log
 from megatron_meap.records import parsed, read_json
-from megatron_meap.study.grid import POINT, Grid, Point, axes_of, point_of
+from megatron_meap.study.grid import POINT, Grid, Point, point_of
 from megatron_meap.study.texts import Texts
 
 RESULT = "result.json"
@@ -56,10 +57,8 @@ def read_results(path: Path) -> dict[Point, dict[str, Any]]:
     """
     if not path.exists():
         return {}
-    try:
+    with refusing(f"{path}: holds a line that is not the result of a run", ValueError, remedy="make the file again"):
         return by_point(parsed(line, _SHAPE) for line in path.read_bytes().splitlines())
-    except ValueError as error:
-        raise UsageError(f"{path}: holds a line that is no result of a run ({error}); make the file again") from error
 
 
 def write_results(path: Path, results: dict[Point, dict[str, Any]]) -> None:
@@ -182,7 +181,7 @@ class Runner:
             return False
         cost = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
         record = (
-            axes_of(point)
+            asdict(point)
             | _facts(self._grid, point, history)
             | cost
             | {"command": shlex.join(command), "texts": self._texts.digest(point), **_made_by()}

@@ -16,8 +16,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from megatron_meap.errors import UsageError, refusing
 from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.tokenization.reference import SENTENCEPIECE_TYPES, around
 
-SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 # Kinds of pieces in a SentencePiece model.
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 BPE, UNIGRAM = 2, 1  # kinds of SentencePiece models
@@ -257,8 +257,18 @@ def _wrapped(backend: Tokenizer, names: dict[str, str]) -> PreTrainedTokenizerFa
     )
 
 
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text alone, taken literally: special tokens are neither parsed nor added."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def around_text(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before and after every text, such as BOS and EOS."""
+    return around(tokenizer("a")["input_ids"], plain_ids(tokenizer, "a"))
+
+
 def begin_with_bos(tokenizer: Any) -> None:
-    """Make the tokenizer put BOS before every text, as a model wants it whose documents began with it."""
+    """Make the tokenizer put BOS before every text, for a model whose training documents began with it."""
     bos = tokenizer.bos_token
     if bos is None:
         raise UsageError("--add-bos-token: this tokenizer has no BOS token")
@@ -270,15 +280,14 @@ def begin_with_bos(tokenizer: Any) -> None:
 
 
 def begin_without_bos(tokenizer: Any) -> None:
-    """Make a tokenizer that puts BOS before every text leave it out; what it puts behind a text stays."""
-    ids = tokenizer("x")["input_ids"]
-    if tokenizer.bos_token is None or ids[0] != tokenizer.bos_token_id:
+    """Make a tokenizer that puts BOS before every text leave it out; what it puts after a text stays."""
+    before, after = around_text(tokenizer)
+    if tokenizer.bos_token is None or before[:1] != [tokenizer.bos_token_id]:
         return
-    plain = tokenizer("x", add_special_tokens=False)["input_ids"]
-    after = tokenizer.convert_ids_to_tokens(ids[ids.index(plain[0]) + len(plain) :])
-    around = " ".join(["$A", *after])
+    names = tokenizer.convert_ids_to_tokens(after)
+    single = " ".join(["$A", *names])
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=around, pair=f"{around} $B", special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in set(after)]
+        single=single, pair=f"{single} $B", special_tokens=list(set(zip(names, after, strict=True)))
     )
     if getattr(tokenizer, "add_bos_token", None):
         tokenizer._add_bos_token = False

@@ -39,10 +39,10 @@ class Reference:
     vocab_size: int
     """Without a mask token that has to be appended."""
 
-    prefix: tuple[int, ...]
+    prefix: list[int]
     """Ids that the tokenizer itself puts before every text (Hugging Face post-processors may)."""
 
-    suffix: tuple[int, ...]
+    suffix: list[int]
     """Ids that the tokenizer itself puts after every text."""
 
     bos: int | None
@@ -93,10 +93,9 @@ def load_reference(args: Any) -> Reference:
     megatron = light or _megatron_tokenizer(args)
     model: Any = getattr(megatron._tokenizer, "tokenizer", None)
     encode = plain_encode(megatron)
-    prefix: tuple[int, ...] = ()
-    suffix: tuple[int, ...] = ()
+    prefix, suffix = list[int](), list[int]()
     if megatron.library in ("huggingface", "megatron") and not args.tokenizer_hf_no_include_special_tokens:
-        prefix, suffix = _around(model("a")["input_ids"], encode("a"))
+        prefix, suffix = around(model("a")["input_ids"], encode("a"))
     return Reference(
         megatron.library,
         encode,
@@ -211,10 +210,10 @@ def _huggingface_encode(model: Any) -> Callable[[str], Sequence[int]]:
     return lambda text: own.encode(text, add_special_tokens=False).ids
 
 
-def _around(whole: Sequence[int], inner: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What stands before and after `inner` in `whole`."""
+def around(whole: Sequence[int], inner: Sequence[int]) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and after a text, by the ids of both and of the text alone."""
     whole, inner = list(whole), list(inner)
     for start in range(len(whole) - len(inner) + 1):
         if whole[start : start + len(inner)] == inner:
-            return tuple(whole[:start]), tuple(whole[start + len(inner) :])
+            return whole[:start], whole[start + len(inner) :]
     raise UsageError("--tokenizer-model: this tokenizer's post-processor changes the text's own ids; not supported")

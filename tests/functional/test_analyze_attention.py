@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatron_meap.errors import UsageError
 from megatron_meap.evaluation.attention.job import AttentionJob, analyze
+from megatron_meap.evaluation.attention.recipe import Recipe
 from megatron_meap.huggingface.importer import ImportJob, import_model
 from tests import warm
 from tests.launch import environment
@@ -78,7 +79,8 @@ def test_both_kinds_of_models_on_the_same_inputs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("models", "more", "message"),
     [
-        (["model"], {"length": 65}, "--length 65: the context of .*/model has only 64 tokens"),
+        (["model"], {"recipe": Recipe(65)}, "--length 65: the context of .*/model has only 64 tokens"),
+        (["model"], {"recipe": Recipe(0)}, "--length 0: must be at least 2"),
         (["unmasked"], {}, "unmasked: its tokenizer has no mask token"),
         (["model", "other"], {}, ".*/model and .*/other have different tokenizers"),
         (["nothing"], {}, "nothing"),
@@ -86,7 +88,11 @@ def test_both_kinds_of_models_on_the_same_inputs(folder: Path) -> None:
         (["megatron@all"], {}, "megatron@all: name one iteration"),
         (["model", "model"], {}, "two models are called 'model'; name them: NAME=PATH"),
         (["model"] * 3, {}, "3 models; compare two"),
-        (["model"], {"samples": 2, "output": Path("/dev/null/x")}, "--output /dev/null/x: cannot be written"),
+        (
+            ["model"],
+            {"recipe": Recipe(samples=2), "output": Path("/dev/null/x")},
+            "--output /dev/null/x: cannot be written",
+        ),
     ],
 )
 def test_bad_input_is_one_line(folder: Path, tmp_path: Path, models: list[str], more: dict, message: str) -> None:

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from megatron_meap.errors import UsageError
-from megatron_meap.evaluation.attention.inputs import SEGMENTS, Inputs, Recipe, make_inputs
+from megatron_meap.evaluation.attention.inputs import SEGMENTS, Inputs, make_inputs
 from megatron_meap.evaluation.attention.measures import measure, observe, segment_mass, text_measures, uniform_attention
+from megatron_meap.evaluation.attention.recipe import Recipe
 from megatron_meap.evaluation.attention.report import comparison
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

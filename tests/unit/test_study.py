@@ -108,7 +108,7 @@ def test_the_grids_that_are_shipped_are_commands_of_the_trainer():
         ("epochs = [1]", "", "stage tuning: its axes must be"),
         ("epochs = [1]", "epochs = 1", "stage tuning: every axis is a list of values"),
         ('["ntp", "meap"]', '["ntp", "mepa"]', "stage tuning: objective mepa: none of ntp, meap, mir"),
-        ("[training]", "[training", "is no TOML"),
+        ("[training]", "[training", "cannot be read as TOML"),
     ],
 )
 def test_a_grid_that_is_wrong_is_refused_by_a_line(tmp_path, old, new, line):

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_meap.errors import UsageError, refuse
+from megatron_meap.errors import UsageError
+from megatron_meap.evaluation.attention.recipe import Recipe
 from megatron_meap.meap.masking import Masking, RatioSchedule
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
 from megatron_meap.preprocessing.readers import InputFile, InputOptions
+from megatron_meap.tokenization.huggingface import around_text, plain_ids
 
 SEGMENTS = ("before", "answer", "after", "query")
 """Parts of a prompt: the context up to the answer, the answer's own tokens, the context after it, the question."""
 
-NEEDLE = " The secret number of {key} is {value}. "
-QUESTION = " The secret number of {key} is"
 _KEYS = ("Paris", "Lima", "Oslo", "Cairo", "Quito", "Seoul", "Rome", "Delhi", "Accra", "Riga")
 
 Tokens = npt.NDArray[np.int64]
@@ -39,46 +39,18 @@ class Inputs:
     """[n, s]: index into `SEGMENTS` of every token of a prompt."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How the inputs are made; flags of `tools/analyze_attention.py`."""
-
-    length: int
-    """Tokens of every sample and of every prompt."""
-    samples: int = 20
-    """Samples, and as many prompts; over these the depth of the needle goes from 0 to 100%."""
-    mask_ratio: float = 0.15
-    seed: int = 1234
-    needle: str = NEEDLE
-    """Sentence to hide, with {key} and {value}."""
-    question: str = QUESTION
-    """What stands at the end of a prompt, with {key}; the value would be the next token."""
-
-    def __post_init__(self) -> None:
-        """Refuse what makes no inputs."""
-        refuse(
-            (self.samples < 1, f"--samples {self.samples}: must be at least 1"),
-            (not 0 < self.mask_ratio < 1, f"--mask-ratio {self.mask_ratio}: must lie between 0 and 1"),
-            (not 0 <= self.seed < 2**64, f"--seed {self.seed}: must lie between 0 and 2**64 - 1"),
-            (
-                "{key}" not in self.needle or "{value}" not in self.needle,
-                "--needle: must contain {key} and {value}",
-            ),
-            ("{key}" not in self.question, "--question: must contain {key}"),
-        )
-
-
 def make_inputs(path: str, tokenizer: Any, recipe: Recipe) -> Inputs:
     """The samples and prompts of a recipe in a tokenizer's ids.
 
     Args:
         path: JSON lines with a key `text`, Parquet, or plain text; compressed or not.
         tokenizer: of transformers.
-        recipe: what to make.
+        recipe: what to make, its length settled.
 
     Raises:
         UsageError: the file cannot be read, or holds less text than is asked for; a needle that does not fit.
     """
+    assert recipe.length is not None
     texts = _packed(path, tokenizer, recipe.samples, recipe.length)
     masking = Masking(RatioSchedule(recipe.mask_ratio), seed=recipe.seed)
     masked = np.zeros(texts.shape, bool)
@@ -90,23 +62,12 @@ def make_inputs(path: str, tokenizer: Any, recipe: Recipe) -> Inputs:
     return Inputs(texts, masked, np.stack(prompts), np.stack(segments))
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text alone, which is taken literally: no special token, neither parsed nor added."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-
-def beginning(tokenizer: Any) -> list[int]:
-    """BOS, if this tokenizer puts it before a text; what it puts after one is left out."""
-    whole, text = tokenizer("a", split_special_tokens=True)["input_ids"], encode(tokenizer, "a")
-    return next(whole[:i] for i in range(len(whole)) if whole[i : i + len(text)] == text)
-
-
 def _packed(path: str, tokenizer: Any, samples: int, length: int) -> Tokens:
     """Pieces [samples, length] of the documents one after the other with EOS between them, as in pretraining."""
-    start, end = beginning(tokenizer), tokenizer.eos_token_id
+    start, end = around_text(tokenizer)[0], tokenizer.eos_token_id
     ids: list[int] = []
     for text in _texts(path):
-        ids += [*start, *encode(tokenizer, text), *([] if end is None else [end])]
+        ids += [*start, *plain_ids(tokenizer, text), *([] if end is None else [end])]
         if len(ids) >= samples * length:
             return np.array(ids[: samples * length], np.int64).reshape(samples, length)
     raise UsageError(
@@ -135,18 +96,19 @@ def _prompt(index: int, haystack: Tokens, tokenizer: Any, recipe: Recipe) -> tup
     random = np.random.Generator(np.random.PCG64([recipe.seed, index]))
     key, value = str(random.choice(_KEYS)), str(random.integers(10_000, 100_000))
     needle, answer = _needle(tokenizer, recipe.needle, key, value)
-    question = encode(tokenizer, recipe.question.replace("{key}", key))
-    start = beginning(tokenizer)
-    room = recipe.length - len(start) - len(needle) - len(question)
+    question = plain_ids(tokenizer, recipe.question.replace("{key}", key))
+    start = around_text(tokenizer)[0]
+    length = len(haystack)
+    room = length - len(start) - len(needle) - len(question)
     if room < 1:
-        raise UsageError(f"--length {recipe.length}: too short for the needle and the question, give {3 * -room} more")
+        raise UsageError(f"--length {length}: too short for the needle and the question, give {3 * -room} more")
     depth = round(room * index / max(1, recipe.samples - 1))
     before = [*start, *haystack[:depth]]
     tokens = [*before, *needle, *haystack[depth:room], *question]
-    segments = np.full(recipe.length, SEGMENTS.index("after"))
+    segments = np.full(length, SEGMENTS.index("after"))
     segments[: len(before) + answer.start] = SEGMENTS.index("before")
     segments[len(before) + answer.start : len(before) + answer.stop] = SEGMENTS.index("answer")
-    segments[recipe.length - len(question) :] = SEGMENTS.index("query")
+    segments[length - len(question) :] = SEGMENTS.index("query")
     return np.array(tokens, np.int64), segments
 
 

@@ -1,4 +1,4 @@
-"""The whole of an attention analysis: open the models, make the inputs, measure, write."""
+"""An attention analysis from start to end: open the models, make the inputs, measure, write."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -10,34 +10,30 @@ from tqdm import tqdm
 from megatron_meap.errors import UsageError, refuse_to_overwrite
 from megatron_meap.evaluation.attention import pictures
 from megatron_meap.evaluation.attention import report as pages
-from megatron_meap.evaluation.attention.inputs import SEGMENTS, Inputs, Recipe, make_inputs
+from megatron_meap.evaluation.attention.inputs import SEGMENTS, Inputs, make_inputs
 from megatron_meap.evaluation.attention.measures import measure, uniform_attention
+from megatron_meap.evaluation.attention.recipe import Recipe
 from megatron_meap.evaluation.models import parse
 from megatron_meap.huggingface.generation import Generator
 
 LONGEST = 4096
-"""Length of the paper's samples, and the default where the models' context is not shorter."""
+"""Length of the paper's samples, and the default unless the models' context is shorter."""
 
 
 @dataclass(frozen=True)
 class AttentionJob:
-    """Flags of `tools/analyze_attention.py`."""
+    """What to analyze."""
 
     models: list[str]
     """`[NAME=]PATH[@ITERATION]` each."""
     text: str
     output: Path
+    recipe: Recipe = field(default_factory=Recipe)
     tokenizer: str | None = None
-    length: int | None = None
-    samples: int = 20
-    mask_ratio: float = 0.15
-    seed: int = 1234
     overwrite: bool = False
-    templates: dict[str, str] = field(default_factory=dict)
-    """`needle` and `question`, where they are not the default."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be compared."""
+        """Refuse models that cannot be compared."""
         if len(self.models) > 2:
             raise UsageError(f"{' '.join(self.models)}: {len(self.models)} models; compare two, the first a baseline")
         if len(set(self.names)) < len(self.names):
@@ -53,11 +49,11 @@ class AttentionJob:
 def analyze(job: AttentionJob) -> dict[str, Any]:
     """Measure the models, print a summary, write the report and its pictures; returns the report."""
     generators = [_open(spec, job.tokenizer) for spec in job.models]
-    recipe = Recipe(_length(job, generators), job.samples, job.mask_ratio, job.seed, **job.templates)
+    recipe = dataclasses.replace(job.recipe, length=_length(job, generators))
     inputs = make_inputs(job.text, generators[0].tokenizer, recipe)
     _refuse_different_tokenizers(job, generators, inputs)
     measured = []
-    with tqdm(total=job.samples * len(generators), unit="sample", disable=None) as bar:
+    with tqdm(total=recipe.samples * len(generators), unit="sample", disable=None) as bar:
         for name, generator in zip(job.names, generators, strict=True):
             bar.set_description(name)
             measured.append(measure(generator.model, inputs, generator.mask_id, bar.update))
@@ -97,9 +93,9 @@ def _open(spec: str, tokenizer: str | None) -> Generator:
 
 
 def _length(job: AttentionJob, generators: list[Generator]) -> int:
-    """Tokens of a sample, which the context of every model must hold."""
+    """Tokens of a sample, which must fit into the context of every model."""
     contexts = [generator.model.config.max_position_embeddings for generator in generators]
-    length = job.length or min(*contexts, LONGEST)
+    length = min(*contexts, LONGEST) if job.recipe.length is None else job.recipe.length
     for path, context in zip(job.models, contexts, strict=True):
         if length > context:
             raise UsageError(f"--length {length}: the context of {path} has only {context} tokens")
@@ -109,7 +105,7 @@ def _length(job: AttentionJob, generators: list[Generator]) -> int:
 
 
 def _refuse_different_tokenizers(job: AttentionJob, generators: list[Generator], inputs: Inputs) -> None:
-    """All models must read the same: ids that mean the same text, and the same mask token."""
+    """Refuse models whose ids do not mean the same text, or whose mask tokens differ."""
     first = generators[0]
     known = int(inputs.texts.max()) + 1
     pieces = first.tokenizer.convert_ids_to_tokens(range(known))

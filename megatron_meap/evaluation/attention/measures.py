@@ -2,7 +2,7 @@
 
 The measures are those that arXiv 2502.07490 reports in its analysis of the attention: how much less a MEAP model
 attends to masked positions, how much more its attention varies over the others, and how much of it goes to the answer
-in a prompt. The paper prints no formula that settles every detail; what is our reading is said at each function.
+in a prompt. The paper gives no formula that settles every detail; each function says what is our reading.
 
 Notation: A[i, j] is the attention of query i to key j <= i, after the softmax, so that a row sums to 1; M is the set of
 masked positions, s the sequence length.
@@ -26,10 +26,10 @@ from megatron_meap.evaluation.attention.inputs import SEGMENTS, Inputs
 Values = npt.NDArray[np.float64]
 See = Callable[[int, int, Tensor], None]
 """`see(layer, first, weights)`: attention [heads, queries, keys] of a layer, the first query being at position `first`;
-keys beyond a query have the weight 0, those beyond the last query are left out."""
+keys after a query have weight 0, those after the last query are left out."""
 
 _NAME = "meap_observed"
-_ROOM = 1 << 20  # queries times keys that are looked at together
+_ROOM = 1 << 20  # queries times keys of a block
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ def segment_mass(model: Any, tokens: npt.NDArray[np.int64], segments: npt.NDArra
 
 @torch.inference_mode()
 def observe(model: Any, tokens: npt.NDArray[np.int64], see: See, room: int = _ROOM) -> None:
-    """Run a model and show the attention of every layer, a block of queries at a time.
+    """Run a model and pass on the attention of every layer, one block of queries at a time.
 
-    No layer's [heads, s, s] is ever whole in memory: a block has `room` / s queries. The weights are those of the
-    model's own eager attention, which also gives its output; what stays in memory is the additive mask [s, s].
+    No layer's [heads, s, s] is ever completely in memory: a block has `room` / s queries. The weights are those of the
+    model's own eager attention, which also gives its output; only the additive mask [s, s] stays in memory.
 
     Args:
         model: of transformers.
@@ -186,7 +186,7 @@ def observe(model: Any, tokens: npt.NDArray[np.int64], see: See, room: int = _RO
     before = model.config._attn_implementation
     model.set_attn_implementation(_NAME)
     try:
-        # The base model has no logits, of which nothing is wanted here.
+        # The base model, because the logits are not needed.
         model.base_model(torch.from_numpy(tokens).to(model.device)[None], use_cache=False)
     finally:
         model.set_attn_implementation(before)

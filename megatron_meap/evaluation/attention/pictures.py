@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from megatron_meap.evaluation.attention.inputs import SEGMENTS
 from megatron_meap.evaluation.reporting.pictures import label as shown
@@ -16,20 +17,14 @@ FILES = ("segments.png", "layers.png", "heads.png")
 
 def draw(report: dict[str, Any], output: Path) -> None:
     """Draw the pictures `FILES` of a report into a directory."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     for name, picture in zip(FILES, (_segments, _layers, _heads), strict=True):
-        figure = picture(pyplot, report)
-        figure.savefig(output / name, dpi=120)
-        pyplot.close(figure)
+        picture(report).savefig(output / name, dpi=120)
 
 
-def _segments(pyplot: Any, report: dict[str, Any]) -> Any:
+def _segments(report: dict[str, Any]) -> Figure:
     """Share of the attention by segment, a bar for each model, and what uniform attention would give."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
+    figure = Figure((8, 4.8), layout="constrained")
+    axes = figure.subplots()
     models = report["models"]
     width = 0.8 / len(models)
     for number, ((name, measures), color) in enumerate(zip(models.items(), COLORS, strict=False)):
@@ -43,7 +38,7 @@ def _segments(pyplot: Any, report: dict[str, Any]) -> Any:
         axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=9)
     uniform = [100 * report["uniform"][f"{segment} mass"] for segment in SEGMENTS]
     for place, height in enumerate(uniform):
-        label = "uniform attention" if place == 0 else None
+        label = "uniform attention" if place == 0 else ""
         axes.hlines(height, place - 0.45, place + 0.45, color="black", linestyle="--", linewidth=1, label=label)
     axes.set_xticks(range(len(SEGMENTS)), SEGMENTS)
     axes.set(ylabel="attention of the last position (%)", title="Attention by segment of a retrieval prompt", ylim=0)
@@ -52,14 +47,15 @@ def _segments(pyplot: Any, report: dict[str, Any]) -> Any:
     return figure
 
 
-def _layers(pyplot: Any, report: dict[str, Any]) -> Any:
+def _layers(report: dict[str, Any]) -> Figure:
     """The three measures by layer, a curve for each model."""
     panels = (
         ("masked attention", "attention on masked positions (%)", 100.0),
         ("unmasked variance", "variance over unmasked positions", 1.0),
         ("answer mass", "attention on the answer (%)", 100.0),
     )
-    figure, row = pyplot.subplots(1, len(panels), figsize=(13, 4.2), layout="constrained")
+    figure = Figure((13, 4.2), layout="constrained")
+    row = figure.subplots(1, len(panels))
     for axes, (measure, label, scale) in zip(row, panels, strict=True):
         for (name, measures), color in zip(report["models"].items(), COLORS, strict=False):
             values = scale * np.array(measures[measure]["by layer"])
@@ -76,13 +72,12 @@ def _layers(pyplot: Any, report: dict[str, Any]) -> Any:
     return figure
 
 
-def _heads(pyplot: Any, report: dict[str, Any]) -> Any:
+def _heads(report: dict[str, Any]) -> Figure:
     """Layer by head: attention on the answer above, on masked positions below; a column for each model."""
     rows = (("answer mass", "attention on the answer (%)"), ("masked attention", "attention on masked positions (%)"))
     models = report["models"]
-    figure, grid = pyplot.subplots(
-        len(rows), len(models), figsize=(5.5 * len(models) + 1, 8), layout="constrained", squeeze=False
-    )
+    figure = Figure((5.5 * len(models) + 1, 8), layout="constrained")
+    grid = figure.subplots(len(rows), len(models), squeeze=False)
     for line, (measure, label) in zip(grid, rows, strict=True):
         maps = [100 * np.array(measures[measure]["by layer and head"]) for measures in models.values()]
         top = max(values.max() for values in maps)

@@ -1,4 +1,4 @@
-"""The measures of one or two models as figures: averages with intervals, by layer, by head; JSON, CSV, a few lines."""
+"""The measures of one or two models summarised: means with intervals, by layer, by head; as JSON, CSV and text."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ _RESAMPLES = 2000
 
 
 def by_name(measures: Measures) -> dict[str, Values]:
-    """All measures, [n, layers, heads] each, by the names that the outputs use."""
+    """All measures, [n, layers, heads] each, by their names in the outputs."""
     named = {
         "masked attention": measures.masked_attention,
         "unmasked variance": measures.variance,
@@ -50,7 +50,7 @@ def comparison(first: Measures, second: Measures) -> dict[str, Any]:
     - Attention decay: (a_first - a_second) / a_first, with a the attention on masked positions.
     - Variance increase: (v_second - v_first) / v_first, with v the variance over unmasked positions.
 
-    Once with both models reading the masked text, and once with the first reading the clean one, as its training was.
+    Once with both models reading the masked text, and once with the first reading clean text, as in its training.
     The intervals are those of a bootstrap over samples, the same for both models.
     """
     a, v = first.masked_attention, first.variance
@@ -89,7 +89,7 @@ def lines(report: dict[str, Any]) -> list[str]:
 
 
 def write(report: dict[str, Any], output: Path) -> None:
-    """Write `attention.json`, with everything, and `attention.csv`, one row a model, measure, layer and head."""
+    """Write `attention.json`, with everything, and `attention.csv`, a row per model, measure, layer and head."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["model", "measure", "layer", "head", "value"])

@@ -5,8 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_meap.evaluation.reporting.results import ModelResults, headline, is_share
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
+from megatron_meap.evaluation.reporting.results import ModelResults, first_with, headline, is_share, tasks_of
+
+DPI = 110
 TITLES = {
     "meap_needle": "Needle in a haystack",
     "meap_needle_logprob": "Needle in a haystack, by log-likelihood among 10",
@@ -34,33 +39,28 @@ METRICS = {
 
 
 def draw_all(results: list[ModelResults], folder: Path) -> list[Path]:
-    """Draw what there is to draw.
-
-    Returns:
-        The pictures, in the order of a report.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """Draw what there is to draw; returns the pictures, in the order of a report."""
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = list(dict.fromkeys(task for result in results for task in result.samples))
-    tasks = [task for task in tasks if headline(_first(results, task), task)]
-    shares = [task for task in tasks if is_share(headline(_first(results, task), task) or "")]
-    drawn = [_overview(results, shares, folder / "overview.png")] if shares else []
+    headlines = {task: headline(first_with(task, results), task) for task in tasks_of(results)}
+    tasks = [task for task, metric in headlines.items() if metric]
+    shares = [task for task in tasks if is_share(headlines[task] or "")]
+    drawn = {"overview": _overview(results, shares)} if shares else {}
     for task in tasks:
         having = [result for result in results if task in result.samples]
         names = next(iter(having[0].cells(task)), {})
         if "depth" in names:
-            drawn.append(_heat_map(having, task, folder / f"{task}.png"))
+            drawn[task] = _heat_map(having, task)
         elif names:
-            drawn.append(_by_last_dimension(having, task, folder / f"{task}.png"))
+            drawn[task] = _by_last_dimension(having, task)
     if tasks and len({result.model.run for result in results}) < len([r for r in results if r.model.tokens]):
-        drawn.append(_over_tokens(results, tasks, folder / "over_tokens.png"))
-    return drawn
+        drawn["over_tokens"] = _over_tokens(results, tasks)
+    for name, figure in drawn.items():
+        figure.savefig(folder / f"{name}.png", dpi=DPI)
+    return [folder / f"{name}.png" for name in drawn]
 
 
 def label(name: str) -> str:
-    """A model's name as matplotlib shows it unchanged: `$` begins a formula, `_` in front hides a legend's entry."""
+    """A model's name, escaped for matplotlib: `$` begins a formula, a leading `_` hides an entry of the legend."""
     return ("\N{THIN SPACE}" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
@@ -68,24 +68,19 @@ def _scale(metric: str) -> float:
     return 100.0 if is_share(metric) else 1.0
 
 
-def _title(figure: Any, text: str) -> None:
-    """A title that is broken into lines where it is wider than the picture."""
+def _title(figure: Figure, text: str) -> None:
+    """A title, broken into lines where it is wider than the picture."""
     figure.suptitle(textwrap.fill(text, width=max(20, int(11 * figure.get_figwidth()))))
 
 
-def _heat_map(results: list[ModelResults], task: str, path: Path) -> Path:
-    """One panel a model: context length by depth, 0 at the top, red to green on a fixed scale of 0 to 100."""
-    import numpy as np
-    from matplotlib import pyplot
-
+def _heat_map(results: list[ModelResults], task: str) -> Figure:
+    """One panel per model: context length by depth, 0 at the top, red to green on a fixed scale of 0 to 100."""
     cells = results[0].cells(task)
     lengths = sorted({cell["length"] for cell in cells})
     depths = sorted({cell["depth"] for cell in cells})
     width = max(3.2, 0.7 * len(lengths) + 1.6)
-    figure, axes = pyplot.subplots(
-        1, len(results), figsize=(width * len(results) + 1, 0.42 * len(depths) + 2), squeeze=False, sharey=True,
-        layout="constrained",
-    )  # fmt: skip
+    figure = Figure((width * len(results) + 1, 0.42 * len(depths) + 2), layout="constrained")
+    axes = figure.subplots(1, len(results), squeeze=False, sharey=True)
     for axis, result in zip(axes[0], results, strict=True):
         grid = np.full((len(depths), len(lengths)), np.nan)
         for cell in result.cells(task):
@@ -102,21 +97,18 @@ def _heat_map(results: list[ModelResults], task: str, path: Path) -> Path:
     axes[0][0].set_ylabel("depth of the needle (%)")
     figure.colorbar(image, ax=list(axes[0]), label="accuracy (%)")
     _title(figure, TITLES.get(task, task))
-    return _write(figure, path)
+    return figure
 
 
-def _by_last_dimension(results: list[ModelResults], task: str, path: Path) -> Path:
-    """One line a model over position or number of needles, with bootstrap intervals; a panel for each other value."""
-    from matplotlib import pyplot
-
+def _by_last_dimension(results: list[ModelResults], task: str) -> Figure:
+    """One line per model over position or number of needles, with bootstrap intervals; a panel per other value."""
     metric = headline(results[0], task)
     assert metric is not None
     cells = results[0].cells(task)
     *others, last = cells[0]
     panels = list(dict.fromkeys(tuple(cell[name] for name in others) for cell in cells))
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.6 * len(panels) + 1, 4.6), squeeze=False, sharey=True, layout="constrained"
-    )
+    figure = Figure((4.6 * len(panels) + 1, 4.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axis, panel in zip(axes[0], panels, strict=True):
         inside = [cell for cell in cells if tuple(cell[name] for name in others) == panel]
         for color, result in enumerate(results):
@@ -133,7 +125,7 @@ def _by_last_dimension(results: list[ModelResults], task: str, path: Path) -> Pa
     handles, names = axes[0][-1].get_legend_handles_labels()
     figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=min(3, len(names)))
     _title(figure, TITLES.get(task, _multidoc_title(task)))
-    return _write(figure, path)
+    return figure
 
 
 def _multidoc_title(task: str) -> str:
@@ -155,7 +147,7 @@ def _line(axis: Any, name: str, color: str, metric: str, points: Sequence[tuple[
 
 
 def _bound(axis: Any, result: ModelResults, task: str, metric: str, bound: str, color: str, style: str) -> None:
-    """Closed book or oracle of the same form, as a level line."""
+    """Closed book or oracle in the same form, as a horizontal line."""
     if not task.startswith("meap_multidoc"):
         return
     found = result.estimate(f"meap_multidoc_{bound}{'_logprob' if task.endswith('_logprob') else ''}", metric)
@@ -164,12 +156,10 @@ def _bound(axis: Any, result: ModelResults, task: str, metric: str, bound: str, 
         axis.axhline(_scale(metric) * found.mean, color=color, linestyle=style, linewidth=1, label=name)
 
 
-def _overview(results: list[ModelResults], tasks: list[str], path: Path) -> Path:
-    """Bars: every task that is a share, model beside model, with intervals."""
-    import numpy as np
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 0.28 * len(tasks) * (len(results) + 1) + 1.8), layout="constrained")
+def _overview(results: list[ModelResults], tasks: list[str]) -> Figure:
+    """Bars of every task that is measured as a share, the models side by side, with intervals."""
+    figure = Figure((8, 0.28 * len(tasks) * (len(results) + 1) + 1.8), layout="constrained")
+    axis = figure.subplots()
     thickness = 0.8 / len(results)
     for i, result in enumerate(results):
         found = [
@@ -187,40 +177,29 @@ def _overview(results: list[ModelResults], tasks: list[str], path: Path) -> Path
     axis.set(xlim=(0, 105), xlabel="percent, with 95% bootstrap intervals", title="All tasks")
     axis.grid(axis="x", alpha=0.3)
     figure.legend(fontsize=8, loc="outside lower center", ncols=min(3, len(results)))
-    return _write(figure, path)
+    return figure
 
 
-def _first(results: list[ModelResults], task: str) -> ModelResults:
-    return next(result for result in results if task in result.samples)
-
-
-def _over_tokens(results: list[ModelResults], tasks: list[str], path: Path) -> Path:
-    """A panel for each task: its metric over training tokens, one line a run."""
+def _over_tokens(results: list[ModelResults], tasks: list[str]) -> Figure:
+    """A panel for each task: its metric over training tokens, one line per run."""
     panels = []
     for task in tasks:
-        metric = headline(_first(results, task), task) or ""
+        metric = headline(first_with(task, results), task) or ""
         lines: dict[str, list[tuple[float, Any]]] = {}
         for result in results:
             if result.model.tokens:
                 points = lines.setdefault(result.model.run, [])
                 points += [(result.model.tokens, result.estimate(task, metric))] if task in result.samples else []
         panels.append((task, metric, lines))
-    return over_tokens(panels, path)
+    return over_tokens(panels)
 
 
-def over_tokens(panels: list[tuple[str, str, dict[str, list[tuple[float, Any]]]]], path: Path) -> Path:
-    """Draw panels: title, metric, and for each run by name its points, tokens and `Estimate` (or None)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import EngFormatter
-
+def over_tokens(panels: list[tuple[str, str, dict[str, list[tuple[float, Any]]]]]) -> Figure:
+    """Draw panels: title, metric, and for each run by name its points (tokens, and an `Estimate` or None)."""
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False, layout="constrained"
-    )
+    figure = Figure((4.2 * columns, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, metric, lines) in zip(axes.flat, panels, strict=False):
@@ -232,12 +211,4 @@ def over_tokens(panels: list[tuple[str, str, dict[str, list[tuple[float, Any]]]]
         if is_share(metric):
             axis.set_ylim(-3, 103)
     axes[0][0].legend(fontsize=8)
-    return _write(figure, path)
-
-
-def _write(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
+    return figure

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: models side by side, intervals, significance, pictures, samples, how it was made."""
+"""A self-contained HTML page: models side by side, intervals, significance, pictures, samples, how it was made."""
 
 import base64
 import json
@@ -12,7 +12,15 @@ from typing import Any
 from jinja2 import Environment
 
 from megatron_meap import __version__
-from megatron_meap.evaluation.reporting.results import Comparison, ModelResults, compare, headline, is_share
+from megatron_meap.evaluation.reporting.results import (
+    Comparison,
+    ModelResults,
+    compare,
+    first_with,
+    headline,
+    is_share,
+    tasks_of,
+)
 from megatron_meap.evaluation.suites import Plan
 from megatron_meap.evaluation.tasks.scoring import cell_name, likeliest
 
@@ -31,13 +39,12 @@ def write(results: list[ModelResults], plan: Plan, pictures: Sequence[Path], com
 
     Args:
         results: the first is the baseline.
-        plan: what was to be run.
-        pictures: PNG files to put in.
-        command: how to make it again.
+        plan: what was planned.
+        pictures: PNG files to include.
+        command: how to reproduce it.
         path: file to write.
     """
-    tasks = list(dict.fromkeys(task for result in results for task in result.samples))
-    comparisons = compare(results)
+    tasks, comparisons = tasks_of(results), compare(results)
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
     path.write_text(
         page.render(
@@ -57,7 +64,7 @@ def write(results: list[ModelResults], plan: Plan, pictures: Sequence[Path], com
 
 def _row(results: list[ModelResults], comparisons: dict[tuple[str, str], Comparison], task: str) -> dict[str, Any]:
     """A task's line in the table."""
-    metric = headline(next(result for result in results if task in result.samples), task) or "-"
+    metric = headline(first_with(task, results), task) or "-"
     found = [result.estimate(task, metric) if task in result.samples else None for result in results]
     scale, digits = (100, 1) if is_share(metric) else (1, 3)
     cells = []
@@ -74,21 +81,18 @@ def _row(results: list[ModelResults], comparisons: dict[tuple[str, str], Compari
                 "significant": bool(against and against.adjusted_p < 0.05),
             }
         )
-    samples = max((one.samples for one in found if one), default=0)
-    unit = "%" if is_share(metric) else ""
     return {
         "task": task,
-        "metric": metric + (f" ({unit})" if unit else ""),
+        "metric": metric + (" (%)" if is_share(metric) else ""),
         "chance": CHANCE.get(task, ""),
-        "samples": samples,
+        "samples": max((one.samples for one in found if one), default=0),
         "cells": cells,
     }
 
 
 def _samples(results: list[ModelResults], task: str) -> list[dict[str, Any]]:
     """A few samples spread over the task, with what each model said."""
-    first = next(result for result in results if task in result.samples)
-    records = first.samples[task]
+    records = first_with(task, results).samples[task]
     step = max(1, len(records) // SHOWN_SAMPLES)
     shown = []
     for record in records[::step][:SHOWN_SAMPLES]:
@@ -109,7 +113,7 @@ def _samples(results: list[ModelResults], task: str) -> list[dict[str, Any]]:
 
 
 def _said(record: dict[str, Any]) -> str:
-    """The generated text, or the choice that was found likeliest."""
+    """The generated text, or the likeliest choice."""
     answers = record["filtered_resps"]
     if isinstance(answers[0], str):
         return answers[0].strip() or "(nothing)"
@@ -120,8 +124,7 @@ def _said(record: dict[str, Any]) -> str:
 
 def summary(results: list[ModelResults]) -> str:
     """The table of the page as plain text, for the terminal."""
-    tasks = list(dict.fromkeys(task for result in results for task in result.samples))
-    comparisons = compare(results)
+    tasks, comparisons = tasks_of(results), compare(results)
     lines = [f"{'task':34}" + "".join(f"{result.model.name[:24]:>26}" for result in results)]
     for task in tasks:
         row = _row(results, comparisons, task)

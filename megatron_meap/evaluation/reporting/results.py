@@ -14,7 +14,7 @@ from megatron_meap.evaluation.reporting.statistics import Difference, Estimate, 
 from megatron_meap.evaluation.tasks.scoring import Cell, cell_name
 
 FIRST_METRICS = ("acc_norm", "best_subspan_em", "faithful", "acc", "logprob_per_token", "exact_match")
-"""The metric that stands for a task, the first of these that it has."""
+"""The metric that represents a task: the first of these that it has."""
 
 SHARES = {"acc", "acc_norm", "best_subspan_em", "faithful", "judged", "greedy", "exact_match"}
 """Metrics that are shares."""
@@ -31,9 +31,9 @@ class ModelResults:
     """By task, lm-eval's records of samples."""
 
     def metrics(self, task: str) -> list[str]:
-        """Names of the task's metrics, without those of cells; as lm-eval names them, `name,filter`, where it filters.
+        """Names of the task's metrics, without those of cells; `name,filter`, as in lm-eval, if there is a filter.
 
-        A task whose metrics are none of single samples (perplexity) has those of its aggregate.
+        For a task without metrics of single samples (perplexity), those of its aggregate.
         """
         found: dict[str, None] = {}
         for sample in self.samples[task]:
@@ -43,9 +43,9 @@ class ModelResults:
         return list(found) or [name for name, _ in self._aggregates(task)]
 
     def values(self, task: str, metric: str, cell: Cell | None = None) -> dict[str, float]:
-        """Value of each independent sample by what names it, of all cells or of one.
+        """Values of the independent samples by their names, in all cells or in one.
 
-        Samples that share a question (`meap_group`), asked with its answer in several places, are one: their mean.
+        Samples that share a question (`meap_group`), with its answer in different places, count as one: their mean.
         """
         name, _, wanted = metric.partition(",")
         found: dict[str, list[float]] = {}
@@ -63,14 +63,14 @@ class ModelResults:
         return list({tuple(cell.items()): cell for cell in found if cell}.values())
 
     def estimate(self, task: str, metric: str, cell: Cell | None = None) -> Estimate | None:
-        """Mean and interval; None where there is no such sample."""
+        """Mean and interval; None without samples."""
         values = self.values(task, metric, cell)
         if values or cell is not None:
             return estimate(list(values.values())) if values else None
         return dict(self._aggregates(task)).get(metric)
 
     def _aggregates(self, task: str) -> Iterator[tuple[str, Estimate]]:
-        """lm-eval's own figures of a task, with 1.96 of its standard errors where it gives any."""
+        """lm-eval's own figures of a task, plus or minus 1.96 standard errors if it gives any."""
         figures = self.results.get("results", {}).get(task, {})
         for key, value in figures.items():
             name, _, kind = key.partition(",")
@@ -82,18 +82,28 @@ class ModelResults:
 
 
 def _is_measured(metric: str, value: Any) -> bool:
-    """Whether a sample has this metric: RULER's, called as the lengths, are -1 for all lengths but its own."""
+    """Whether a sample has this metric: RULER's, named after lengths, are -1 for all lengths but the sample's."""
     return isinstance(value, int | float) and not (metric.isdigit() and value == -1)
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is a share, shown as percent; those of RULER's tasks, called as their length, are."""
+    """Whether a metric is a share, shown as percent; those of RULER's tasks, named after a length, are."""
     name = metric.partition(",")[0]
     return name in SHARES or name.isdigit()
 
 
+def tasks_of(results: list[ModelResults]) -> list[str]:
+    """All tasks that some model did, each once."""
+    return list(dict.fromkeys(task for result in results for task in result.samples))
+
+
+def first_with(task: str, results: list[ModelResults]) -> ModelResults:
+    """The first model that did the task."""
+    return next(result for result in results if task in result.samples)
+
+
 def headline(result: ModelResults, task: str) -> str | None:
-    """The metric that stands for the task; None where it has none at all."""
+    """The metric that represents the task; None if it has none."""
     metrics = result.metrics(task)
     first = (metric for name in FIRST_METRICS for metric in metrics if metric.partition(",")[0] == name)
     return next(first, metrics[0] if metrics else None)
@@ -112,7 +122,7 @@ class Comparison:
 
 
 def compare(results: list[ModelResults]) -> dict[tuple[str, str], Comparison]:
-    """Each model against the first, on the samples that both saw, by (task, model); every task's headline metric."""
+    """Each model against the first, in every task's headline metric over the samples of both, by (task, model)."""
     rows: list[tuple[str, str, str, Difference]] = []
     if results:
         base = results[0]
@@ -135,7 +145,7 @@ def compare(results: list[ModelResults]) -> dict[tuple[str, str], Comparison]:
 def save(results: list[ModelResults], output: Path) -> None:
     """Write lm-eval's JSON of each model, `results.csv` and `differences.csv`."""
     output.mkdir(parents=True, exist_ok=True)
-    for folder in ("lm_eval", "pictures"):  # nothing of an earlier call stays beside what is written now
+    for folder in ("lm_eval", "pictures"):  # of an earlier call
         shutil.rmtree(output / folder, ignore_errors=True)
     for result in results:
         _save_lm_eval(result, output / "lm_eval")

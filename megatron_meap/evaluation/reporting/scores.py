@@ -16,7 +16,7 @@ from megatron_meap.trainer.log_names import WANDB_ID
 
 COLUMNS = ["step", "tokens", "task", "metric", "value", "low", "high", "samples", "headline", "checkpoint"]
 VALIDATION = "validation"
-"""The task that bits per byte stand under."""
+"""The task name of bits per byte."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Score:
     metric: str
     value: Estimate
     headline: bool
-    """Whether it stands for the task, as in the picture."""
+    """Whether it represents the task, as in the picture."""
     checkpoint: str
     """Digest of the checkpoint."""
 
@@ -41,7 +41,7 @@ def scores_of(result: ModelResults, step: int, digest: str, bits: tuple[float, i
         result: its answers to the tasks.
         step: its iteration.
         digest: its own.
-        bits: bits per byte and the samples they are over.
+        bits: bits per byte, and the number of samples.
     """
     tokens = result.model.tokens or 0
     found = [
@@ -59,7 +59,7 @@ def scores_of(result: ModelResults, step: int, digest: str, bits: tuple[float, i
 
 
 def read(table: Path) -> list[Score]:
-    """The scores in a table; none where there is no such file.
+    """The scores in a table; none if the file does not exist.
 
     Raises:
         UsageError: it is not such a table.
@@ -99,19 +99,20 @@ def draw(scores: list[Score], run: str, picture: Path) -> None:
             points = panels.setdefault((one.task, one.metric), {run: []})
             points[run].append((one.tokens, one.value))
     if panels:
-        pictures.over_tokens([(task, metric, lines) for (task, metric), lines in panels.items()], picture)
+        figure = pictures.over_tokens([(task, metric, lines) for (task, metric), lines in panels.items()])
+        figure.savefig(picture, dpi=pictures.DPI)
 
 
 class Curves:
-    """Writes scores to TensorBoard and W&B, at the step of the checkpoint that they are of."""
+    """Writes scores to TensorBoard and W&B, at the step of their checkpoint."""
 
     def __init__(self, args: Namespace, run: Path, tensorboard: str | None, wandb: bool) -> None:
         """Open both.
 
         Args:
-            args: of the run, in its checkpoint: its W&B project, to which a run of this evaluation is added.
+            args: of the run, from its checkpoint; they name the W&B project.
             run: the --save directory.
-            tensorboard: directory of TensorBoard's files; None writes none.
+            tensorboard: directory of TensorBoard's files, or None.
             wandb: whether to log to W&B where the run does.
 
         Raises:
@@ -140,7 +141,7 @@ class Curves:
 
 
 def _begin(args: Namespace, run: Path) -> Any:
-    """A W&B run beside that of the training: two processes cannot write one, and its steps are ahead of these."""
+    """A W&B run of its own: two processes cannot write to the same one, and the training's steps are ahead of these."""
     try:
         import wandb
     except ImportError as error:

@@ -11,7 +11,7 @@ RESAMPLES = 9999
 CONFIDENCE = 0.95
 SEED = 1234
 _TOGETHER = 100
-"""Resamples that SciPy holds in memory together: ten thousand samples take 8 MB then, not gigabytes."""
+"""Resamples that SciPy holds in memory at once: ten thousand samples then take 8 MB instead of gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,9 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean with its bootstrap interval (Efron 1979, percentile method); one sample has an interval of no width.
+    """Mean with its bootstrap interval (Efron 1979, percentile method); of one sample the interval has no width.
 
-    Where all samples agree so do all resamples, and the interval has no width either: with few samples that says
-    little.
+    If all samples agree, so do all resamples, and the interval has no width either: with few samples that says little.
 
     Args:
         values: of independent samples; where several share a question, their mean.
@@ -59,7 +58,7 @@ class Difference:
     low: float
     high: float
     p_value: float
-    """Two-sided paired permutation test: the probability of such a difference if the models' names were drawn."""
+    """Two-sided paired permutation test: the probability of such a difference if the models' names were random."""
 
 
 def difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.evaluation.tasks.files import rows
 from megatron_meap.evaluation.tasks.haystack import generator_of
 from megatron_meap.evaluation.tasks.keyvalue import positions
@@ -48,7 +48,7 @@ def dataset(documents: int | None = None, **metadata: Any) -> dict[str, Any]:
     """Questions over `documents` documents, for each gold position, as lm-eval's `custom_dataset`.
 
     Args:
-        documents: 1 is the oracle: the gold document alone; 0 is closed book.
+        documents: 1 is the oracle, only the gold document; 0 is closed book.
         metadata: see `Options`.
     """
     options = Options.from_metadata(metadata)
@@ -60,10 +60,10 @@ def samples(options: Options, documents: int) -> list[dict[str, Any]]:
 
     Returns:
         Rows with `prompt`, `answers`, `target` (the first answer after a space), `answer_tokens`, `documents`,
-        `position` (from 0; -1 where there is none), `tokens`, `cell` and `meap_group` (the question).
+        `position` (from 0; -1 for none), `tokens`, `cell` and `meap_group` (the question).
 
     Raises:
-        UsageError: no file is given, or it is of another format, or too small for so many documents.
+        UsageError: no file is given, or it has another format, or too few documents.
     """
     if options.qa_file is None:
         raise UsageError("--qa-file: needed for the document tasks; give a lost-in-the-middle file")
@@ -122,7 +122,7 @@ def closed_book(question: str) -> str:
 
 
 def _distractors(question: Question, questions: list[Question], count: int, generator: Random) -> list[Document]:
-    """The row's own distractors where they suffice; otherwise random gold documents of other rows as well."""
+    """The row's own distractors if they suffice; otherwise random gold documents of other rows as well."""
     found = question.others[: max(count, 0)]
     taken = {question.gold, *found}
     for _ in range(50 * max(count, 0)):
@@ -150,7 +150,9 @@ def read_file(path: str) -> list[Question]:
 
 
 def _parse(place: str, row: dict[str, Any]) -> Question:
-    try:
+    problem = f"--qa-file {place}: not a row of lost-in-the-middle"
+    expected = "expected question, answers, and ctxs with title, text, isgold"
+    with refusing(problem, KeyError, TypeError, ValueError, AttributeError, remedy=expected):
         answers, contexts = row["answers"], row["ctxs"]
         documents = [(Document(str(one["title"]), str(one["text"])), one) for one in contexts]
         gold = next((document for document, one in documents if one.get("isgold")), None)
@@ -160,10 +162,5 @@ def _parse(place: str, row: dict[str, Any]) -> Question:
             raise ValueError("question and answers must be text")
         if gold is None:
             raise ValueError("no document has isgold")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(
-            f"--qa-file {place}: not a row of lost-in-the-middle ({type(error).__name__}: {error}); expected question, "
-            "answers, and ctxs with title, text, isgold"
-        ) from error
     others = [one for one, given in documents if one != gold and not given.get("hasanswer")]
     return Question(row["question"], list(answers), gold, others)

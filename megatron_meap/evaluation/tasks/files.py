@@ -1,11 +1,11 @@
-"""Input files of the tasks: text or JSON Lines, plain or compressed; whatever is wrong in them is named by its line."""
+"""Input files of the tasks: text or JSON Lines, plain or compressed; errors name the line."""
 
 import io
 import json
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.preprocessing.streams import DamagedError, decompressed
 
 
@@ -19,28 +19,26 @@ def lines(path: str, flag: str) -> Iterator[tuple[str, str]]:
     Raises:
         UsageError: it cannot be read.
     """
-    try:
-        with open(path, "rb") as raw, io.TextIOWrapper(decompressed(raw)[0], encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                yield f"{path}:{number}", line
-    except (OSError, UnicodeDecodeError, DamagedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{flag} {path}: cannot be read ({reason})") from error
+    with (
+        refusing(f"{flag} {path}: cannot be read", OSError, UnicodeDecodeError, DamagedError),
+        open(path, "rb") as raw,
+        io.TextIOWrapper(decompressed(raw)[0], encoding="utf-8") as file,
+    ):
+        for number, line in enumerate(file, 1):
+            yield f"{path}:{number}", line
 
 
 def rows(path: str, flag: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Places (`file:line`) and objects of a JSON Lines file; empty lines are skipped.
 
     Raises:
-        UsageError: it cannot be read, or a line is no JSON object.
+        UsageError: it cannot be read, or a line is not a JSON object.
     """
     for place, line in lines(path, flag):
         if not line.strip():
             continue
-        try:
+        with refusing(f"{flag} {place}: not JSON", json.JSONDecodeError):
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{flag} {place}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise UsageError(f"{flag} {place}: expected a JSON object")
         yield place, row

@@ -1,4 +1,4 @@
-"""The text that needles are hidden in: whole sentences, taken at random places, measured in tokens."""
+"""The text in which needles are hidden: whole sentences from random places, measured in tokens."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,7 +62,7 @@ class Haystack:
 
 @cache
 def load(path: str | None, tokenizer: str) -> Haystack:
-    """The haystack of a file; Python's own documentation where there is none.
+    """The haystack of a file, or Python's own documentation if none is given.
 
     Raises:
         UsageError: the file cannot be read or holds no text.
@@ -77,7 +77,7 @@ def load(path: str | None, tokenizer: str) -> Haystack:
 
 
 def split(text: str) -> list[str]:
-    """Sentences of a text, white space made single; overlong ones cut between words."""
+    """Sentences of a text with single spaces; overlong ones are cut between words."""
     found = []
     for sentence in _SENTENCE_END.split(" ".join(text.split())):
         words: list[str] = []
@@ -103,7 +103,7 @@ def _from_file(path: str) -> list[str]:
 
 
 def _up_to(characters: int, texts: Iterable[str]) -> list[str]:
-    """The first texts, as many as have more characters than that together, or all."""
+    """The first texts, until they have more than so many characters together."""
     found, size = [], 0
     for text in texts:
         found.append(text)
@@ -133,7 +133,7 @@ def bury(build: Callable[[Piece], str], options: Options, length: int, generator
         The prompt, and the tokens that it and the room take.
 
     Raises:
-        UsageError: the haystack is too short, or there is no room for any of it.
+        UsageError: the haystack is too short, or there is no room for it.
     """
     haystack, count = load(options.haystack, options.tokenizer), options.count
     budget = length - GENERATED_TOKENS - count(build(haystack.whole.shortened(len(haystack.whole.sentences))))
@@ -166,5 +166,5 @@ def insert(piece: Piece, needles: Sequence[tuple[float, str]]) -> str:
 
 
 def generator_of(options: Options, *cell: Any) -> Random:
-    """The random generator of one sample: a function of the seed and the cell alone."""
+    """The random generator of one sample, which depends only on the seed and the cell."""
     return Random("/".join(map(str, (options.seed, *cell))))

@@ -1,9 +1,9 @@
 """Faithfulness of summaries: a judge behind an OpenAI-compatible endpoint says whether a summary adds anything.
 
 A binary judgement, as in the evaluation that the paper follows (Differential Transformer, arXiv 2410.05258, section
-3.4); the wording is this project's own. The endpoint stands in the environment, so that the task runs under lm-eval's
-own command as well: `MEAP_JUDGE_URL` (up to and including `/v1`), `MEAP_JUDGE_MODEL`, `MEAP_JUDGE_KEY` where it asks
-for one, and `MEAP_JUDGE_LOG`, a file that keeps every verdict at once, and is not asked for twice.
+3.4); the wording is this project's own. The endpoint is given in the environment, so that the task also runs under
+lm-eval's own command: `MEAP_JUDGE_URL` (up to and including `/v1`), `MEAP_JUDGE_MODEL`, `MEAP_JUDGE_KEY` if it needs
+one, and `MEAP_JUDGE_LOG`, a file in which every verdict is kept, so that none is asked for twice.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ GENERATED_TOKENS = 128
 
 
 class JudgeUnavailable(UsageError):
-    """The endpoint does not answer; what it has said so far is kept."""
+    """The endpoint does not answer; its verdicts so far are kept."""
 
 
 def dataset(**metadata: Any) -> dict[str, Any]:
@@ -97,8 +97,8 @@ def judged(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """`process_results` of the task.
 
     Returns:
-        `faithful`: 1 for a faithful summary, 0 for an unfaithful or an empty one; missing where the judge's answers
-        are no verdict. `judged`: whether there is one. `words`: of the summary.
+        `faithful`: 1 for a faithful summary, 0 for an unfaithful or empty one; missing if the judge's answer is not a
+        verdict. `judged`: whether it is one. `words`: of the summary.
     """
     summary = results[0].strip()
     faithful = Judge.from_environment().faithful(doc["document"], summary) if summary else False
@@ -107,10 +107,10 @@ def judged(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def verdict(said: str) -> bool | None:
-    """What a judge's answer says; None where it does not begin with one.
+    """The verdict in a judge's answer; None if it does not begin with one.
 
-    The word may stand behind `Verdict:` and its like, in JSON or in `\\boxed{}`, may be a question with its answer, and
-    reasons may follow it.
+    The word may follow `Verdict:` or the like, be in JSON or in `\\boxed{}`, or be a question with its answer; reasons
+    may follow it.
     """
     match = _VERDICT.fullmatch(_THOUGHTS.sub("", said))
     if match is None:
@@ -151,7 +151,7 @@ class Judge:
         return cls(url, model, os.environ.get("MEAP_JUDGE_KEY"), os.environ.get("MEAP_JUDGE_LOG"))
 
     def faithful(self, document: str, summary: str) -> bool | None:
-        """Whether the summary says nothing that the document does not; None if what the judge says is no verdict.
+        """Whether the document supports everything in the summary; None if the judge gives no verdict.
 
         Raises:
             JudgeUnavailable: no answer after `TRIES` tries, or one that says that none will come.
@@ -168,7 +168,7 @@ class Judge:
         return known[digest]
 
     def _known(self) -> dict[str, bool | None]:
-        """Verdicts so far; a line that a killed run left unfinished is none."""
+        """Verdicts so far; a line that a killed run left unfinished does not count."""
         known: dict[str, bool | None] = {}
         if self.log is not None and self.log.exists():
             for line in self.log.read_bytes().splitlines():
@@ -178,7 +178,7 @@ class Judge:
         return known
 
     def _ask(self, prompt: str) -> bool | None:
-        """Ask until there is an answer; None where it is no verdict: at temperature 0 the next would be the same."""
+        """Ask until there is an answer; None if it is not a verdict: at temperature 0 the next would be the same."""
         import httpx2
         import openai
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from random import Random
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.evaluation.tasks.files import rows
 from megatron_meap.evaluation.tasks.haystack import generator_of
 from megatron_meap.evaluation.tasks.options import Options, Unsuitable, as_dataset
@@ -25,14 +25,14 @@ def dataset(**metadata: Any) -> dict[str, Any]:
 
 
 def samples(options: Options) -> list[dict[str, Any]]:
-    """`options.samples` objects, each asked for its pair at every position.
+    """`options.samples` objects, each with the pair that is asked for at every position.
 
     Returns:
         Rows with `prompt`, `answer`, `choices`, `choice_tokens`, `gold`, `pairs` (their number), `position` (the gold
         pair's index from 0), `tokens` (of the prompt and the room for the answer), `cell`, `meap_group` (the object).
 
     Raises:
-        UsageError: a context length that holds no two pairs, or a file of another format.
+        UsageError: a context length too short for two pairs, or a file of another format.
     """
     return [
         _sample(options, pairs, gold, position, generator_of(options, "choices", number, position))
@@ -69,19 +69,16 @@ def read_file(path: str) -> Iterator[tuple[Pairs, int]]:
         UsageError: a line of another format.
     """
     for place, row in rows(path, "--kv-file"):
-        try:
+        expected = "expected ordered_kv_records (a list of pairs) and key, value of one of them"
+        problem = f"--kv-file {place}: not a row of lost-in-the-middle"
+        with refusing(problem, KeyError, TypeError, ValueError, remedy=expected):
             pairs = [(str(key), str(value)) for key, value in row["ordered_kv_records"]]
             gold = pairs.index((row["key"], row["value"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(
-                f"--kv-file {place}: not a row of lost-in-the-middle: expected ordered_kv_records (a list of pairs) "
-                "and key, value of one of them"
-            ) from error
         yield pairs, gold
 
 
 def random_pairs(size: int, digits: int | None, generator: Random) -> Pairs:
-    """Distinct random keys with distinct values: hexadecimal digits, or UUIDs where no number of them is given."""
+    """Distinct random keys with distinct values: hexadecimal digits, or UUIDs if no number of digits is given."""
     if digits is not None and 16**digits < 2 * size:
         raise UsageError(f"--kv-digits {digits}: too few for {size} different keys and values; give more")
     words: dict[str, None] = {}
@@ -93,7 +90,7 @@ def random_pairs(size: int, digits: int | None, generator: Random) -> Pairs:
 
 
 def _fitting(options: Options, length: int) -> int:
-    """The largest number of pairs whose prompts surely fit into a context."""
+    """The largest number of pairs whose prompts are sure to fit into a context."""
     count = options.count
 
     def tokens(size: int) -> int:
@@ -101,7 +98,7 @@ def _fitting(options: Options, length: int) -> int:
         return count(prompt(pairs, pairs[0][0], options.kv_instruction)) + GENERATED_TOKENS
 
     low, each = tokens(2), max(1, (tokens(10) - tokens(2)) / 8)
-    # Random digits take more or fewer tokens: a twentieth of the room is kept for that.
+    # Random digits take more or fewer tokens: a twentieth of the context is left for that.
     size = int(2 + (0.95 * length - low) / each)
     if options.kv_digits is not None:
         size = min(size, 16**options.kv_digits // 2)
@@ -113,7 +110,7 @@ def _fitting(options: Options, length: int) -> int:
 
 
 def prompt(pairs: Pairs, key: str, instruction: bool = True) -> str:
-    """The question: in the original's words, or as a JSON object that is followed by the key once more."""
+    """The question: in the original's words, or as a JSON object followed by the key once more."""
     lines = ",\n ".join(f'"{one}": "{value}"' for one, value in pairs)
     if not instruction:
         return f'{{{lines}}}\n"{key}": "'

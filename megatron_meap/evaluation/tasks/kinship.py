@@ -3,8 +3,8 @@
 Each sentence names a person and an elder relative of hers; all are shuffled through the haystack, and the eldest
 ancestor of the youngest is asked for. The sentences here are this project's own.
 
-In the log-likelihood form a second family stands in the text, as long as the first, and its names are choices too. The
-eldest of a chain is named once and all others twice: without the second family it could be told by that alone.
+In the log-likelihood form the text contains a second family, as long as the first, and its names are choices as well.
+The eldest of a chain is named once and all others twice: without the second family that would give it away.
 """
 
 from itertools import pairwise

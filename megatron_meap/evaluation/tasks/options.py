@@ -2,66 +2,66 @@
 
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_meap.errors import UsageError, refuse, refusing
+from megatron_meap.flags import Settings, flag
 
 GENERATED_TOKENS = 32
 """Room that every prompt leaves for the model's answer; the task files ask for as many tokens."""
 
 
 class Unsuitable(UsageError):
-    """A task has no samples with these settings, as a context length that holds none; a suite then leaves it out."""
+    """A task has no samples with these settings, such as too short a context; a suite then leaves it out."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """What decides the samples of the generated tasks, beside the tokenizer; the same options, the same samples."""
+class Options(Settings):
+    """What determines the samples of the generated tasks, besides the tokenizer: same options, same samples."""
+
+    PREFIX: ClassVar[str] = ""
 
     tokenizer: str
     """Hugging Face directory (or hub name) whose tokenizer measures the prompts."""
-    max_seq_lengths: tuple[int, ...] = (1024,)
-    """Context lengths, in tokens: prompt, BOS and the room for the answer together."""
-    samples: int = 10
-    """Samples of each cell: a length and depth, a position, a number of needles."""
-    seed: int = 1234
-    chat_template: bool = False
-    """Prompts are a user's message in the tokenizer's chat template, which counts among their tokens."""
-    haystack: str | None = None
-    """Text file or JSON Lines with `text`; Python's own documentation where not given."""
-    depths: tuple[float, ...] = (0, 25, 50, 75, 100)
-    """Percent of the context that stand before the needle."""
-    needle: str = "The special magic number for {key} is {value}."
-    question: str = "What is the special magic number for {key}? The special magic number for {key} is"
-    answer: str = "{value}"
-    needles: tuple[int, ...] = (2, 3, 4, 5)
-    """Lengths of the kinship chains."""
-    kv_pairs: int | None = None
-    """Pairs of a key-value sample; as many as fit into each context length where not given."""
-    kv_digits: int | None = None
-    """Hexadecimal digits of keys and values; UUIDs, as in the original, where not given."""
-    kv_positions: int = 5
-    """Gold positions, spread evenly from the first pair to the last."""
-    kv_instruction: bool = True
-    """Ask as the original does; otherwise the prompt is the JSON object and the key again, for small base models."""
-    kv_file: str | None = None
-    """A file of the original (`ordered_kv_records`, `key`, `value`), which then decides pairs and values."""
-    qa_file: str | None = None
-    """Questions with documents, in the format of lost-in-the-middle."""
-    qa_positions: tuple[int, ...] | None = None
-    """Gold positions, from 0; the original's where not given."""
-    qa_documents: int = 5
-    """Documents of a question in `meap_multidoc`; the other tasks have their number in their names."""
-    piqa_file: str | None = None
-    """PIQA's validation set as its authors ship it."""
+    max_seq_lengths: tuple[int, ...] = flag(
+        (1024,), "lengths of the generated prompts, in tokens, room for the answer included", name="--context-lengths"
+    )
+    samples: int = flag(10, "samples of each cell (a length and depth, a position, ...)")
+    seed: int = flag(1234, "seed of all samples")
+    chat_template: bool = flag(False, "ask in the tokenizer's chat template")
+    haystack: str | None = flag(None, "text or JSON Lines with text (default: Python's documentation)", metavar="FILE")
+    depths: tuple[float, ...] = flag((0, 25, 50, 75, 100), "percent of the context before the needle")
+    needle: str = flag(
+        "The special magic number for {key} is {value}.", "sentence to hide, with {key} and {value}", metavar="TEXT"
+    )
+    question: str = flag(
+        "What is the special magic number for {key}? The special magic number for {key} is",
+        "question at the end, with {key}",
+        metavar="TEXT",
+    )
+    answer: str = flag(
+        "{value}", "part of the needle that must be found; to be ranked it needs {value}", metavar="TEXT"
+    )
+    needles: tuple[int, ...] = flag((2, 3, 4, 5), "lengths of the kinship chains")
+    kv_pairs: int | None = flag(None, "pairs of an object (default: as many as fit)")
+    kv_digits: int | None = flag(None, "hexadecimal digits of keys and values (default: UUIDs, as in the original)")
+    kv_positions: int = flag(5, "number of gold positions, spread evenly")
+    kv_instruction: bool = flag(True, "ask in words, or only with the key, for small base models")
+    kv_file: str | None = flag(None, "lost-in-the-middle's key-value file, instead of generated pairs", metavar="FILE")
+    qa_file: str | None = flag(None, "lost-in-the-middle's questions, for the document tasks", metavar="FILE")
+    qa_documents: int = flag(5, "documents per question in meap_multidoc")
+    qa_positions: tuple[int, ...] | None = flag(None, "gold positions, from 0 (default: the original's)")
+    piqa_file: str | None = flag(None, "PIQA's valid.jsonl, with its labels next to it", metavar="FILE")
     piqa_rows: int | None = None
-    """So many of it, the first ones; all where not given."""
-    summaries_file: str | None = None
-    """Texts to summarise: JSON Lines with `document`."""
+    """Only this many of its rows, the first ones."""
+    commonsense_data: str | None = flag(
+        None, "<task>.jsonl of lm-eval's commonsense tasks, if there is no hub", metavar="DIR"
+    )
+    summaries_file: str | None = flag(None, "JSON Lines with document, for meap_faithfulness", metavar="FILE")
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any]) -> "Options":
-        """Pick the options out of what lm-eval hands to a task: its metadata and the model's arguments.
+        """Pick the options out of what lm-eval passes to a task: its metadata and the model's arguments.
 
         Raises:
             UsageError: there is no tokenizer to measure with, or a value cannot be used.
@@ -84,19 +84,19 @@ class Options:
     def _check(self) -> None:
         digits = self.kv_digits
         refuse(
-            (self.samples < 1, f"samples {self.samples}: must be at least 1"),
-            (not self.max_seq_lengths, "context lengths: give at least one"),
-            (any(not 0 <= depth <= 100 for depth in self.depths), f"depths {self.depths}: must lie between 0 and 100"),
-            (any(not 2 <= n <= 19 for n in self.needles), f"needles {self.needles}: a chain has 2 to 19"),
-            (self.kv_pairs is not None and self.kv_pairs < 2, f"key-value pairs {self.kv_pairs}: must be at least 2"),
-            (digits is not None and not 2 <= digits <= 32, f"digits {digits}: must be from 2 to 32"),
+            (self.samples < 1, f"--samples {self.samples}: must be at least 1"),
+            (not self.max_seq_lengths, "--context-lengths: give at least one"),
+            (any(not 0 <= each <= 100 for each in self.depths), f"--depths {self.depths}: must lie between 0 and 100"),
+            (any(not 2 <= n <= 19 for n in self.needles), f"--needles {self.needles}: a chain has 2 to 19"),
+            (self.kv_pairs is not None and self.kv_pairs < 2, f"--kv-pairs {self.kv_pairs}: must be at least 2"),
+            (digits is not None and not 2 <= digits <= 32, f"--kv-digits {digits}: must be from 2 to 32"),
             (self.qa_documents < 2, f"--qa-documents {self.qa_documents}: must be at least 2"),
-            (self.kv_positions < 1, f"key-value positions {self.kv_positions}: must be at least 1"),
+            (self.kv_positions < 1, f"--kv-positions {self.kv_positions}: must be at least 1"),
         )
 
 
 class TokenCounter:
-    """Counts tokens as the model will see them: special tokens that the tokenizer adds by itself included.
+    """Counts tokens as the model will see them, including the special tokens that the tokenizer adds.
 
     Args:
         tokenizer: of transformers.
@@ -112,7 +112,10 @@ class TokenCounter:
         if not self._chat_template:
             return len(self.tokenizer(text)["input_ids"])
         chat = [{"role": "user", "content": text}]
-        answered = [*chat, {"role": "assistant", "content": ""}]  # with all that a template puts before an answer
+        answered = [
+            *chat,
+            {"role": "assistant", "content": ""},
+        ]  # with everything that a template puts before an answer
         asked = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         texts = [asked, self.tokenizer.apply_chat_template(answered, tokenize=False)]
         return max(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))

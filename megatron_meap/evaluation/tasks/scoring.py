@@ -1,7 +1,7 @@
-"""What an answer is worth. These are the `process_results` of the task files.
+"""How answers are scored: the `process_results` of the task files.
 
-Every sample has its cell, where it stands in the task's grid (`{"length": 4096, "depth": 50.0}`, `{"position": 9}`,
-...). Each metric is reported over all samples and, under its name and the cell's, over each cell.
+Every sample belongs to a cell of the task's grid (`{"length": 4096, "depth": 50.0}`, `{"position": 9}`, ...). Each
+metric is reported over all samples and, under its name and the cell's, over each cell.
 """
 
 import re
@@ -16,9 +16,9 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def contains(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 where the answer stands in the first line of the generated text, ignoring case.
+    """1 if the first line of the generated text contains the answer, ignoring case.
 
-    A base model may write on past the answer; further lines, which could name one thing after the other, do not count.
+    A base model may go on after the answer; further lines, where it could list one guess after another, do not count.
     """
     return _with_cell(doc, {"acc": float(doc["answer"].lower() in _first_line(results[0]).lower())})
 
@@ -42,9 +42,9 @@ def ranked(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, 
 
 
 def likeliest(doc: dict[str, Any], likelihoods: list[float]) -> int:
-    """Index of the likeliest choice: per token where the sample has `choice_tokens`, the length of each.
+    """Index of the likeliest choice; per token if the sample has `choice_tokens`, the length of each.
 
-    In sum the choices with fewer tokens would be likelier, whatever the prompt says.
+    By the sum over tokens, shorter choices would be likelier whatever the prompt says.
     """
     lengths = doc.get("choice_tokens", [1] * len(likelihoods))
     return max(range(len(likelihoods)), key=lambda choice: likelihoods[choice] / lengths[choice])
@@ -66,7 +66,7 @@ def gold_logprob(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict
 def best_subspan_em(prediction: str, answers: list[str]) -> float:
     """1 if any answer is part of the prediction, both normalised (Liu et al. 2023, arXiv 2307.03172)."""
     normalised = normalise(prediction)
-    # An answer of punctuation alone would be part of everything.
+    # An answer that is only punctuation would be part of everything.
     return float(any(answer in normalised for answer in map(normalise, answers) if answer))
 
 
@@ -81,7 +81,7 @@ def _first_line(text: str) -> str:
 
 
 def cell_name(cell: Cell | None) -> str:
-    """A cell as text: `length=4096 depth=50`; nothing where there is none."""
+    """A cell as text: `length=4096 depth=50`; empty for None."""
     numbers = ((name, f"{value:g}" if isinstance(value, float) else value) for name, value in (cell or {}).items())
     return " ".join(f"{name}={number}" for name, number in numbers)
 
