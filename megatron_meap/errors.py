@@ -58,6 +58,7 @@ def refusing(message: str, *kinds: type[Exception], remedy: str = "") -> Iterato
         if isinstance(error, UsageError) or not isinstance(error, kinds or Exception):
             raise
         reason = getattr(error, "strerror", None) or one_line(error)
+        reason = f"no {reason}" if isinstance(error, KeyError) else reason
         raise UsageError(f"{message} ({reason})" + (f"; {remedy}" if remedy else "")) from error
 
 

@@ -194,7 +194,7 @@ def test_own_distractors_come_first(options: Options, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"question": "q"}', "KeyError: 'answers'"),
+        ('{"question": "q"}', "not a row of lost-in-the-middle (no 'answers'); expected question, answers, and ctxs"),
         ("not json", ":31: not JSON"),
         ('{"question": "q", "answers": ["a"], "ctxs": [{"title": 1, "text": 2}, {"title": 3, "text": 4}]}', "isgold"),
         ('{"question": "q", "answers": [], "ctxs": []}', "must be text"),
