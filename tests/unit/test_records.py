@@ -191,7 +191,7 @@ def test_results_of_a_study(tmp_path: Path) -> None:
     for bad in spoilt(path.read_bytes(), runs._SHAPE):
         if bad:
             (tmp_path / "results.jsonl").write_bytes(bad)
-            with pytest.raises(UsageError, match=r"results\.jsonl: holds a line that is no result"):
+            with pytest.raises(UsageError, match=r"results\.jsonl: holds a line that is not the result of a run"):
                 runs.read_results(tmp_path / "results.jsonl")
 
 
