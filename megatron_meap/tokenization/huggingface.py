@@ -262,7 +262,7 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def around_text(tokenizer: Any) -> tuple[list[int], list[int]]:
+def around_text(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids that the tokenizer puts before and after every text, such as BOS and EOS."""
     return around(tokenizer("a")["input_ids"], plain_ids(tokenizer, "a"))
 
@@ -282,9 +282,9 @@ def begin_with_bos(tokenizer: Any) -> None:
 def begin_without_bos(tokenizer: Any) -> None:
     """Make a tokenizer that puts BOS before every text leave it out; what it puts after a text stays."""
     before, after = around_text(tokenizer)
-    if tokenizer.bos_token is None or before[:1] != [tokenizer.bos_token_id]:
+    if tokenizer.bos_token is None or before[:1] != (tokenizer.bos_token_id,):
         return
-    names = tokenizer.convert_ids_to_tokens(after)
+    names = tokenizer.convert_ids_to_tokens(list(after))
     single = " ".join(["$A", *names])
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=single, pair=f"{single} $B", special_tokens=list(set(zip(names, after, strict=True)))

@@ -39,10 +39,10 @@ class Reference:
     vocab_size: int
     """Without a mask token that has to be appended."""
 
-    prefix: list[int]
+    prefix: tuple[int, ...]
     """Ids that the tokenizer itself puts before every text (Hugging Face post-processors may)."""
 
-    suffix: list[int]
+    suffix: tuple[int, ...]
     """Ids that the tokenizer itself puts after every text."""
 
     bos: int | None
@@ -93,7 +93,8 @@ def load_reference(args: Any) -> Reference:
     megatron = light or _megatron_tokenizer(args)
     model: Any = getattr(megatron._tokenizer, "tokenizer", None)
     encode = plain_encode(megatron)
-    prefix, suffix = list[int](), list[int]()
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
     if megatron.library in ("huggingface", "megatron") and not args.tokenizer_hf_no_include_special_tokens:
         prefix, suffix = around(model("a")["input_ids"], encode("a"))
     return Reference(
@@ -210,9 +211,9 @@ def _huggingface_encode(model: Any) -> Callable[[str], Sequence[int]]:
     return lambda text: own.encode(text, add_special_tokens=False).ids
 
 
-def around(whole: Sequence[int], inner: Sequence[int]) -> tuple[list[int], list[int]]:
+def around(whole: Sequence[int], inner: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What a tokenizer puts before and after a text, by the ids of both and of the text alone."""
-    whole, inner = list(whole), list(inner)
+    whole, inner = tuple(whole), tuple(inner)
     for start in range(len(whole) - len(inner) + 1):
         if whole[start : start + len(inner)] == inner:
             return whole[:start], whole[start + len(inner) :]
