@@ -1,5 +1,6 @@
 """`run_many.py`, noting in HASH_LOG which rank hashes which file of a checkpoint, and in which of its processes."""
 
+import multiprocessing
 import os
 
 from megatron_meap.backend import device
@@ -14,7 +15,7 @@ _hash = validation._compute_file_hash
 
 def noted(path: str) -> str:
     with open(os.environ["HASH_LOG"], "a") as log:
-        process = "trainer" if __name__ == "__main__" else "saver"  # multiprocessing imports this script anew
+        process = "saver" if multiprocessing.current_process().daemon else "trainer"
         log.write(f"{os.environ['RANK']} {process} {path}\n")
     return _hash(path)
 

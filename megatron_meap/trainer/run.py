@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_meap.backend import description, device, left_out, megatron_patches, optimizer_step
 from megatron_meap.checkpoint import integrity, latest
+from megatron_meap.checkpoint.copies import Copies
 from megatron_meap.cluster import connections
 from megatron_meap.cluster.run_files import STOP, Heartbeat, Requests
 from megatron_meap.cluster.signals import EXIT_STOPPED, StopRequest
@@ -76,7 +77,9 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
     megatron_patches.save_on_request(stop.poll, stop.honoured)
     heartbeat = Heartbeat(args.save) if args.rank == 0 else None
     files = carried.collect(args) if args.rank == 0 and args.save else {}
-    megatron_patches.save_checkpoints_by(lambda save: integrity.recorded_by_all_ranks(carried.beside(save, files)))
+    megatron_patches.save_checkpoints_by(
+        lambda save: integrity.recorded_by_all_ranks(carried.beside(Copies(save), files))
+    )
     if args.meap_keep_last is not None:
         megatron_patches.after_each_save(
             partial(latest.prune, Path(args.save), args.meap_keep_last, args.meap_keep_every)

@@ -8,8 +8,12 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError
@@ -181,6 +185,22 @@ def test_asynchronous_saving(saved: Saved, corpus: Corpus) -> None:
         assert latest.damage(path) is None
         assert "tokenizer/tokenizer.model" in json.loads((path / "integrity.json").read_text())["files"]
         assert (path / "tokenizer/tokenizer.model").read_bytes() == Path(corpus.tokenizer).read_bytes()
+        assert_same_tensors(path, latest.directory(saved.folder / "run", iteration))
+
+
+def assert_same_tensors(*checkpoints: Path) -> None:
+    """Weights and optimizer state of two checkpoints are equal, every bit."""
+    found: list[dict[str, Any]] = []
+    for checkpoint in checkpoints:
+        reader = FileSystemReader(checkpoint)
+        stored = reader.read_metadata().state_dict_metadata.items()
+        tensors = {
+            key: torch.empty(each.size, dtype=each.properties.dtype) for key, each in stored if hasattr(each, "size")
+        }
+        torch.distributed.checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+        found.append(tensors)
+    assert len(found[0]) > 10
+    assert all(torch.equal(found[0][key], other) for key, other in found[1].items())
 
 
 @contextlib.contextmanager

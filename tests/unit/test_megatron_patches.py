@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_meap.backend import cpu, device, megatron_patches
+from megatron_meap.backend import device, megatron_patches
 
 device.prepare()
 
@@ -237,10 +237,18 @@ def test_warming_up_draws_from_the_generator_of_the_weights(monkeypatch: pytest.
     assert not torch.equal(before, torch.get_rng_state())
 
 
-def test_the_process_that_saves_in_the_background_asks_for_a_gpu() -> None:
-    source = inspect.getsource(async_utils)
-    assert "torch.cuda.set_device(rank % torch.cuda.device_count())" in source
-    assert cpu._checkpoint_worker.__module__ == "megatron_meap.backend.cpu"
+def test_the_process_that_saves_in_the_background_starts_anew() -> None:
+    """And would find no GPU: the CPU has taken its place in this process alone."""
+    assert "init_persistent_async_worker(args.rank, 'forkserver')" in inspect.getsource(initialize)
+    assert "torch.cuda.set_device(rank % torch.cuda.device_count())" in inspect.getsource(async_utils)
+
+
+def test_the_process_that_saves_in_the_background_is_handed_the_tensors_themselves() -> None:
+    """`checkpoint.copies` hands it copies."""
+    tensor = torch.ones(3)
+    buckets = [("path", "name", ([], [("item", tensor)]))]
+    [(_, _, (_, [(_, handed)]))] = filesystem_async.FileSystemWriterAsync.preload_tensors(buckets)
+    assert handed.data_ptr() == tensor.data_ptr()
 
 
 class Operations(TorchDispatchMode):
