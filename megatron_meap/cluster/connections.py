@@ -1,4 +1,4 @@
-"""Hosts that are gone: how long the ranks of the others wait for them, and what they say then."""
+"""Lost hosts: how long the other ranks wait for them, and what they report."""
 
 import os
 import re
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from megatron_meap.errors import JobError, UsageError
 from megatron_meap.flags import Settings, flag
 
-_LOST = re.compile("gloo/transport/|ncclRemoteError|remote process exited")  # how gloo's and NCCL's messages tell it
+_LOST = re.compile("gloo/transport/|ncclRemoteError|remote process exited")  # in messages of gloo and NCCL
 _SOURCE_LINE = re.compile(r"^\[\S+:\d+\] ")
 
 
 @dataclass(frozen=True)
 class ConnectionSettings(Settings):
-    """How long a host may be silent."""
+    """How long a host may be unreachable."""
 
     lost_host_seconds: int = flag(
         120,
@@ -25,7 +25,7 @@ class ConnectionSettings(Settings):
     )
 
     def check(self) -> None:
-        """Refuse a time that means nothing."""
+        """Refuse a time that is not positive."""
         if self.lost_host_seconds < 1:
             raise UsageError(f"--meap-lost-host-seconds {self.lost_host_seconds}: must be at least 1")
 
@@ -33,11 +33,11 @@ class ConnectionSettings(Settings):
 def watch(seconds: int, backend: str) -> None:
     """Let the kernel watch this process's TCP connections: a peer that cannot be reached is an error after `seconds`.
 
-    gloo and PyTorch's store set no such limit: the kernel repeats what was sent to a host that is cut off for a quarter
-    of an hour, and what should come from there is waited for until `--distributed-timeout-minutes`, which has to be
-    longer than whatever one rank does while the others wait. The peer's kernel answers, not its Python: a rank that
-    computes for an hour is alive. But one that does not read while much is sent to it is cut off, too; NCCL, which has
-    limits of its own, and may use TCP, is left alone.
+    gloo and PyTorch's store set no such limit: the kernel resends data to an unreachable host for a quarter of an hour,
+    and data from there is awaited until `--distributed-timeout-minutes`, which must be longer than anything one rank
+    does while the others wait. The peer's kernel answers, not its Python: a rank that computes for an hour counts as
+    alive. But one that does not read while much is sent to it is also disconnected; NCCL, which has limits of its own
+    and may use TCP, is not changed.
 
     Args:
         seconds: how long a peer may be unreachable.
@@ -59,7 +59,7 @@ def watch(seconds: int, backend: str) -> None:
                 if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
                     for option, value in limits.items():
                         connection.setsockopt(*option, value)
-        except OSError:  # closed meanwhile
+        except OSError:  # closed in the meantime
             continue
 
 

@@ -1,7 +1,7 @@
-"""Jobs on several hosts: which of the files that rank 0 makes the other hosts see.
+"""Jobs on several hosts: which files of rank 0 the other hosts can see.
 
 Checkpoints need a disk that all hosts share. Data caches do not: Megatron lets rank 0 build them and the other ranks
-read them, which fails on hosts that do not share its disk (Megatron-LM #907); there, each host builds its own.
+read them, which fails on hosts that do not share its disk (Megatron-LM #907); such hosts build their own here.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ from megatron_meap.errors import UsageError
 
 @dataclass(frozen=True)
 class Caches:
-    """Files that are made from the data before training, on each disk once."""
+    """Files that are built from the data before training, once on each disk."""
 
     directory: Callable[[], Path]
-    """Where they are; asked on rank 0, the only one that surely has the data."""
+    """Where they are; called on rank 0, the only one that is sure to have the data."""
     facts: Callable[[], dict[str, str]]
-    """What must be the same on every host: a few words on the data, by what names them."""
+    """What must be the same on every host: a description of each dataset, by its name."""
     build: Callable[[], Any]
-    """Makes them where they are missing."""
+    """Builds those that are missing."""
 
 
 @dataclass(frozen=True)
 class _View:
-    """What a rank tells the others."""
+    """What a rank reports to the others."""
 
     host: str
     loads_data: bool
@@ -43,15 +43,15 @@ class _View:
 
 
 def prepare(args: Namespace, loads_data: bool, caches: Caches | None) -> None:
-    """Make the data caches on hosts that do not share rank 0's; nothing where they do. All ranks call it together.
+    """Build the data caches on hosts that do not share rank 0's. All ranks call it together.
 
     Args:
         args: the run's arguments.
         loads_data: whether this rank loads data.
-        caches: None where the data needs none.
+        caches: None if the data needs none.
 
     Raises:
-        UsageError: on all ranks alike, for a host without the data, with other data, or without the --save directory.
+        UsageError: on all ranks: a host has no data, other data, or does not see the --save directory.
     """
     if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
         return  # one host
@@ -71,7 +71,7 @@ def prepare(args: Namespace, loads_data: bool, caches: Caches | None) -> None:
 
 
 def _views(args: Namespace, loads_data: bool, caches: Caches | None) -> list[_View]:
-    """What each rank sees of files that rank 0 makes for this purpose, by rank."""
+    """Which test files of rank 0 each rank sees, by rank."""
     with contextlib.ExitStack() as stack:
 
         def mark(directory: str | Path) -> str:
@@ -87,7 +87,7 @@ def _views(args: Namespace, loads_data: bool, caches: Caches | None) -> list[_Vi
 
 
 def _builders(views: list[_View]) -> set[int]:
-    """The first rank that loads data on each host with a disk of its own; rank 0 too, which would be next anyway."""
+    """The first rank that loads data on each host with a separate disk, and rank 0, which would be next anyway."""
     first: dict[str, int] = {}
     for rank, view in enumerate(views):
         if view.loads_data and not view.sees[1]:
@@ -96,11 +96,11 @@ def _builders(views: list[_View]) -> set[int]:
 
 
 def _build_alone(caches: Caches, expected: dict[str, str]) -> str:
-    """Build the caches on this host, without the other ranks: what went wrong, or nothing.
+    """Build the caches on this host, without the other ranks; returns what went wrong, or an empty string.
 
     Args:
-        caches: to be built.
-        expected: their facts where rank 0 is.
+        caches: to build.
+        expected: their facts on rank 0's host.
     """
     host = socket.gethostname()
     print(f"{host}: builds its own data caches, as the hosts do not share their directory", flush=True)

@@ -1,4 +1,4 @@
-"""`--enable-ft-package`: hangs are found by NVIDIA's Resiliency Extension (NVRx), where it can work."""
+"""`--enable-ft-package`: hangs are detected by NVIDIA's Resiliency Extension (NVRx), if it can work."""
 
 import inspect
 import os
@@ -7,14 +7,14 @@ from argparse import Namespace
 from megatron_meap.errors import UsageError
 
 FLAG = "--enable-ft-package"
-_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # by which its launcher lets a rank find its monitor
+_SOCKET = "FT_RANK_MONITOR_IPC_SOCKET"  # through which a rank finds the monitor of NVRx's launcher
 
 
 def check(args: Namespace) -> None:
-    """Refuse what Megatron would fail over after it has started.
+    """Refuse what would make Megatron fail after it has started.
 
     Raises:
-        UsageError: NVRx is not there or too old, the run was not started by its launcher, or has no `--save`.
+        UsageError: NVRx is missing or too old, the run was not started by its launcher, or has no `--save`.
     """
     if not args.enable_ft_package:
         return

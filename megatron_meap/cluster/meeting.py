@@ -1,4 +1,4 @@
-"""Where the ranks of a job meet before their process group exists: rank 0 looks at things for all, the others help."""
+"""Communication of ranks before their process group exists: rank 0 checks things for all, and the others help."""
 
 import contextlib
 import itertools
@@ -15,28 +15,28 @@ import torch
 from megatron_meap.checkpoint import integrity
 from megatron_meap.errors import JobError, UsageError, one_line
 
-_PATIENCE = timedelta(days=1)  # rank 0 may have much to read, and says so when it fails
+_PATIENCE = timedelta(days=1)  # rank 0 may have much to read, and reports when it fails
 _UNTIL_READ = timedelta(seconds=30)
-_numbers = itertools.count()  # every meeting of a process has keys of its own
+_numbers = itertools.count()  # every meeting of a process has its own keys
 HashFiles = Callable[[Sequence[Path]], integrity.Hashes]
 
 
 def on_rank_zero(
     args: Namespace, look: Callable[[HashFiles], dict[str, Any]]
 ) -> tuple[dict[str, Any], torch.distributed.Store | None]:
-    """Let rank 0 look at something, and give all ranks the result.
+    """Let rank 0 check something, and give all ranks the result.
 
     Args:
         args: `rank`, `world_size` and `distributed_timeout_minutes`.
-        look: called on rank 0 with a function that hashes files, in which all ranks share the work.
+        look: called on rank 0 with a function that hashes files, for which all ranks share the work.
 
     Returns:
-        What `look` returned, on all ranks, and the store over which they met, for `init_process_group`; None where
-        they need none or have one.
+        What `look` returned, on all ranks, and the store over which they met, for `init_process_group`; None if they
+        need none or have one.
 
     Raises:
-        UsageError: on every rank, where `look` raised it.
-        JobError: a rank did not come.
+        UsageError: on every rank, if `look` raised it.
+        JobError: a rank did not connect.
     """
     number = next(_numbers)
     if args.world_size == 1:
@@ -56,7 +56,7 @@ def on_rank_zero(
 
 
 def _meet(args: Namespace, timeout: timedelta) -> torch.distributed.Store:
-    """The store of all ranks, once they are all there."""
+    """The store of all ranks, once all are connected."""
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UsageError(f"{', '.join(missing)}: not set, but WORLD_SIZE={args.world_size} is; start with torchrun")
     try:
@@ -71,7 +71,7 @@ def _meet(args: Namespace, timeout: timedelta) -> torch.distributed.Store:
 
 
 class _Table:
-    """A meeting: rank 0 puts one message after the other on the table, each a wish for hashes, the last the result."""
+    """A meeting: rank 0 posts one message after the other, each a request for hashes, the last the result."""
 
     def __init__(self, store: torch.distributed.Store, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
@@ -85,7 +85,7 @@ class _Table:
             result = {"error": str(error)}
         said = json.dumps({"result": result})
         self.store.set(str(self.messages), said)
-        if "error" in result:  # rank 0 ends at it, and with it the store where no torchrun keeps one
+        if "error" in result:  # rank 0 will exit, and with it the store, unless torchrun has one
             read = [f"read/{rank}" for rank in range(1, self.world_size)]
             with contextlib.suppress(torch.distributed.DistError):
                 self.store.wait(read, _UNTIL_READ)
@@ -112,5 +112,5 @@ class _Table:
         return hashes
 
     def _share(self, paths: Sequence[Path]) -> list[Path]:
-        """This rank's: every file is some rank's, and large ones, which stand beside each other, are many ranks'."""
+        """This rank's share of the files: large ones are next to each other, and so are spread over the ranks."""
         return list(paths[self.rank :: self.world_size])

@@ -1,4 +1,4 @@
-"""Whether the nodes of a job can train together: known in seconds, before a launch that would wait for minutes."""
+"""Whether the nodes of a job can train together: checked in seconds, before a launch that would wait for minutes."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ class Node:
 
     name: str
     address: str
-    """Host name or IP address, by which the other nodes reach it."""
+    """Host name or IP address at which the other nodes reach it."""
 
 
 def check_gpus(node: Node, wanted: int) -> None:
@@ -55,8 +55,8 @@ def check_network(nodes: list[Node], index: int, port: int, seconds: float) -> N
 
     Args:
         nodes: all nodes of the job, in the same order everywhere.
-        index: which of them this one is.
-        port: TCP port that the rendezvous will use; nothing may listen there yet.
+        index: of this node.
+        port: TCP port that the rendezvous will use; nothing may be listening there yet.
         seconds: how long to try.
 
     Raises:
@@ -88,7 +88,7 @@ def check_network(nodes: list[Node], index: int, port: int, seconds: float) -> N
 
 
 def _welcome(listener: socket.socket, visitors: set[int]) -> None:
-    """Note which nodes come, until the listener is closed; each says its index and is answered."""
+    """Record which nodes connect, until the listener is closed; each sends its index and gets an answer."""
     with contextlib.suppress(OSError):
         while True:
             visitor, _ = listener.accept()

@@ -1,8 +1,8 @@
-"""Files in the directory given to `--save` by which people and scripts talk with a run.
+"""Files in the directory given to `--save` by which people and scripts communicate with a run.
 
-touch checkpoints/save     a checkpoint after the running step
+touch checkpoints/save     saves a checkpoint after the current step
 touch checkpoints/stop     the same, and the run ends with status 0
-checkpoints/heartbeat      written by rank 0 while the run lives: JSON, and how old it is tells whether it hangs
+checkpoints/heartbeat      written by rank 0 while the run is alive: JSON, whose age tells whether the run hangs
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from megatron_meap.records import parsed
 
 SAVE, STOP, HEARTBEAT = "save", "stop", "heartbeat"
 SCRIPTS = "MEAP_HEARTBEAT"
-"""Environment variable: where the heartbeat is written too, for the script that has started the run."""
+"""Environment variable: a second place for the heartbeat, for the script that started the run."""
 
 TRAINING, ENDED, FINISHED = "training", "ended", "finished"
-"""States of a heartbeat; what has ended may be started again, what is finished has done its last step."""
+"""States of a heartbeat; a run that has ended may be started again, a finished one has done its last step."""
 
 _LOOK_S, _BEAT_S = 1.0, 10.0
 
 
 def refuse_a_stop(save: str | None) -> None:
-    """Refuse to start where the file is there that would end the run at once.
+    """Refuse to start if there is a stop file, which would end the run at once.
 
     Raises:
         UsageError: names it.
@@ -38,21 +38,21 @@ def refuse_a_stop(save: str | None) -> None:
 
 
 class Requests:
-    """What the files in a directory ask for, as rank 0 sees them; None is no directory."""
+    """Requests by files in a directory, as rank 0 sees them; without a directory there are none."""
 
     def __init__(self, folder: str | None) -> None:
         self._folder = None if folder is None else Path(folder)
         self._next = 0.0
 
     def asked(self) -> tuple[bool, bool]:
-        """Whether to save, and whether to stop; it looks once a second at most."""
+        """Whether to save, and whether to stop; the files are checked at most once a second."""
         if self._folder is None or time.monotonic() < self._next:
             return False, False
         self._next = time.monotonic() + _LOOK_S
         return (self._folder / SAVE).exists(), (self._folder / STOP).exists()
 
     def remove(self) -> None:
-        """Remove the files, once what they ask for is done; those that cannot be removed are not looked at again."""
+        """Remove the files once their requests are fulfilled; files that cannot be removed are ignored from then on."""
         assert self._folder is not None
         try:
             for name in (SAVE, STOP):
@@ -66,7 +66,7 @@ class Requests:
 
 
 class Heartbeat:
-    """Written every ten seconds at most, by rank 0 where there is a directory, whenever a micro batch is computed."""
+    """Written by rank 0 with each micro batch, at most every ten seconds, if there is a directory."""
 
     def __init__(self, folder: str | None) -> None:
         self._paths = [Path(folder) / HEARTBEAT] if folder is not None else []
@@ -76,7 +76,7 @@ class Heartbeat:
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
-        """Its state says how the block has ended."""
+        """Write how the block ended."""
         state = ENDED
         try:
             yield
@@ -85,7 +85,7 @@ class Heartbeat:
             self._write(state)
 
     def beat(self, step: int) -> None:
-        """The run lives, in this step."""
+        """Note that the run is alive, in this step."""
         self._step = step
         if self._paths and time.monotonic() >= self._next:
             self._next = time.monotonic() + _BEAT_S
@@ -97,14 +97,14 @@ class Heartbeat:
             "process": os.getpid(), "host": socket.gethostname(),
         }  # fmt: skip
         for path in self._paths:
-            with contextlib.suppress(OSError):  # a full disk ends no training
+            with contextlib.suppress(OSError):  # a full disk must not end a training
                 new = path.with_name(f".{path.name}.new")
                 new.write_text(json.dumps(content) + "\n")
                 new.replace(path)
 
 
 def state_of(folder: Path) -> tuple[str, float] | None:
-    """State of the run that saves there, and the seconds since it was written; None without a heartbeat."""
+    """State of the run that saves there, and its age in seconds; None without a heartbeat."""
     path = folder / HEARTBEAT
     try:
         return parsed(path.read_bytes(), {"state": str})["state"], time.time() - path.stat().st_mtime

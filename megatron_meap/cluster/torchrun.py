@@ -1,7 +1,7 @@
-"""Within torchrun: what it says of a training of ours that ends, in place of thirty lines of its own traceback.
+"""Within torchrun: a short message when a training of ours ends, instead of thirty lines of torchrun's own traceback.
 
 torchrun loads this module itself, as a plugin of the entry point group `torchrun.handlers` (pyproject.toml); for other
-scripts than ours it changes nothing. What a rank has said in a line (`megatron_meap.errors`) is not said again.
+scripts it changes nothing. What a rank has already reported (`megatron_meap.errors`) is not repeated.
 """
 
 import atexit
@@ -23,7 +23,7 @@ from megatron_meap.errors import LAST_STATUS
 _OURS = ("pretrain_gpt_meap.py", "inspect_batches.py")
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 _SHUTDOWN_S = "600"
-"""Time that the ranks have for a last checkpoint; torchrun would kill them after 30 s."""
+"""Seconds that the ranks have for a last checkpoint; torchrun would kill them after 30 s."""
 
 
 _TALKERS = ("multiprocessing.api", "multiprocessing.errors.error_handler", "agent.server.api")
@@ -42,7 +42,7 @@ def handler() -> Callable[[Any], Any]:
 
 
 def _launches_us(command: list[str]) -> bool:
-    """Whether a command line is that of torchrun with one of our scripts or modules."""
+    """Whether a command line runs one of our scripts or modules with torchrun."""
     launcher = next((i for i, word in enumerate(command[:6]) if _is_torchrun(word)), None)
     return launcher is not None and any(
         Path(word).name in _OURS or word.startswith("megatron_meap.") for word in command[launcher + 1 :]
@@ -54,7 +54,7 @@ def _is_torchrun(word: str) -> bool:
 
 
 def _prepare() -> None:
-    """Set torchrun's defaults, which its flags override, and take over what it says at its end."""
+    """Set torchrun's defaults, which its flags override, and replace its final messages."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup: torchrun would end all the same
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", _SIGNALS.replace("SIGHUP,", "") if ignored else _SIGNALS)
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", _SHUTDOWN_S)
@@ -70,7 +70,7 @@ def _prepare() -> None:
 
 
 def _mark_signals() -> None:
-    """Let the ranks know that torchrun has got a signal, before it sends it on to them (`passes_on`)."""
+    """Tell the ranks that torchrun has received a signal, before it passes it on to them (`passes_on`)."""
     from torch.distributed.elastic.multiprocessing import api
 
     handle = api._terminate_process_handler
@@ -88,12 +88,12 @@ def _mark() -> Path:
 
 
 def passes_on() -> bool:
-    """Whether this rank's torchrun has got a signal, of which the rank gets one more from it, if not yet then soon."""
+    """Whether this rank's torchrun has received a signal, which it passes on to the rank once more, now or soon."""
     return LAST_STATUS in os.environ and _mark().exists()
 
 
 def _say(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Python's hook for what ends torchrun: one line where the ranks have said none, and the ranks' own status."""
+    """Python's hook for what ends torchrun: one line, if the ranks have printed none, and the ranks' own status."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

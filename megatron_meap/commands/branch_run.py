@@ -1,10 +1,10 @@
-"""Branch a checkpoint of a run with a constant learning rate into a run that decays (WSD), with a --save of its own.
+"""Branch a checkpoint of a run with a constant learning rate into a run that decays (WSD), with its own --save.
 
     python tools/branch_run.py runs/stable/checkpoints --at 18000 --decay 2000 --save runs/20b/checkpoints
     torchrun ... pretrain_gpt_meap.py <the stable run's flags> @runs/20b/checkpoints/branch_flags.txt
 
 The second command trains the branch, and resumes it. It reads the data that the stable run would have read next.
-Nothing of the stable run is changed, and what it deletes later stays in the branch.
+The stable run is not changed, and checkpoints that it deletes later stay in the branch.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Verify a dataset against its manifest, and print what is in it.
+"""Verify a dataset against its manifest, and print statistics of it.
 
     python tools/check_data.py --data data/train_text_document
 

@@ -26,6 +26,6 @@ def main() -> None:
     if not 0 < args.port < 65536:
         raise UsageError(f"--port {args.port}: must lie between 1 and 65535")
     nodes = [Node(name, address or name) for name, _, address in (word.partition("=") for word in args.nodes)]
-    check_network(nodes, args.index, args.port, args.seconds)  # first: the others wait for this node
+    check_network(nodes, args.index, args.port, args.seconds)  # first, because the others wait for this node
     check_gpus(nodes[args.index], args.gpus)
     check_pytorch(nodes[args.index], args.gpus)

@@ -56,7 +56,7 @@ def parse_flags() -> argparse.Namespace:
 def main() -> None:
     """Convert."""
     flags = parse_flags()
-    os.environ["MEAP_DEVICE"] = "cpu"  # wherever the GPUs are, they have other things to do
+    os.environ["MEAP_DEVICE"] = "cpu"  # GPUs may be in use by others
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore")  # the libraries' chatter: what matters is printed or raised
     logging.disable(logging.ERROR)

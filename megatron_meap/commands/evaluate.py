@@ -26,7 +26,7 @@ from megatron_meap.evaluation.tasks.options import Options
 from megatron_meap.flags import Parser, add_group
 
 UNFINISHED = "unfinished.txt"
-"""Stands in the output folder until all is done."""
+"""A file in the output folder until everything is done."""
 
 
 def parse_flags() -> argparse.Namespace:
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def prepare(flags: argparse.Namespace) -> None:
-    """Refuse what cannot be written before hours are spent, and silence the libraries.
+    """Refuse an output that cannot be written before hours are spent, and silence the libraries.
 
     Raises:
         UsageError: names the flag, or lm-evaluation-harness where it is not installed.
@@ -144,7 +144,7 @@ def say_left_out(plan: Any) -> None:
 
 
 def _prepare_output(flags: argparse.Namespace) -> None:
-    """See that the folder can be written; tell the judge where to keep its verdicts."""
+    """Check that the folder can be written; set where the judge keeps its verdicts."""
     if not (flags.batch_size == "auto" or (flags.batch_size.isdigit() and int(flags.batch_size) > 0)):
         raise UsageError(f"--batch-size {flags.batch_size}: must be a positive number or auto")
     with refusing(f"--output {flags.output}: cannot be written", OSError):

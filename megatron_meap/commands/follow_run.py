@@ -3,9 +3,9 @@
     python tools/follow_run.py runs/demo/checkpoints --suite quick
     python tools/follow_run.py runs/demo/checkpoints --tasks meap_needle,hellaswag --every 1000 --once
 
-RUN is what the training has as --save; it may not exist yet. Beside the scores of the tasks stand bits per byte of the
-validation data. TensorBoard and W&B get them where the run itself writes, at the step of the checkpoint. It ends when
-the run does, and resumes where it stopped when the same command is given again.
+RUN is the --save directory of the training; it may not exist yet. The table also has bits per byte of the validation
+data. TensorBoard and W&B receive the scores at the step of the checkpoint, if the run itself writes there. The command
+ends with the run, and the same command resumes where it stopped.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 class Follower:
-    """What it has, and how the next checkpoint is added to it."""
+    """The scores so far, and how the next checkpoint is added."""
 
     def __init__(self, flags: argparse.Namespace) -> None:
         from megatron_meap.evaluation import following, models
@@ -92,7 +92,7 @@ class Follower:
         self._curves: Any = None
 
     def take(self, step: int, digest: str) -> None:
-        """Export a checkpoint, evaluate it, and write what came out.
+        """Export a checkpoint, evaluate it, and write the scores.
 
         Raises:
             UsageError: as `following.Exporter`, `evaluate.choose_tasks` and `models.load`.
@@ -129,7 +129,7 @@ class Follower:
         from megatron_meap.evaluation.reporting.results import ModelResults
         from megatron_meap.evaluation.run import add_tasks
 
-        if self._tasks is None:  # the first: all later ones have the same context and tokenizer
+        if self._tasks is None:  # all later checkpoints have the same context and tokenizer
             plan, self._tasks = evaluate.choose_tasks(self.flags, [model])
             evaluate.say_left_out(plan)
         machine = evaluate.machine_of(self.flags, None)
@@ -141,7 +141,7 @@ class Follower:
 
 
 def _lock(output: Path) -> IO[str]:
-    """Hold the folder against a second call, and remove what a killed one has left; until the file is closed.
+    """Lock the folder until the file is closed, and remove what a killed command left.
 
     Raises:
         UsageError: another one is running.
@@ -157,7 +157,7 @@ def _lock(output: Path) -> IO[str]:
 
 
 def _same_options(flags: argparse.Namespace) -> None:
-    """Refuse to add to a table what was measured otherwise; the first call leaves its options there.
+    """Refuse to add to a table with other options; the first call records its options there.
 
     Raises:
         UsageError: says what differs.

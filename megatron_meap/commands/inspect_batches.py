@@ -1,10 +1,10 @@
-"""Show what the model really sees: decoded samples with the noised tokens marked, mask statistics, a stream digest.
+"""Show what the model sees: decoded samples with the noised tokens marked, mask statistics, a digest of the stream.
 
     python tools/inspect_batches.py --show 0 1 --digest 0:64 <the flags of the training run>
     torchrun --nproc_per_node 4 tools/inspect_batches.py --digest 0:64 <the same flags>
 
-The digest is one line over the samples in the order in which they are trained on, read by the real data loaders of
-the given layout: equal lines mean that two runs, layouts or resumptions train on the same masked batches.
+The digest covers the samples in training order, read by the real data loaders of the given layout: equal digests mean
+that two runs, layouts or resumptions train on the same masked batches.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Build the datasets as a training run would, and look at them."""
+    """Build the datasets as a training run would, and show them."""
     own = parse()
     if own.statistics < 0:
         raise UsageError(f"--statistics {own.statistics}: at least 1, or 0 for none")

@@ -1,11 +1,11 @@
-"""Show which settings determined the run of a checkpoint, compare it with another, verify its files.
+"""Show the settings that determined the run of a checkpoint, compare it with another, verify its files.
 
     python tools/inspect_checkpoint.py checkpoints/run
     python tools/inspect_checkpoint.py checkpoints/run --compare checkpoints/other
     python tools/inspect_checkpoint.py checkpoints/run --ckpt-step 500 --verify
 
 The argument is a directory as given to --save (its latest checkpoint, or --ckpt-step), or that of one iteration. Exit
-status: 0; 1 if a run of the one would be refused as a resumption of the other; 2 if files are damaged.
+status: 0; 1 if a run with the settings of the first could not resume the other; 2 if files are damaged.
 """
 
 import os
@@ -15,7 +15,7 @@ from megatron_meap.flags import Parser
 
 
 def main() -> None:
-    """Look at the checkpoint."""
+    """Describe, compare or verify the checkpoint."""
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="directory of the checkpoint")
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the latest)")

@@ -2,7 +2,7 @@
 
     python tools/merge_datasets.py --input data/a_text_document data/b_text_document --output-prefix data/all
 
-Datasets made with different tokenizers or flags are refused, as far as their manifests tell.
+Datasets made with different tokenizers or flags are refused, as far as their manifests say.
 """
 
 from megatron_meap.flags import Parser

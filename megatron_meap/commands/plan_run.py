@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Plan, and compare layouts where asked."""
+    """Plan, and compare layouts if asked."""
     own = parse()
     if own.gpus is not None and own.gpus < 1:
         raise UsageError(f"--gpus {own.gpus}: must be at least 1")

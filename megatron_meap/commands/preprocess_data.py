@@ -3,7 +3,7 @@
     python tools/preprocess_data.py --input corpus/train.jsonl --output-prefix data/train \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer/tokenizer.model --append-eod
 
-The flags are those of Megatron-LM's tool of the same name, and some more. See docs/data.md.
+The flags are those of Megatron-LM's tool of the same name, and a few more. See docs/data.md.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Show training runs' progress from their logs: losses, tokens per second, MFU, time left, spikes; draw their curves.
+"""Show the progress of training runs from their logs: losses, tokens per second, MFU, ETA, spikes; plot their curves.
 
     python tools/watch_training.py runs/demo/train.log
     python tools/watch_training.py runs/demo/train.log --plot losses.png
     python tools/watch_training.py NTP=runs/ntp/checkpoints MEAP=runs/demo/checkpoints --plot both.png
 
-A run is the file that its output goes to, or its --save directory with the train.log in it. Works on the output of any
-Megatron run that has logged a step, finished or not. It ends when all are at 100%, with --once at once, or at Ctrl-C.
+A run is given by its log file, or by its --save directory, which contains train.log. This works for any Megatron run
+that has logged a step, finished or not. It ends when all runs are at 100%, at once with --once, or with Ctrl-C.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from megatron_meap.inspection.training_log import Reader, follow, read_log
 
 
 def main() -> None:
-    """Follow logs, or draw them."""
+    """Follow logs, or plot them."""
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]LOG", help="log of a run, or its --save directory")
     parser.add_argument(

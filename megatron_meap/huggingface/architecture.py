@@ -1,9 +1,9 @@
-"""The one architecture that is converted, described once: from Megatron's arguments or a Hugging Face config, and back.
+"""The architecture that is converted, described once: from Megatron's arguments or a Hugging Face config, and back.
 
 Llama-style: RMSNorm, SwiGLU, RoPE (plain, scaled as in Llama 3.1 or by YaRN, or linearly interpolated), grouped-query
-attention, tied or untied embeddings, and the extras of `families.py`, experts among them; muP's multipliers become part
-of the weights. Everything else is refused by name, because a model that differs in one of these converts without an
-error and computes something else.
+attention, tied or untied embeddings, and the extras of `families.py`, including experts; muP's multipliers become part
+of the weights. Everything else is refused by name, because a model that differs in one of these would convert without
+an error and compute something else.
 """
 
 from argparse import Namespace
@@ -23,7 +23,7 @@ LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_po
 
 @dataclass(frozen=True)
 class Architecture(Extras):
-    """All that decides which tensors there are, and what is computed with them."""
+    """Everything that determines which tensors a model has, and what it computes with them."""
 
     layers: int
     hidden: int
@@ -45,7 +45,7 @@ class Architecture(Extras):
     """Factor by which positions are divided."""
     yarn: Yarn | None = None
     multipliers: Multipliers = field(default_factory=Multipliers)
-    """Of a model with muP; an import has none."""
+    """Of a model with muP; imported models have none."""
 
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
@@ -57,7 +57,7 @@ def from_megatron(args: Namespace) -> Architecture:
     """Describe the model of a checkpoint by the arguments that it was trained with.
 
     Raises:
-        UsageError: it is not Llama-style; the message names the first flag in the way.
+        UsageError: it is not Llama-style; the message names the first such flag.
     """
     _refuse_megatron(args)
     scaled = getattr(args, "use_rope_scaling", False)
@@ -97,7 +97,7 @@ def _layers_without_rope(args: Namespace) -> tuple[int, ...]:
 
 
 def _refuse_megatron(args: Namespace) -> None:
-    """Name what makes the model something other than Llama-style."""
+    """Refuse a model that is not Llama-style, by the name of what makes the difference."""
 
     def get(name: str) -> Any:
         return getattr(args, name, None)
@@ -180,7 +180,7 @@ def from_huggingface(config: Any) -> Architecture:
 
 
 def _refuse_huggingface(config: Any, rope: dict[str, Any]) -> None:
-    """Name what Megatron's model would not compute as the config says."""
+    """Refuse what Megatron's model would not compute as the config says, by its name."""
     kind = rope.get("rope_type", "default")
     layers = set(getattr(config, "layer_types", None) or ())
     obstacles = [
@@ -218,7 +218,7 @@ def exported_family(model: Architecture) -> Family:
 
 
 def not_exported(args: Namespace) -> list[str]:
-    """A warning, as one line, where the model of a run will not convert; nothing where it will."""
+    """A warning, in one line, if the model of a run cannot be converted."""
     try:
         exported_family(from_megatron(args))
     except UsageError as error:
@@ -227,7 +227,7 @@ def not_exported(args: Namespace) -> list[str]:
 
 
 def megatron_flags(model: Architecture) -> list[str]:
-    """Flags with which Megatron builds this model; sizes of the training run are not among them."""
+    """Flags with which Megatron builds this model, without sizes of the training run."""
     pairs: dict[str, Any] = {
         "--num-layers": model.layers,
         "--hidden-size": model.hidden,

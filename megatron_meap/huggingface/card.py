@@ -1,4 +1,4 @@
-"""The model card of an exported model: what it was trained with, as far as its checkpoint and data tell."""
+"""The model card of an exported model: how it was trained, as far as its checkpoint and data say."""
 
 import dataclasses
 from argparse import Namespace

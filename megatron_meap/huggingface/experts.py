@@ -1,8 +1,8 @@
-"""Models with experts in the place of each feed-forward layer: what of Megatron's routing converts, and what does not.
+"""Models with experts instead of feed-forward layers: which parts of Megatron's routing can be converted.
 
-Every token goes to the k experts of the highest logits. Their weights are the softmax over these k, which is the
-softmax over all made to sum to 1 (Mixtral, Qwen3-MoE with `norm_topk_prob`), or the softmax over all as it is
-(`--moe-router-pre-softmax`).
+Every token goes to the k experts with the highest logits. Their weights are the softmax over these k, which is the
+softmax over all experts rescaled to sum to 1 (Mixtral, Qwen3-MoE with `norm_topk_prob`), or the softmax over all
+without rescaling (`--moe-router-pre-softmax`).
 """
 
 from argparse import Namespace
@@ -12,7 +12,7 @@ from typing import Any
 from megatron_meap.huggingface.families import Extras
 
 Obstacles = list[tuple[Any, str]]
-"""Whether something is there, and what it is."""
+"""Pairs of a condition that prevents the conversion, and what it is."""
 
 
 def from_megatron(args: Namespace) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def flags(model: Extras, ffn: int) -> dict[str, Any]:
 
 
 def not_exported(get: Callable[[str], Any]) -> Obstacles:
-    """What no class with experts has, by the arguments of a run."""
+    """What no model class with experts supports, by the arguments of a run."""
     if not get("num_experts"):
         return []
     balancing, score = get("moe_router_load_balancing_type"), get("moe_router_score_function")
@@ -64,7 +64,7 @@ def not_exported(get: Callable[[str], Any]) -> Obstacles:
 
 
 def not_imported(config: Any) -> Obstacles:
-    """What Megatron's model would not compute as a config with experts says, or what is not converted of it."""
+    """What Megatron's model would not compute as a config with experts says, or what is not converted."""
     obstacles = []
     if config.model_type in ("mixtral", "qwen3_moe"):
         sums_to_one = config.num_experts_per_tok == 1 and getattr(config, "norm_topk_prob", True)

@@ -1,4 +1,4 @@
-"""From a Megatron checkpoint to a Hugging Face directory: streaming, in one process, from whatever layout."""
+"""From a Megatron checkpoint of any layout to a Hugging Face directory: streaming, in one process."""
 
 import json
 import math
@@ -37,20 +37,20 @@ class ExportJob:
     """Checkpoint directory, as given to `--save`, or that of one iteration."""
     output: str
     iteration: int | None = None
-    """The latest where not given."""
+    """The latest if not given."""
     dtype: str | None = None
-    """A key of `DTYPES`; as stored where not given."""
+    """A key of `DTYPES`; as stored if not given."""
     tokenizer: str | None = None
-    """A file or directory to take instead of the checkpoint's own copy, or of the path recorded in it."""
+    """A file or directory to use instead of the checkpoint's own copy, or of the path recorded in it."""
     add_bos: bool | None = None
-    """Whether the tokenizer puts BOS before a text; where not given, if the documents of the training data began so."""
+    """Whether the tokenizer puts BOS before a text; if not given, as the training documents began."""
     max_shard_size: str = "2GB"
     overwrite: bool = False
     check: bool = True
 
 
 def export(job: ExportJob) -> None:
-    """Write the Hugging Face directory, check it, and only then let it appear under its name.
+    """Write the Hugging Face directory, check it, and only then give it its name.
 
     Raises:
         UsageError: the checkpoint, its tokenizer or the output directory cannot be used, or the check failed.
@@ -84,7 +84,7 @@ def export(job: ExportJob) -> None:
 
 
 def write_weights(directory: Path, source: Source, dtype: torch.dtype, shard_bytes: int) -> None:
-    """Write the safetensors files, one at a time, and their index where there are several."""
+    """Write the safetensors files, one at a time, and an index if there are several."""
     plan: list[list[str]] = [[]]
     filled = 0
     for name, shape in source.names():
@@ -109,7 +109,7 @@ def write_weights(directory: Path, source: Source, dtype: torch.dtype, shard_byt
 
 
 def _write_shard(path: Path, tensors: Iterator[tuple[str, Tensor]], names: list[str]) -> int:
-    """Write the next tensors, which must be those named; returns their bytes."""
+    """Write the next tensors, which must have these names; returns their bytes."""
     shard = dict(next(tensors) for _ in names)
     assert list(shard) == names
     save_file(shard, path, metadata={"format": "pt"})
@@ -117,7 +117,7 @@ def _write_shard(path: Path, tensors: Iterator[tuple[str, Tensor]], names: list[
 
 
 def _write_tokenizer(directory: Path, source: Source, tokenizer: Any | None, args: Namespace) -> None:
-    """Write the tokenizer and the generation config; without a tokenizer say that there is none."""
+    """Write the tokenizer, or say that there is none, and the generation config."""
     mask_id = getattr(source.checkpoint.args, "meap_mask_token_id", None)
     settings: dict[str, Any] = kept(Path(args.tokenizer_model)) if args.tokenizer_model else {}
     if sampling := [name for name in settings if not name.endswith(("token_id", "suppress_tokens"))]:

@@ -1,8 +1,8 @@
-"""The model classes of transformers that are a Llama with extras, a row each.
+"""The model classes of transformers that are a Llama with extras, one per row.
 
 `Extras` is what such a model can have beyond a plain Llama. A row of `FAMILIES` names the class, the extras that it
-always has, and the settings of its config by which it has others; reading a config, writing one, and finding the class
-for a model all follow from the row.
+always has, and the settings of its config for others; reading a config, writing one, and finding the class for a model
+all follow from the row.
 """
 
 import dataclasses
@@ -24,26 +24,26 @@ class Extras:
     no_rope: tuple[int, ...] = ()
     """A 1 for each layer whose positions are not rotated, a 0 for each other; empty where all are."""
     window: int | None = None
-    """Positions before its own that a token sees; None for all."""
+    """Number of earlier positions that a token sees; None for all."""
     experts: int = 0
-    """In the place of each feed-forward layer; 0 for a dense model."""
+    """Per feed-forward layer; 0 for a dense model."""
     chosen: int = 0
     """Experts that each token goes to."""
     softmax_over_all: bool = False
-    """Whether the weights of the chosen experts are left as the softmax over all has them; else they sum to 1."""
+    """Whether the weights of the chosen experts are those of the softmax over all; otherwise they sum to 1."""
     balance: float = 0.0
-    """Coefficient of the loss that balances the experts, in training."""
+    """Coefficient of the training loss that balances the experts."""
 
 
 class Setting(NamedTuple):
-    """A setting of a Hugging Face config, and the extras that it stands for."""
+    """How a setting of a Hugging Face config follows from the extras, and the other way round."""
 
     write: Callable[[Extras], Any]
     read: Callable[[Any], dict[str, Any]]
 
 
 def _skipped(used: Any) -> tuple[int, ...]:
-    """The layers without RoPE, from a config's list of a 1 for each layer with it."""
+    """The layers without RoPE, from a config's list, which has a 1 for each layer with it."""
     return () if not used or all(used) else tuple(1 - int(layer) for layer in used)
 
 
@@ -72,7 +72,7 @@ class RoutedNames(NamedTuple):
 
     router: str
     expert: str
-    """Where an expert's begin; its number follows."""
+    """Beginning of an expert's names; its number follows."""
     gate: str
     up: str
     down: str
@@ -90,11 +90,11 @@ class Family:
     always: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Extras that all its models have."""
     settings: tuple[str, ...] = ()
-    """Keys of `SETTINGS` by which it has others."""
+    """Keys of `SETTINGS`, for other extras."""
     width: str = "intermediate_size"
     """Key of the config for the width of the feed-forward layer, or of an expert."""
     routed: RoutedNames | None = None
-    """Of a class with experts."""
+    """For a class with experts."""
 
     def read(self, config: dict[str, Any]) -> Extras:
         """The extras of the model with this config."""
@@ -105,13 +105,13 @@ class Family:
         return Extras(**found)
 
     def write(self, extras: Extras) -> dict[str, Any]:
-        """The settings of the config for these extras, as far as this class can have them."""
+        """The settings of the config for these extras, as far as this class supports them."""
         return {name: SETTINGS[name].write(extras) for name in self.settings}
 
 
 FAMILIES = {
     family.model_type: family
-    for family in (  # of those that a model fits, the first is written
+    for family in (  # a model is written as the first that fits
         Family("llama", "LlamaForCausalLM", settings=("attention_bias", "mlp_bias")),
         Family("qwen2", "Qwen2ForCausalLM", {"qkv_bias": True}),
         Family("qwen3", "Qwen3ForCausalLM", {"qk_norm": True}, ("attention_bias",)),
@@ -136,20 +136,21 @@ FAMILIES = {
 
 
 _SHARED = "it has experts that every token goes to, which are not converted"
-_POST_NORM = "its norms stand behind attention and MLP, where Megatron Core 0.19 has none"
+_POST_NORM = "its norms come after attention and MLP, where Megatron Core 0.19 has none"
+_TWO_NORMS = "it has norms before and after attention and MLP, where Megatron Core 0.19 has one"
 OTHERS = {
     "olmo2": _POST_NORM,
     "olmo3": _POST_NORM,
     "qwen2_moe": _SHARED,
     "deepseek_v2": _SHARED,
     "deepseek_v3": _SHARED,
-    "gemma2": "it has norms before and behind attention and MLP, where Megatron Core 0.19 has one",
-    "gemma3_text": "it has norms before and behind attention and MLP, where Megatron Core 0.19 has one",
+    "gemma2": _TWO_NORMS,
+    "gemma3_text": _TWO_NORMS,
 }
-"""Why other classes are not converted, where people ask for them."""
+"""Why other classes that people ask for are not converted."""
 
 
 def family_of(model: Extras) -> Family | None:
-    """The class to write a model as: the first that has its extras and no others; None where there is none."""
+    """The class to write a model as: the first that has its extras and no others; None if there is none."""
     extras = Extras(**{field.name: getattr(model, field.name) for field in dataclasses.fields(Extras)})
     return next((family for family in FAMILIES.values() if family.read(family.write(extras)) == extras), None)

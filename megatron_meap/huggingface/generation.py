@@ -1,7 +1,7 @@
-"""Text out of a model: a Megatron checkpoint of any layout, or a Hugging Face directory.
+"""Text from a model: a Megatron checkpoint of any layout, or a Hugging Face directory.
 
-A Megatron checkpoint is converted in memory, so that there is one forward pass to trust, the one that every exported
-model runs with too: transformers' own, with its cache, samplers and streaming.
+A Megatron checkpoint is converted in memory, so that there is only one forward pass to trust, that of every exported
+model: transformers' own, with its cache, samplers and streaming.
 """
 
 import os
@@ -34,9 +34,9 @@ class Sampling:
     max_new_tokens: int = 100
     temperature: float = 1.0
     top_k: int = 0
-    """Choose among the k likeliest; 0 for all."""
+    """Choose among the k likeliest tokens; 0 for all."""
     top_p: float = 1.0
-    """Choose among the likeliest that together have this probability."""
+    """Choose among the likeliest tokens that together have this probability."""
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -53,8 +53,8 @@ class Generator:
 
     Args:
         path: a Megatron checkpoint (what was given to `--save`) or a Hugging Face directory.
-        iteration: of a Megatron checkpoint; the latest where not given.
-        tokenizer: a tokenizer file or directory to take instead of the model's own.
+        iteration: of a Megatron checkpoint; the latest if not given.
+        tokenizer: a tokenizer file or directory to use instead of the model's own.
     """
 
     def __init__(self, path: str, iteration: int | None = None, tokenizer: str | None = None) -> None:
@@ -74,7 +74,7 @@ class Generator:
         Args:
             prompt: taken literally: `[MASK]` or `<s>` in it are ordinary characters.
             sampling: how tokens are chosen; the same seed gives the same text.
-            stream: print the text while it is made.
+            stream: print the text while it is generated.
 
         Returns:
             The prompt and its continuation.
@@ -84,12 +84,12 @@ class Generator:
         return self.tokenizer.decode(self._continue(tokens, sampling, streamer), skip_special_tokens=True)
 
     def answer(self, messages: list[Message], sampling: Sampling, stream: bool = False) -> str:
-        """Answer the last message of a chat, asked as in fine-tuning: in the tokenizer's chat template.
+        """Answer the last message of a chat, prompted as in fine-tuning: in the tokenizer's chat template.
 
         Args:
             messages: a system prompt or none, then user and assistant in turn, the user's question last.
             sampling: how tokens are chosen.
-            stream: print the answer while it is made.
+            stream: print the answer while it is generated.
         """
         if self._encoder is None:
             self._encoder = TurnEncoder(self.tokenizer, None)
@@ -116,7 +116,7 @@ class Generator:
             )[0]
 
     def _fitting(self, ids: list[int]) -> list[int]:
-        """The ids, if they leave room in the context."""
+        """The ids; refused if they leave no space in the context."""
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
             raise UsageError(f"the prompt has {len(ids)} tokens, the model's context only {limit}")
@@ -152,7 +152,7 @@ def _from_huggingface(path: str, tokenizer: str | None) -> tuple[Any, Any, int |
     """Model, tokenizer and mask id of a Hugging Face directory."""
     with refusing(f"{path}: holds no model that transformers can load"):
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
-    # transformers would take what our flags leave open from there, such as a repetition penalty.
+    # Otherwise transformers would take from there what our flags do not set, such as a repetition penalty.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     loaded = load_directory(Path(tokenizer or path))
     return model, loaded, loaded.mask_token_id

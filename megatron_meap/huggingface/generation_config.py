@@ -1,4 +1,4 @@
-"""What ends a text and how one is sampled, for the `generation_config.json` of an export and for generation itself."""
+"""What ends a text and how texts are sampled, for the `generation_config.json` of an export and for generation."""
 
 import contextlib
 import json
@@ -15,10 +15,10 @@ _OF_TRANSFORMERS = {"transformers_version", "_from_model_config"}
 
 
 def ending_ids(args: Namespace, tokenizer: Any) -> list[int]:
-    """Tokens that end a text: EOS, those of the imported model, and what ends an answer in the template of fine-tuning.
+    """Tokens that end a text: EOS, those of the imported model, and the end of an answer in the fine-tuning template.
 
     Args:
-        args: the arguments in a checkpoint, with the place where the tokenizer is now.
+        args: the arguments in a checkpoint, with the current place of the tokenizer.
         tokenizer: of transformers.
     """
     ids = [tokenizer.eos_token_id]
@@ -31,7 +31,7 @@ def ending_ids(args: Namespace, tokenizer: Any) -> list[int]:
 
 
 def keep(model: Path, tokenizer: Path) -> None:
-    """Put what a model's directory says of generation beside its tokenizer, where a later export finds it.
+    """Copy a model's generation settings beside its tokenizer, where a later export finds them.
 
     Raises:
         UsageError: its generation config cannot be read.
@@ -41,7 +41,7 @@ def keep(model: Path, tokenizer: Path) -> None:
 
 
 def kept(folder: Path) -> dict[str, Any]:
-    """A directory's generation config: how to sample, and EOS ids; without one those in its config, as transformers.
+    """A directory's generation config: how to sample, and EOS ids; without one, those in its config, as transformers.
 
     Raises:
         UsageError: it cannot be read.

@@ -1,11 +1,11 @@
-"""From a Hugging Face directory to a Megatron checkpoint that any layout loads, the mask token added.
+"""From a Hugging Face directory to a Megatron checkpoint that any layout can load, with the mask token added.
 
-Megatron's own model is built in one process, filled weight by weight, and saved by Megatron: in memory are the model
-in the dtype of the checkpoint and one weight, and while Megatron saves up to half the model again.
+Megatron's own model is built in one process, filled weight by weight, and saved by Megatron: memory holds the model in
+the dtype of the checkpoint and one weight, and up to half the model again while Megatron saves.
 
 New rows of the embedding and of the head (the mask token and the padding of the vocabulary) are the mean of the
 tokens' rows plus normal noise of a hundredth of their standard deviation, column by column, from a fixed seed: a new
-token starts as an average one, and no two are the same.
+token starts as an average one, and no two are equal.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from megatron_meap.huggingface.source import HuggingFaceWeights, read_directory
 from megatron_meap.tokenization.huggingface import add_mask_token, load_directory, plain_ids, save_tokenizer
 
 NOISE = 0.01  # of the rows' standard deviation
-LARGEST_PADDING = 1024  # rows beyond this are no padding, and worth a word
+LARGEST_PADDING = 1024  # more rows than this are not padding, and are reported
 FLAGS_FILE = "megatron_flags.txt"
 
 
@@ -47,9 +47,9 @@ class ImportJob:
     output: str
     mask_token: str = "[MASK]"
     dtype: str | None = None
-    """A key of `export.DTYPES`; as stored where not given."""
+    """A key of `export.DTYPES`; as stored if not given."""
     tokenizer: str | None = None
-    """Directory of a tokenizer to take instead of the model's own."""
+    """Directory of a tokenizer to use instead of the model's own."""
     divisible_by: int = 128
     """The vocabulary is padded to a multiple of this."""
     seed: int = 1234
@@ -58,7 +58,7 @@ class ImportJob:
 
 
 def import_model(job: ImportJob) -> None:
-    """Write the Megatron checkpoint, check it, and only then let it appear under its name.
+    """Write the Megatron checkpoint, check it, and only then give it its name.
 
     Raises:
         UsageError: the model, its tokenizer or the output directory cannot be used, or the check failed.
@@ -87,7 +87,7 @@ def import_model(job: ImportJob) -> None:
 
 
 def _tokenizer(job: ImportJob, model: Architecture) -> tuple[Any, int]:
-    """The tokenizer with the mask token, and how many tokens it had before."""
+    """The tokenizer with the mask token, and the number of tokens it had before."""
     folder = Path(job.tokenizer or job.load)
     tokenizer = load_directory(folder)
     tokens = min(len(tokenizer), model.vocabulary)
@@ -161,8 +161,8 @@ def fill(parameters: dict[str, Tensor], source: HuggingFaceWeights, rows: int, t
         parameters: by Megatron's names in the local layer spec.
         source: where the weights come from.
         rows: of Megatron's embedding, padding included.
-        tokens: the rows of the source's embedding that are tokens.
-        seed: of the new rows.
+        tokens: rows of the source's embedding that are tokens.
+        seed: for the new rows.
     """
     model = source.model
     linear = model.output_bias or model.mlp_bias

@@ -1,13 +1,13 @@
-"""Names and layouts of the weights, in Megatron's checkpoints and in Hugging Face's; both directions.
+"""Names and layouts of the weights in Megatron's and in Hugging Face's checkpoints, for both directions.
 
-Megatron fuses projections that Hugging Face keeps apart. With g query groups of n/g query heads of d rows each:
+Megatron fuses projections that Hugging Face keeps separate. With g query groups of n/g query heads of d rows each:
 
 - `linear_qkv` holds, group after group, the group's query heads, its key head and its value head:
   [g, n/g + 2, d, hidden]. Hugging Face's q, k and v are [n * d, hidden], [g * d, hidden], [g * d, hidden].
 - `linear_fc1` holds the gate above the up projection: [2 * ffn, hidden].
 - Experts are stored as one tensor, [experts, ...]; here each of them has weights of its own.
 
-RoPE rotates the halves of a head in both, so no row changes its place within a head.
+RoPE rotates the halves of a head in both, so the order of the rows within a head is the same.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_meap.huggingface.architecture import Architecture, exported_family
 
 EMBEDDING = "embedding.word_embeddings.weight"
-"""Megatron's name of the embedding, which is the head as well where they are tied."""
+"""Megatron's name of the embedding, which is also the head if they are tied."""
 
 Split = Callable[[Tensor], list[Tensor]]
 Join = Callable[[list[Tensor]], Tensor]
@@ -27,7 +27,7 @@ Join = Callable[[list[Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight of Megatron's, and the weights of Hugging Face's that it is made of."""
+    """One weight of Megatron's, and the weights of Hugging Face's that it consists of."""
 
     megatron: str
     shape: tuple[int, ...]

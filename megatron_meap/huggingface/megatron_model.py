@@ -1,4 +1,4 @@
-"""Megatron's own model in one process on CPU: what a conversion is checked against, and what an import saves.
+"""Megatron's own model in one process on the CPU: the reference of a conversion, and what an import saves.
 
 Importing this module imports Megatron: `device.prepare`, or `cpu.install` on a machine whose GPUs are not to be
 used, must have run. The model is built by the same code as in training (`trainer.model`) and its checkpoints
@@ -51,7 +51,7 @@ ALONE: dict[str, Any] = {
 
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
-    """A world of one process, with all of Megatron's groups; gone at the end."""
+    """A world of one process, with all of Megatron's groups, which ends with the block."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()
@@ -86,7 +86,7 @@ def load(directory: Path, dtype: torch.dtype) -> tuple[GPTModel, Namespace]:
 
 
 def save(model: GPTModel, args: Namespace, directory: Path) -> None:
-    """Write a checkpoint of the model alone, with the hashes of its files; within `one_process`."""
+    """Write a checkpoint of only the model, with the hashes of its files; within `one_process`."""
     directory.mkdir()
     state = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model.sharded_state_dict()}
     metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}  # as Megatron's trainer saves

@@ -1,4 +1,4 @@
-"""Bounding, and reporting, the memory of a conversion."""
+"""Limiting and reporting the memory of a conversion."""
 
 import contextlib
 import ctypes
@@ -9,10 +9,10 @@ _LARGE = 2**20
 
 
 class PeakMemory:
-    """The most memory that this process has had at once, and how much of it came after this was made.
+    """The peak memory of this process, and how much it has grown since this object was created.
 
-    Making one also lets glibc return every large block to the system as soon as it is freed: by itself it keeps blocks
-    of up to 32 MB, which cost a quarter of the weights in holes between tensors of different sizes (measured).
+    Creating one also lets glibc return every large block to the system as soon as it is freed: by default it keeps
+    blocks of up to 32 MB, and the gaps between tensors of different sizes cost a quarter of the weights (measured).
     """
 
     def __init__(self) -> None:

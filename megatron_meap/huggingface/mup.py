@@ -11,7 +11,7 @@ from megatron_meap.errors import UsageError
 
 @dataclass(frozen=True)
 class Multipliers:
-    """What is multiplied while a model with muP computes; 1 where nothing is."""
+    """Factors that a model with muP applies while it computes; 1 for no effect."""
 
     embedding: float = 1.0
     output: float = 1.0
@@ -30,17 +30,17 @@ class Multipliers:
         return cls(args.mup_embedding_mult, output, scale * math.sqrt(args.kv_channels))
 
     def of(self, name: str, qk_norm: bool) -> float:
-        """What a weight of Hugging Face's is multiplied with, by its name."""
+        """The factor of one of Hugging Face's weights, by its name."""
         if name == "model.embed_tokens.weight":
             return self.embedding
         if name == "lm_head.weight":
             return self.output
-        # A norm of the queries would undo what their projection is multiplied with.
+        # A norm of the queries would undo a factor in their projection.
         queries = ".self_attn.q_norm." if qk_norm else ".self_attn.q_proj."
         return self.attention if queries in name else 1.0
 
     def check(self, dtype: torch.dtype) -> None:
-        """Refuse a type in which the multiplied weights would be rounded once more.
+        """Refuse a type in which the multiplied weights would be rounded again.
 
         Raises:
             UsageError: says which multipliers.

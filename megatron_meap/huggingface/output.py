@@ -1,4 +1,4 @@
-"""Output directories that are complete or not there at all, and that replace nothing but their own kind."""
+"""Output directories that are either complete or absent, and that replace only earlier outputs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from megatron_meap.files import whole_directory
 
 @contextlib.contextmanager
 def new_directory(target: Path, *, source: Path, overwrite: bool, mark: str, needed: int) -> Iterator[Path]:
-    """A directory to write to, which takes the name `target` when the block ends without an exception.
+    """A directory to write to, renamed to `target` when the block ends without an exception.
 
     Args:
-        target: the name it shall have.
-        source: what is being read; it must not lie in the target.
-        overwrite: replace a target that is not empty, if it holds `mark`: other directories are never deleted.
+        target: its final name.
+        source: what is being read; it must not be inside the target.
+        overwrite: replace a target that is not empty, if it contains `mark`: other directories are never deleted.
         mark: name of a file that every output of this kind has.
         needed: bytes that will be written.
 
     Raises:
-        UsageError: the target cannot be used, or the disk is, or gets, full.
+        UsageError: the target cannot be used, or the disk is full.
     """
     _refuse(target, source, overwrite, mark)
     with whole_directory(target, overwrite=True, needed=needed) as directory:
@@ -28,7 +28,7 @@ def new_directory(target: Path, *, source: Path, overwrite: bool, mark: str, nee
 
 
 def _refuse(target: Path, source: Path, overwrite: bool, mark: str) -> None:
-    """Refuse a target that must not, or must not silently, be replaced."""
+    """Refuse a target that must not be replaced."""
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: exists and is not a directory")
     if source.resolve().is_relative_to(target.resolve()):

@@ -10,22 +10,22 @@ ORIGINAL, FAST, SLOW = 4096, 32.0, 1.0  # Megatron's defaults; the last two are 
 
 @dataclass(frozen=True)
 class Yarn:
-    """What YaRN makes of the frequencies, and of the attention."""
+    """How YaRN changes the frequencies and the attention."""
 
     factor: float
-    """By which the context is longer than the original one."""
+    """Length of the context divided by that of the original one."""
     original: int
     """Positions of the original context."""
     beta_fast: float
     beta_slow: float
     attention: float
-    """What sines and cosines are multiplied with."""
+    """Factor of sines and cosines."""
     rounded: bool = True
     """Whether the borders between the frequencies are whole numbers."""
 
     @classmethod
     def from_megatron(cls, args: Namespace) -> "Yarn | None":
-        """Of Megatron's arguments; None where they name other positions."""
+        """From Megatron's arguments; None if they specify other positions."""
         if getattr(args, "position_embedding_type", None) != "yarn":
             return None
         rounded = args.yarn_correction_range_round_to_int
@@ -40,7 +40,7 @@ class Yarn:
 
     @classmethod
     def from_huggingface(cls, rope: dict[str, Any], longest: int) -> "Yarn | None":
-        """Of a config's `rope_parameters` and its `max_position_embeddings`; None where they say something else."""
+        """From a config's `rope_parameters` and `max_position_embeddings`; None if it specifies other positions."""
         if rope.get("rope_type") != "yarn":
             return None
         original = rope.get("original_max_position_embeddings") or longest
@@ -65,7 +65,7 @@ class Yarn:
         return flags | ({"--mscale": (self.attention - 1) / slope} if slope else {})
 
     def config(self) -> dict[str, Any]:
-        """What stands in a Hugging Face config."""
+        """The settings of a Hugging Face config."""
         return {
             "rope_type": "yarn",
             "factor": self.factor,

@@ -1,8 +1,8 @@
 """Proof that a conversion computes the same: both sides loaded by their own libraries, and compared.
 
 That a directory loads proves nothing: a missing weight gets random numbers, a superfluous one is dropped, a wrong
-`rope_theta` is not noticed (each has been seen). So the weights in the files must be exactly those of the
-model, the logits must agree, and, since short texts hardly show them, the rotary frequencies too.
+`rope_theta` is not noticed (all of these have been seen). So the weights in the files must be exactly those of the
+model, the logits must agree, and so must the rotary frequencies, which short texts hardly show.
 """
 
 from argparse import Namespace
@@ -38,13 +38,13 @@ class CheckFailed(UsageError):
 
 
 def check_export(checkpoint: Checkpoint, directory: Path, dtype: torch.dtype, args: Namespace) -> None:
-    """Check an exported directory against the checkpoint that it was made from, and print the findings.
+    """Check an exported directory against its checkpoint, and print the findings.
 
     Args:
         checkpoint: what was exported.
-        directory: where to.
+        directory: the export.
         dtype: of the exported weights.
-        args: the checkpoint's arguments, with the place where the tokenizer is now.
+        args: the checkpoint's arguments, with the current place of the tokenizer.
     """
     if wrong := latest.damage(checkpoint.directory):
         raise UsageError(f"{checkpoint.directory}: the checkpoint is damaged: {wrong}")
@@ -62,7 +62,7 @@ def compare(huggingface: Path, megatron: Path, dtype: torch.dtype, columns: int 
         huggingface: a Hugging Face directory.
         megatron: directory of one iteration of a Megatron checkpoint.
         dtype: of the weights of the converted side.
-        columns: compare only the logits of this many first tokens; all that both have where not given.
+        columns: compare only the logits of the first so many tokens; all that both have if not given.
 
     Returns:
         The largest absolute difference of the logits.
@@ -109,14 +109,14 @@ def load_completely(directory: Path) -> Any:
 
 
 def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Round fp32 weights to what `dtype` can hold, so that only the conversion is compared, not the rounding."""
+    """Round fp32 weights to values of `dtype`, so that only the conversion is compared, not the rounding."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
 
 
 def _megatron_side(directory: Path, dtype: torch.dtype, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [b, s, vocabulary], and the frequencies by which positions are rotated [head dim / 2]."""
+    """Logits [b, s, vocabulary], and the rotary frequencies [head dim / 2]."""
     from megatron_meap.huggingface import megatron_model
 
     with megatron_model.one_process():
@@ -128,7 +128,7 @@ def _megatron_side(directory: Path, dtype: torch.dtype, tokens: Tensor) -> tuple
 
 
 def _tokens(directory: Path, vocabulary: int, longest: int) -> Tensor:
-    """Token ids [b, s]: of the sample texts, or random ones where the directory has no tokenizer."""
+    """Token ids [b, s]: of the sample texts, or random ones if the directory has no tokenizer."""
     length = min(LENGTH, longest)
     if not (directory / "tokenizer_config.json").is_file():
         return torch.randint(vocabulary, (SEQUENCES, length), generator=torch.Generator().manual_seed(0))
@@ -138,7 +138,7 @@ def _tokens(directory: Path, vocabulary: int, longest: int) -> Tensor:
 
 
 def check_tokenizer(directory: Path, args: Namespace) -> None:
-    """Check that the saved tokenizer gives the ids and the texts that Megatron's gives, and has the mask token."""
+    """Check that the saved tokenizer gives the same ids and texts as Megatron's, and has the mask token."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     saved = load_directory(directory)

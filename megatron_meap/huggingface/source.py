@@ -1,4 +1,4 @@
-"""A Hugging Face directory as a source of weights: found complete before anything is converted."""
+"""A Hugging Face directory as a source of weights, checked for completeness before anything is converted."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,12 @@ from megatron_meap.huggingface.architecture import Architecture, from_huggingfac
 from megatron_meap.huggingface.mapping import Weight, all_weights
 from megatron_meap.records import read_json
 
-_FLOATS = ("F64", "F32", "F16", "BF16")  # others are scaled by something that nobody would apply
+_FLOATS = ("F64", "F32", "F16", "BF16")  # other types need scales, which would not be applied
 
 
 @dataclass(frozen=True)
 class HuggingFaceWeights:
-    """The weights of a directory, read one by one when they are asked for."""
+    """The weights of a directory, each read when it is asked for."""
 
     folder: Path
     model: Architecture
@@ -39,7 +39,7 @@ class HuggingFaceWeights:
     def fused(self, layer: int | None, weight: Weight) -> Tensor:
         """A weight of Megatron's, made of those here; biases that are not here are zero.
 
-        Megatron has biases on all linear layers, or on Q, K and V alone.
+        Megatron has biases on all linear layers, or only on Q, K and V.
         """
         parts = weight.parts(layer).items()
         return weight.join([self.read(name) if name in self.places else torch.zeros(shape) for name, shape in parts])
@@ -51,10 +51,10 @@ class HuggingFaceWeights:
 
 
 def read_directory(folder: Path) -> HuggingFaceWeights:
-    """Find out what model a directory holds, and that it holds all of it.
+    """Find out which model a directory holds, and check that it is complete.
 
     Raises:
-        UsageError: no model, another architecture, or weights other than its config says.
+        UsageError: no model, an unsupported architecture, or weights that do not match the config.
     """
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder}: not a Hugging Face model directory: it has no config.json")
@@ -74,7 +74,7 @@ def weights_in(folder: Path) -> dict[str, Path]:
     """Names of all weights that transformers reads from a directory, and the file of each.
 
     That is `model.safetensors`, or the files in the index. Others there (`consolidated.safetensors`, an adapter, shards
-    of an earlier save) are none of the model's.
+    of an earlier save) do not belong to the model.
 
     Raises:
         UsageError: a file is damaged or missing, or the index names a weight that its file does not hold.
@@ -103,7 +103,7 @@ def _names_in(path: Path) -> set[str]:
 
 
 def _check_weights(found: HuggingFaceWeights) -> None:
-    """Refuse weights that are not exactly those of the config: transformers would make up or drop the rest."""
+    """Refuse weights that do not match the config exactly: transformers would make up or drop the difference."""
     expected: dict[str, tuple[int, ...]] = {}
     for layer, weight in all_weights(found.model):
         expected |= weight.parts(layer)

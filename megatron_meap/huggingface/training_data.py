@@ -1,4 +1,4 @@
-"""What a checkpoint's training data says of itself, as far as its manifests can still be found."""
+"""Facts about a checkpoint's training data, as far as its manifests can still be found."""
 
 from argparse import Namespace
 from typing import Any
@@ -8,17 +8,17 @@ from megatron_meap.trainer.carried import manifests
 
 
 def documents_begin_with(args: Namespace) -> list[int]:
-    """Ids put before every document of the training data; none where the manifests do not agree, or are not there."""
+    """Ids put before every document of the training data; none if the manifests disagree or are missing."""
     starts = [manifest.get("before_document", []) for _, _, manifest in manifests(args)]
     return starts[0] if starts and all(start == starts[0] for start in starts) else []
 
 
 def trained_tokenizer(args: Namespace, add_bos: bool | None = None) -> Any | None:
-    """The tokenizer of a run (`tokenizer_of`), putting BOS before a text as the documents of its training data did.
+    """The tokenizer of a run (`tokenizer_of`), which puts BOS before a text if the training documents began with it.
 
     Args:
         args: the arguments in a checkpoint.
-        add_bos: whether to put BOS before every text, where the caller knows better than the manifests.
+        add_bos: whether to put BOS before every text, whatever the manifests say.
     """
     tokenizer = tokenizer_of(args)
     if tokenizer is None:

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as Hugging Face's, one after another: at any moment one layer's are in memory."""
+"""A checkpoint's weights as Hugging Face's, one after another: only one is in memory at a time."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ class Source:
 
     checkpoint: Checkpoint
     model: Architecture
-    """As exported, but with the vocabulary's padding; it may have fewer biases than are stored, or more, as zeros."""
+    """As exported, but with the vocabulary's padding; it may have fewer biases than are stored, or more (zeros)."""
     rows: int
-    """Rows of the vocabulary that are tokens; the rest is padding."""
+    """Rows of the vocabulary that are tokens; the others are padding."""
 
     def exported(self) -> Architecture:
         """The model without the vocabulary's padding."""
@@ -53,7 +53,7 @@ class Source:
         return whole[: self.rows] if len(weight.shape) == 2 else whole  # the embedding and the head
 
     def _exported(self, name: str, part: Tensor, dtype: torch.dtype) -> tuple[str, Tensor]:
-        """A weight as it is written: with muP's multiplier in it, and without what it was cut from."""
+        """A weight as it is written: with muP's factor, and copied, so that the rest of its tensor is freed."""
         factor = self.model.multipliers.of(name, self.model.qk_norm)
         return name, (part if factor == 1 else part.float() * factor).to(dtype, copy=True).contiguous()
 
@@ -64,14 +64,14 @@ class Source:
 
 
 def inspect(checkpoint: Checkpoint, tokenizer: Any | None) -> Source:
-    """Find out whether and how a checkpoint converts, from its arguments and its index alone.
+    """Find out whether and how a checkpoint can be converted, only from its arguments and its index.
 
     Args:
         checkpoint: as `open_checkpoint` returns it.
-        tokenizer: the Hugging Face tokenizer, mask token included; None where the run had none.
+        tokenizer: the Hugging Face tokenizer, mask token included; None if the run had none.
 
     Raises:
-        UsageError: another architecture; or layers, shapes or a vocabulary other than the arguments say.
+        UsageError: an unsupported architecture; or layers, shapes or a vocabulary that do not match the arguments.
     """
     with refusing(f"{checkpoint.directory}: its arguments are not those of a GPT model", AttributeError):
         model = from_megatron(checkpoint.args)
@@ -90,7 +90,7 @@ def inspect(checkpoint: Checkpoint, tokenizer: Any | None) -> Source:
 
 
 def vocabulary_rows(checkpoint: Checkpoint, tokenizer: Any | None) -> int:
-    """Rows of the embedding that are tokens, the mask token among them."""
+    """Rows of the embedding that are tokens, including the mask token."""
     if tokenizer is not None:
         return len(tokenizer)
     args = checkpoint.args
@@ -125,13 +125,13 @@ def _check_shapes(checkpoint: Checkpoint, model: Architecture) -> None:
 
 
 def _biases_to_write(checkpoint: Checkpoint, model: Architecture, tokenizer: Any | None) -> Architecture:
-    """Choose the biases of the exported model, so that there is an architecture for them.
+    """Choose the biases of the exported model so that there is a model class for them.
 
-    Megatron has biases on all linear layers or on Q, K and V alone. Hugging Face's Llama switches those of the
-    attention (the output projection's too) and those of the MLP; Qwen2 has those of Q, K and V. So biases that are zero
-    throughout, as an import writes them, are dropped; and a model with those of Q, K and V is a Qwen2 only if its
-    tokenizer is: for a Qwen2 transformers 5 takes Qwen2's tokenizer class, whatever the files say. Any other gets
-    zero biases on its output projections.
+    Megatron has biases on all linear layers or only on Q, K and V. Hugging Face's Llama has switches for those of the
+    attention (including the output projection) and those of the MLP; Qwen2 has those of Q, K and V. So biases that are
+    all zero, as an import writes them, are dropped; and a model with those of Q, K and V becomes a Qwen2 only if it has
+    Qwen2's tokenizer, because for a Qwen2 transformers 5 uses that class whatever the files say. Any other gets zero
+    biases on its output projections.
     """
     if model.qkv_bias and not model.output_bias:
         qwen2 = tokenizer is None or type(tokenizer).__name__.startswith("Qwen2Tokenizer")

@@ -1,4 +1,4 @@
-"""Checkpoints as their records tell them: what decided the run, what differs between two, whether files are whole."""
+"""Checkpoints by their records: the settings of the run, differences between two, whether the files are intact."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from megatron_meap.trainer.resume import unusable_optimizer_state
 
 
 def describe(path: str, iteration: int | None) -> Iterator[str]:
-    """A few lines on a checkpoint, and the entries of its record by what becomes of a run that differs in them."""
+    """A few lines on a checkpoint, and the entries of its record by what happens if they differ on resume."""
     checkpoint = open_checkpoint(path, iteration)
     args = checkpoint.args
     parameters = sum(math.prod(shape) for shape in checkpoint.weights().values())
@@ -35,7 +35,7 @@ def describe(path: str, iteration: int | None) -> Iterator[str]:
 
 
 def compare(path: str, iteration: int | None, other: str) -> tuple[list[str], bool]:
-    """What differs between two checkpoints' runs, a line each; and whether the first one's may resume the other."""
+    """Differences between the runs of two checkpoints, one per line; and whether the first may resume the other."""
     here, there = open_checkpoint(path, iteration), open_checkpoint(other)
     lines = [f"here: {here.directory}", f"there: {there.directory}"]
     names = [name for name in (*model_arguments.SHAPE, *model_arguments.FUNCTION) if hasattr(here.args, name)]
@@ -57,10 +57,10 @@ def compare(path: str, iteration: int | None, other: str) -> tuple[list[str], bo
 
 
 def verify(path: str, iteration: int | None) -> str:
-    """A line on the files, which are as they were saved.
+    """A line on the files, if they are as they were saved.
 
     Raises:
-        UsageError: they are not; it names them.
+        UsageError: some are not; the message names them.
     """
     folder = directory_of(Path(path), iteration)
     if wrong := latest.damage(folder):

@@ -1,4 +1,4 @@
-"""Pictures of training runs: the curves of one, or several side by side."""
+"""Plots of training runs: the curves of one run, or of several for comparison."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from megatron_meap.meap.losses import CLEAN_LOSS, MASKED_LOSS
 
 @contextlib.contextmanager
 def _figure(path: Path, panels: int = 1) -> Iterator[Any]:
-    """The axes [panels] of a picture, which is written when the block ends; the file's suffix is its format."""
+    """The axes [panels] of a plot, which is written when the block ends; the file's suffix determines its format."""
     from matplotlib.figure import Figure
 
     figure = Figure((7 * panels + 1, 5))
@@ -31,12 +31,12 @@ def _figure(path: Path, panels: int = 1) -> Iterator[Any]:
 
 
 def plot(history: History, path: Path, unigram: float | None = None) -> None:
-    """Draw the loss curves as a picture: masked and clean inputs, validation, and the unigram entropy as a floor.
+    """Plot the loss curves: masked and clean inputs, validation, and the unigram entropy for comparison.
 
     Args:
         history: the run.
-        path: file to write; its suffix is the format.
-        unigram: entropy of the corpus' token distribution in nats, what a model without context can reach.
+        path: file to write; its suffix determines the format.
+        unigram: entropy of the corpus's token distribution in nats, which a model without context can reach.
     """
     with _figure(path) as (axes,):
         for name, label, color in (
@@ -58,14 +58,14 @@ def plot(history: History, path: Path, unigram: float | None = None) -> None:
 
 
 def plot_runs(runs: dict[str, History], path: Path) -> None:
-    """Draw several runs side by side, over the tokens that they have read; over steps where a log does not tell those.
+    """Plot several runs over the tokens that they have read, or over steps if a log does not tell the tokens.
 
-    Training on clean inputs is a line and validation are dots; bits per byte, which do not depend on the tokenizer,
-    have a panel of their own where all runs have them.
+    Lines are the training loss on clean inputs, dots are validation; bits per byte, which do not depend on the
+    tokenizer, have a separate panel if all runs have them.
 
     Args:
         runs: by name.
-        path: file to write; its suffix is the format.
+        path: file to write; its suffix determines the format.
     """
     in_tokens = all(history.seq_length for history in runs.values())
     panels = 1 + all(history.bits_per_byte for history in runs.values())

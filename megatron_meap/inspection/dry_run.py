@@ -1,7 +1,7 @@
-"""`--dry-run`: check all that a run would check, show what it would do, and end.
+"""`--dry-run`: check everything that a run would check, show what it would do, and end.
 
-One process looks at the whole job: the layout is that of WORLD_SIZE ranks, but nothing is communicated, no weight is
-allocated, and nothing is written but the data's index cache, which the run itself would write.
+One process checks the whole job: the layout is that of WORLD_SIZE ranks, but nothing is communicated, no weight is
+allocated, and nothing is written except the index cache of the data, which the run itself would write.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from megatron_meap.trainer.refusals import explained
 def run() -> None:
     """Show what the command line would run."""
     if os.environ.get("RANK", "0") != "0":
-        return  # under torchrun one process speaks for all
+        return  # under torchrun, only one process prints
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0"}
     logging.disable(logging.WARNING)
     megatron_patches.apply()
@@ -75,14 +75,14 @@ def run() -> None:
 
 
 def _parse() -> Namespace:
-    """The checked arguments; nothing is logged to, for the run does not take place."""
+    """The checked arguments, without TensorBoard."""
     args = parse_arguments(tensorboard_dir=None)
     args.iteration = 0
     return args
 
 
 def _data(args: Namespace) -> Any:
-    """The training samples; those of validation are built as well, and the first batches of both read."""
+    """The training samples; validation samples are built as well, and the first batch of each is read."""
     with pretended(args):
         update_train_iters(args)
         train, valid, _ = datasets_provider(list(get_train_valid_test_num_samples()))
@@ -94,7 +94,7 @@ def _data(args: Namespace) -> Any:
 
 
 def _sample_to_show(dataset: Any, args: Namespace) -> int:
-    """Index of the first sample that has a mask, if one of the first has: in fine-tuning not every one does."""
+    """Index of the first sample with a mask, if one of the first 64 has any: in fine-tuning, not every sample does."""
     indices = range(min(64, len(dataset)))
     return next((i for i in indices if (noise_of(dataset[i], args.meap_mask_token_id) & NOISED).any()), 0)
 

@@ -1,4 +1,4 @@
-"""What the model really sees: decoded samples with the noised tokens marked, figures of the noise, a stream digest."""
+"""What the model sees: decoded samples with the noised tokens marked, statistics of the noise, stream digests."""
 
 import hashlib
 import html
@@ -26,7 +26,7 @@ COLORS = {
     "unlearned": "\033[2m{}\033[0m",  # faint
 }
 SIGNS = {"noised": "⟦{}⟧", "learned": "«{}»", "noised learned": "«⟦{}⟧»"}
-"""Where there are no colours; what is not learned is plain."""
+"""Used without colours; what is not learned is plain."""
 _CLEAN = "shown by its clean text (→ its replacement, if that is not the mask token)"
 LEGENDS = {
     False: f'<span class="noised">noised input</span> {_CLEAN}, <span class="unlearned">no loss</span>; a line '
@@ -34,12 +34,12 @@ LEGENDS = {
     True: '<span class="learned">learned</span>, <span class="noised learned">learned where it is masked</span> '
     f'{_CLEAN}, <span class="unlearned">context</span>; ↵ is a line end that is learned; a line separates rows.',
 }
-"""What the colours of a page mean, in pretraining and of rows of fine-tuning."""
+"""What the colours of a page mean, in pretraining and in rows of fine-tuning."""
 _SEQUENCE_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "cu_seqlens")
 
 
 def sample_digest(sample: dict[str, torch.Tensor]) -> str:
-    """sha256 of a sample as the model gets it: tokens, labels, loss mask, position ids, document borders."""
+    """sha256 of a sample as the model receives it: tokens, labels, loss mask, position ids, document borders."""
     digest = hashlib.sha256()
     for key in _SEQUENCE_KEYS:
         if sample.get(key) is not None:
@@ -48,12 +48,12 @@ def sample_digest(sample: dict[str, torch.Tensor]) -> str:
 
 
 def stream_digest(digests: Iterable[str]) -> str:
-    """One digest of the samples in the order in which they are trained on."""
+    """One digest of samples in training order."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
-    """Text of single tokens: pieces as they stand in the vocabulary, with spaces, line ends and bytes readable."""
+    """Text of single tokens: pieces of the vocabulary, with readable spaces, line ends and bytes."""
     names = {special_id(tokenizer, name): f"<{name}>" for name in ("pad", "bos", "eod")}
     library = getattr(tokenizer, "_tokenizer", tokenizer)
     backend = getattr(getattr(library, "tokenizer", None), "backend_tokenizer", None)
@@ -81,21 +81,21 @@ class View:
 
     index: int
     texts: list[str]
-    """The clean tokens as text: the inputs; of rows of fine-tuning all tokens, with the label that no input is."""
+    """The clean tokens as text: the inputs; of rows of fine-tuning all tokens, including the last label."""
     noised: np.ndarray
     """bool [s]: replaced by the mask token or another one."""
     learned: np.ndarray
-    """bool [s]: of rows, the token itself is a label; else the label at its place counts."""
+    """bool [s]: in rows, the token itself is a label; otherwise the label at its position counts."""
     borders: set[int]
     """Positions at which another document begins."""
     rows: bool = False
-    """Whether it is made of rows of fine-tuning, of which only a part is learned."""
+    """Whether it consists of rows of fine-tuning, which are learned only in part."""
     padding: int = 0
-    """Positions after these that hold nothing."""
+    """Number of empty positions after these."""
     became: dict[int, str] = field(default_factory=dict)
-    """The tokens, as text, at positions that hold another one than the mask token."""
+    """Replacements other than the mask token, as text, by position."""
     copied: str = ""
-    """Said of a noised copy."""
+    """A remark on a noised copy."""
 
     @property
     def heading(self) -> str:
@@ -111,7 +111,7 @@ class View:
         )
 
     def _kind(self, position: int) -> str:
-        """A key of `COLORS`, or nothing for what is plain: what is learned in pretraining, where nearly all is."""
+        """A key of `COLORS`, or empty for plain text: what is learned in pretraining, which is nearly everything."""
         if self.rows and self.learned[position]:
             return "noised learned" if self.noised[position] else "learned"
         if self.noised[position]:
@@ -119,18 +119,18 @@ class View:
         return "" if self.learned[position] else "unlearned"
 
     def _shown(self) -> Iterator[tuple[str, str]]:
-        """Kind and text of every token; where another than the mask token stands there, followed by that."""
+        """Kind and text of every token, followed by its replacement if that is not the mask token."""
         for position, text in enumerate(self.texts):
             other = f"→{self.became[position]}" if position in self.became else ""
             yield self._kind(position), text + other
 
     def for_terminal(self, colors: bool = True) -> str:
-        """Tokens in the colour of their kind, or with its signs around; documents and rows apart."""
+        """Tokens in the colour of their kind, or between its signs; documents and rows are separated."""
         document = np.isin(np.arange(len(self.texts)), list(self.borders)).cumsum()
         styles, parts, last = COLORS if colors else SIGNS, [], 0
 
         def stretch(item: tuple[int, tuple[str, str]]) -> tuple[int, str, int]:
-            """Tokens of one kind in a document are one stretch, noised ones apart."""
+            """Adjacent tokens of one kind in a document belong together, except noised ones."""
             position, (kind, _) = item
             return document[position], kind, position if self.noised[position] else -1
 
@@ -143,7 +143,7 @@ class View:
         return f"{self.heading}\n{''.join(parts)}\n"
 
     def for_html(self) -> str:
-        """The same as a section of a page."""
+        """The same as a section of an HTML page."""
         parts = []
         for position, (kind, text) in enumerate(self._shown()):
             if position in self.borders:
@@ -154,23 +154,23 @@ class View:
 
 
 def _visible(kind: str, text: str) -> str:
-    """Text of a token to be coloured, of which a line end has nothing that takes a colour."""
+    """Text of a token to be coloured, with a sign for a line end, which would show no colour."""
     return text if kind in ("", "unlearned") else text.replace("\n", "↵\n")
 
 
 def has_colors() -> bool:
-    """Whether what is printed is seen in colour: on a terminal, unless NO_COLOR is set; in a pipe if FORCE_COLOR is."""
+    """Whether to print in colour: on a terminal unless NO_COLOR is set, and always if FORCE_COLOR is set."""
     return "FORCE_COLOR" in os.environ or (sys.stdout.isatty() and "NO_COLOR" not in os.environ)
 
 
 def view(dataset: Any, index: int, tokenizer: Any, mask_token_id: int) -> View:
-    """Look at one sample of a (masked) training dataset.
+    """The view of one sample of a training dataset.
 
     Args:
         dataset: the training dataset, masked or not.
         index: global sample index.
         tokenizer: Megatron's.
-        mask_token_id: what a masked input holds.
+        mask_token_id: id of the mask token.
     """
     if isinstance(dataset, SFTDataset):
         return _rows(dataset, index, tokenizer, mask_token_id)
@@ -195,13 +195,13 @@ def view(dataset: Any, index: int, tokenizer: Any, mask_token_id: int) -> View:
 
 
 def _rows(dataset: SFTDataset, index: int, tokenizer: Any, mask_token_id: int) -> View:
-    """A sample of fine-tuning: its rows one after the other, each with its last token, which is a label alone."""
+    """A sample of fine-tuning: its rows one after the other, each with its last token, which is only a label."""
     rows = dataset.sample_rows(index)
     inputs = np.concatenate([row.tokens for row in rows])
     clean = np.concatenate([row.tokens for row in dataset.sample_rows(index, masked=False)])
     learned = np.concatenate([row.labels != IGNORE for row in rows])
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)])[:-1]
-    learned[starts] = False  # nothing stands before it to predict it from
+    learned[starts] = False  # nothing comes before it to predict it from
     return View(
         index,
         list(token_texts(tokenizer, clean.tolist())),
@@ -215,13 +215,13 @@ def _rows(dataset: SFTDataset, index: int, tokenizer: Any, mask_token_id: int) -
 
 
 def _others(inputs: np.ndarray, noised: np.ndarray, tokenizer: Any, mask_token_id: int) -> dict[int, str]:
-    """What stands at noised positions, as text, where it is not the mask token."""
+    """Replacements at noised positions, as text, other than the mask token."""
     other = np.flatnonzero(noised & (inputs != mask_token_id))
     return dict(zip(other.tolist(), token_texts(tokenizer, inputs[other].tolist()), strict=True))
 
 
 def page(views: list[View], statistics: str, source: str) -> str:
-    """A self-contained HTML page about samples of a source, which is named at its top."""
+    """A self-contained HTML page of samples, with their source at the top."""
     style = (
         "body{font-family:sans-serif;max-width:60em;margin:2em auto}pre{white-space:pre-wrap;line-height:1.6;"
         "background:#f6f6f6;padding:1em}.noised{background:#c33;color:#fff;"
@@ -239,11 +239,11 @@ def page(views: list[View], statistics: str, source: str) -> str:
 
 
 def mask_statistics(dataset: Any, count: int, mask_token_id: int, ratio: float, exact: bool = True) -> str:
-    """Figures over the first `count` samples: share and spread of the noise, evenness over positions.
+    """Statistics over the first `count` samples: share and spread of the noise, evenness over positions.
 
     Args:
-        dataset: the training dataset; of copies and their clean samples the copies count.
-        count: how many samples.
+        dataset: the training dataset; if it has noised copies, only these count.
+        count: number of samples.
         mask_token_id: the mask token.
         ratio: the mask ratio.
         exact: whether every sample has exactly that share.

@@ -1,4 +1,4 @@
-"""The training data of a command line, read as its training run would read it, without training."""
+"""The training data of a command line, read as in its training run, but without training."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ class Streams:
             raise UsageError("--data-path: names no training data to look at")
 
     def print_digest(self, first: int, end: int) -> None:
-        """Print one line for the samples from `first` up to `end`, read by the data loaders of all ranks."""
+        """Print the digest of the samples from `first` up to `end`, read by the data loaders of all ranks."""
         args = self.args
         step = args.micro_batch_size * mpu.get_data_parallel_world_size()
         if (end - first) % step:
@@ -66,7 +66,7 @@ class Streams:
             print(f"digest of samples {first} to {end - 1}: {digest}", flush=True)
 
     def print_samples(self, indices: list[int], statistics: int, page_path: Path | None) -> None:
-        """Print decoded samples and mask statistics on rank 0, and write them as a page where asked."""
+        """Print decoded samples and mask statistics on rank 0, and write them as a page if asked."""
         if torch.distributed.get_rank() != 0:
             return
         assert self.dataset is not None
@@ -93,7 +93,7 @@ class Streams:
             print(f"wrote {page_path}", flush=True)
 
     def _source(self) -> str:
-        """Which data it is, and what is masked of it."""
+        """The data, and what is masked in it."""
         args = self.args
         what = "answer tokens" if args.meap_sft else "input tokens"
         names = args.data_path or args.train_data_path or [args.data_args_path or args.meap_data_stages or "mock data"]

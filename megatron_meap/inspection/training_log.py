@@ -1,4 +1,4 @@
-"""What a training run did, read from Megatron's own log: its history, and a progress line while it runs."""
+"""A training run, read from Megatron's own log: its history, and a progress line while it runs."""
 
 import re
 import time
@@ -36,33 +36,33 @@ class Step:
     values: dict[str, float]
     """By their names in the log: `lm loss`, `learning rate`, `grad norm`, `elapsed time per iteration (ms)`, ..."""
     time_left: str | None = None
-    """What the log itself says of it."""
+    """As the log itself says."""
 
 
 @dataclass
 class History:
-    """A training run, from the start of its log to the end; a resumed run overwrites the steps it repeats."""
+    """A training run from the start of its log to the end; a resumed run overwrites the steps that it repeats."""
 
     steps: dict[int, Step] = field(default_factory=dict)
     validation_sets: dict[str, dict[int, float]] = field(default_factory=dict)
-    """Validation loss by step, in nats per token, of each validation set; one alone has no name."""
+    """Validation loss by step, in nats per token, of each validation set; a single one has no name."""
     retrieval: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Accuracy of the retrieval probe by step, and that of chance, in percent."""
     seq_length: int | None = None
     """Tokens per sample."""
     train_samples: int | None = None
-    """Samples of the whole run, where it is counted in samples."""
+    """Samples of the whole run, if its length is given in samples."""
 
     bits_per_byte: dict[str, dict[int, float]] = field(default_factory=dict)
     """Of each validation set by step, as `validation_sets`."""
 
     notices: list[str] = field(default_factory=list)
-    """Loss spikes, skipped steps, and what ended a start of the run: a loss or gradients that are not finite."""
+    """Loss spikes, skipped steps, and losses or gradients that were not finite and ended the run."""
     marked: set[int] = field(default_factory=set)
     """The steps of spikes and of skipped steps."""
 
     def add(self, line: str) -> Step | None:
-        """Take in one line of the log; the step it reports, where it reports one."""
+        """Process one line of the log; returns the step that it reports, if any."""
         if match := _STEP.search(line):
             values = {name.strip(): float(value) for name, value in _VALUE.findall(match["values"])}
             left = _TIME_LEFT.search(line)
@@ -85,11 +85,11 @@ class History:
 
     @property
     def validation(self) -> dict[int, float]:
-        """Validation loss by step; that of the first set, where there are several."""
+        """Validation loss by step; that of the first set, if there are several."""
         return next(iter(self.validation_sets.values()), {})
 
     def tokens(self, step: int) -> float:
-        """Tokens consumed up to a step that was logged; of other steps those of the nearest."""
+        """Tokens consumed up to a step; estimated from the nearest step that was logged."""
         nearest = self.steps[min(self.steps, key=lambda each: abs(each - step))]
         return nearest.values["consumed samples"] * (self.seq_length or 0) * step / nearest.step
 
@@ -115,7 +115,7 @@ def read_log(path: Path) -> History:
 
 
 def progress_line(history: History, step: Step) -> str:
-    """One readable line: percent, losses, tokens per second and the time that is left."""
+    """One readable line: percent, losses, tokens per second and the time left."""
     values = step.values
     seconds = values.get("elapsed time per iteration (ms)", 0.0) / 1000
     parts = [f"{100 * step.step / step.total:3.0f}%", f"step {step.step}/{step.total}"]
@@ -146,7 +146,7 @@ def _time(seconds: float) -> str:
 
 
 def _steps_left(history: History, step: Step) -> float:
-    """Steps of this one's batch size until the end: a schedule may make the later ones larger."""
+    """Steps until the end, at this step's batch size: a schedule may make later batches larger."""
     if history.train_samples is None:
         return step.total - step.step
     values = step.values
@@ -154,7 +154,7 @@ def _steps_left(history: History, step: Step) -> float:
 
 
 class Reader:
-    """Reads a log that is still being written; what it has read is in `history`."""
+    """Reads a log that is still being written, into `history`."""
 
     def __init__(self, path: Path, history: History | None = None, start: int = 0) -> None:
         """`start` is a position in the file, in bytes; the file may not exist yet."""
@@ -163,7 +163,7 @@ class Reader:
         self._position, self._rest = start, ""
 
     def news(self) -> Iterator[str]:
-        """What has happened since the last call: a progress line, and the lines that stand for themselves."""
+        """What is new since the last call: a progress line, and notices."""
         if not self.path.exists():
             return
         with open(self.path, errors="replace") as file:
@@ -179,11 +179,11 @@ class Reader:
 
 
 def follow(readers: dict[str, Reader], done: Iterator[bool]) -> Iterator[str]:
-    """News of logs that are still being written, each with its run's name before it.
+    """News from logs that are still being written, each preceded by the name of its run.
 
     Args:
-        readers: by the names of the runs; the empty name is not written.
-        done: asked before every look; when it says True what is left is read and the iteration ends.
+        readers: by the names of the runs; an empty name is not written.
+        done: evaluated before every look; when it is True, the rest is read and the iteration ends.
     """
     for finished in done:
         for name, reader in readers.items():

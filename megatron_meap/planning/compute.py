@@ -16,7 +16,7 @@ from megatron_meap.trainer import batch_sizes
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed in a run."""
+    """The computation of a run."""
 
     steps: int
     tokens: int
@@ -24,7 +24,7 @@ class Work:
     hardware_flops: float
 
     def hours(self, gpus: int, gpu: GPU, mfu: float) -> float:
-        """Time at a share `mfu` of the peak, counted in model FLOPs."""
+        """Time at an MFU (share of the peak, in model FLOPs)."""
         return self.model_flops / (gpus * gpu.tflops * 1e12 * mfu) / 3600
 
 

@@ -1,4 +1,4 @@
-"""Which layouts of a run are possible on given GPUs, and which of them look best."""
+"""The possible layouts of a run on given GPUs, and which of them look best."""
 
 import contextlib
 import copy
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def slowdown(self) -> float:
-        """Time a step takes beside an ideal one: recomputation and pipeline bubble; communication is not in it."""
+        """Time of a step relative to an ideal one, by recomputation and pipeline bubble; without communication."""
         return self.work.hardware_flops / self.work.model_flops * (1 + self.bubble)
 
 
@@ -59,7 +59,7 @@ def plan(flags: Namespace, **changes: object) -> Plan:
         changes: arguments to set differently.
 
     Raises:
-        UsageError: Megatron refuses the layout, with its reason; or its memory cannot be planned.
+        UsageError: Megatron refuses the layout (with its reason), or the memory cannot be planned.
     """
     args = copy.deepcopy(flags)
     vars(args).update(changes)
@@ -80,8 +80,8 @@ def best(base: Plan, flags: Namespace, per_node: int, memory: float, count: int)
         base: the plan of the flags as they are.
         flags: of the command line, not yet checked.
         per_node: GPUs of a node; tensor parallelism stays within one.
-        memory: bytes a rank may use.
-        count: of layouts.
+        memory: bytes that a rank may use.
+        count: number of layouts.
     """
     found: list[Plan] = []
     for layout in sorted(_candidates(base, per_node, memory), key=lambda each: each.order(base)):
@@ -106,7 +106,7 @@ class _Layout:
 
     @property
     def changes(self) -> dict[str, object]:
-        """The arguments that make it."""
+        """Its arguments."""
         return {
             "tensor_model_parallel_size": self.tensor,
             "sequence_parallel": self.tensor > 1,
@@ -120,25 +120,25 @@ class _Layout:
         }
 
     def micro_batches(self, base: Plan) -> list[float]:
-        """Of a step on a data-parallel rank, for every batch size of the run."""
+        """Micro batches of a step on a data-parallel rank, for every batch size of the run."""
         data_parallel = base.args.world_size / (self.tensor * self.pipeline * self.context)
         return [phase.batch_size / (self.micro * data_parallel) for phase in batch_sizes.phases(base.args)]
 
     def at_least(self, base: Plan) -> float:
-        """Bytes of a rank that no layout comes below: a cheap sieve before the real count."""
+        """A lower bound of the bytes on a rank: a cheap filter before the real count."""
         args, each = base.args, bytes_per_parameter(base.args)
         part = self.tensor * self.pipeline
         kept = each["weights"] + each["gradients"] + each["matrix"] * part / args.world_size
         width = args.hidden_size
         if self.recomputation == "none":
             width = 4 * args.hidden_size + (3 if args.swiglu else 2) * args.ffn_hidden_size
-        # The first stage keeps as many micro batches as there are stages: all layers' worth of activations.
+        # The first stage keeps as many micro batches as there are stages: activations of all layers together.
         flying = min(1.0, max(self.micro_batches(base)) / self.pipeline)
         tokens = self.micro * args.seq_length / (self.tensor * self.context)
         return base.memory.parameters / part * kept + 2 * tokens * width * args.num_layers * flying
 
     def order(self, base: Plan) -> tuple:
-        """The smaller, the better the layout: expected slowdown; then communication; then many small pieces."""
+        """Sort key, best layouts first: by expected slowdown, then communication, then larger micro batches."""
         work, args = base.work, base.args
         logits = 6 * work.tokens * args.hidden_size * args.padded_vocab_size
         repeated = (work.model_flops - logits) / 3 if self.recomputation == "full" else 0.0
@@ -149,7 +149,7 @@ class _Layout:
 
 
 def _candidates(base: Plan, per_node: int, memory: float) -> Iterator[_Layout]:
-    """Layouts of powers of two that divide and are not out of the question."""
+    """Layouts of powers of two that divide the model and the batch, and may fit."""
     args, powers = base.args, [1, 2, 4, 8, 16, 32]
     for tensor, pipeline, context, micro in itertools.product(powers, powers, powers, powers[:4]):
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads

@@ -1,4 +1,4 @@
-"""Memory of every pipeline stage's ranks: what Megatron keeps for the parameters, and the activations in flight."""
+"""Memory of the ranks of every pipeline stage: what Megatron keeps for the parameters, and activations in flight."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ class StageMemory:
     loss: int
     """Kept by logits and loss."""
     working: int
-    """What comes and goes on top at the worst moment of a forward or backward pass."""
+    """Temporary memory at the worst moment of a forward or backward pass."""
 
     @property
     def total(self) -> int:
-        """All kinds together; CUDA's and NCCL's own memory is not in it."""
+        """All kinds together, without CUDA's and NCCL's own memory."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.loss + self.working
 
 
@@ -58,7 +58,7 @@ def measure(args: Namespace) -> ModelMemory:
         args: checked, with `padded_vocab_size` set.
 
     Raises:
-        UsageError: flags whose memory is not known here.
+        UsageError: flags whose memory is unknown here.
     """
     for flag, asked in (
         ("--use-megatron-fsdp", args.use_megatron_fsdp),
@@ -118,24 +118,24 @@ def _stage(args: Namespace, stage: int, chunks: list[Chunk]) -> StageMemory:
 
 
 def bytes_per_parameter(args: Namespace) -> dict[str, int]:
-    """Bytes that Megatron keeps for a parameter: weight, gradient buffer, optimizer state, and that of a matrix."""
+    """Bytes that Megatron keeps per parameter: weight, gradient buffer, optimizer state, and the state of a matrix."""
     mixed = args.bf16 or args.fp16
     if args.use_precision_aware_optimizer:
         optimizer = sum(kind.itemsize for kind in (args.main_params_dtype, args.exp_avg_dtype, args.exp_avg_sq_dtype))
         if args.bf16 and args.main_params_dtype == torch.float32:
-            optimizer -= 2  # Transformer Engine keeps only what the bf16 weights leave out of the 32-bit ones
+            optimizer -= 2  # Transformer Engine keeps only the bits that bf16 weights lack
     else:
         optimizer = 12 if mixed else 8  # two moments, and the 32-bit copy of the weights
     gradients = 4 if args.accumulate_allreduce_grads_in_fp32 or not mixed else 2
     sizes = {"weights": 2 if mixed else 4, "gradients": gradients, "optimizer": optimizer, "matrix": optimizer}
-    if args.optimizer == "muon":  # one moment; beside matrices the second optimizer's
+    if args.optimizer == "muon":  # one moment for matrices; for the rest the second optimizer's
         sizes["matrix"] -= 4
         sizes["optimizer"] -= 4 if args.muon_scalar_optimizer == "lion" else 0
     return sizes
 
 
 def _optimizer(each: dict[str, int], parameters: int, matrices: int) -> int:
-    """Bytes of the optimizer state of parameters, some of which are in matrices."""
+    """Bytes of the optimizer state of parameters, of which `matrices` are in matrices."""
     return (parameters - matrices) * each["optimizer"] + matrices * each["matrix"]
 
 

@@ -59,7 +59,7 @@ def describe(plan: Plan) -> str:
 
 
 def _copies(args: Namespace, tokens: int) -> list[str]:
-    """What noised copies make of the budget."""
+    """How noised copies change the budget."""
     if args.meap_copy_weight is None:
         return []
     return [
@@ -69,7 +69,7 @@ def _copies(args: Namespace, tokens: int) -> list[str]:
 
 
 def _grouped(stages: list[StageMemory]) -> list[tuple[str, StageMemory]]:
-    """Neighbouring stages that need the same, in one row."""
+    """Stages, with neighbours that need the same memory in one row."""
     rows: list[tuple[int, int, StageMemory]] = []
     for number, stage in enumerate(stages):
         if rows and rows[-1][2] == stage:
@@ -80,7 +80,7 @@ def _grouped(stages: list[StageMemory]) -> list[tuple[str, StageMemory]]:
 
 
 def warnings(plan: Plan, usable: float, per_node: int) -> list[str]:
-    """What speaks against the plan."""
+    """Problems of the plan."""
     found = []
     worst = plan.memory.largest
     if worst.total > usable:

@@ -1,8 +1,8 @@
 """One micro batch through a rank's part of the model, on tensors without memory: what is alive, and when.
 
-PyTorch's `FakeTensorMode` runs Megatron's own modules with shapes alone. Every storage that an operation creates is
-counted while it lives, so that after the forward pass what is left is what autograd keeps, recomputation included, and
-the largest sum until the end of the backward pass is what must fit.
+PyTorch's `FakeTensorMode` runs Megatron's own modules on shapes only. Every storage that an operation creates is
+counted while it lives: what remains after the forward pass is what autograd keeps, with recomputation taken into
+account, and the peak until the end of the backward pass is what must fit.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from megatron_meap.trainer.model import model_config
 
 @dataclass
 class Chunk:
-    """A rank's model chunk (one, or several where the pipeline is interleaved). Bytes are for one micro batch."""
+    """A rank's model chunk (one, or several in an interleaved pipeline). Bytes are for one micro batch."""
 
     parameters: int
     """Elements on this rank."""
@@ -39,19 +39,19 @@ class Chunk:
     """Elements that this chunk contributes to the model, on all its tensor- and expert-parallel ranks together."""
     weight_bytes: int
     matrices: int = 0
-    """Of the elements, those in matrices that Muon updates: not embeddings, norms, biases, the output layer."""
+    """Elements in matrices that Muon updates: not embeddings, norms, biases, the output layer."""
     whole_matrices: int = 0
-    """The same of `whole`."""
+    """The same, of `whole`."""
     kept_layers: int = 0
     """Kept from the forward to the backward pass: embedding, layers, final norm."""
     kept_loss: int = 0
     """The same for logits and loss."""
     working: int = 0
-    """On top of what is kept, at the worst moment of forward and backward pass."""
+    """In addition to what is kept, at the worst moment of forward and backward pass."""
 
     @property
     def kept(self) -> int:
-        """All that is kept for the backward pass."""
+        """Everything that is kept for the backward pass."""
         return self.kept_layers + self.kept_loss
 
 
@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of storages that were created under this mode and are still alive.
 
     Args:
-        known: tensors whose storages do not count: parameters, of which views are made.
+        known: tensors whose storages do not count: parameters, of which views are created.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -93,10 +93,10 @@ def trace_stage(args: Namespace, activations: bool = True) -> list[Chunk]:
 
     Args:
         args: checked, with `padded_vocab_size` set.
-        activations: without, parameters alone are counted.
+        activations: if false, only parameters are counted.
 
     Raises:
-        UsageError: what the chunks keep depends on the data (mixture of experts).
+        UsageError: the memory depends on the data (mixture of experts).
     """
     if activations and args.num_experts is not None:
         raise UsageError("--num-experts: what experts keep depends on the data; only dense models can be planned")
@@ -110,7 +110,7 @@ def trace_stage(args: Namespace, activations: bool = True) -> list[Chunk]:
 
 
 def _build(args: Namespace) -> list[Any]:
-    """The chunks as Megatron's trainer builds them, but of local layers: Transformer Engine needs CUDA to be built.
+    """The chunks as Megatron's trainer builds them, but with local layers: Transformer Engine's need CUDA.
 
     Both have the same parameters.
     """
@@ -154,7 +154,7 @@ def _count(model: torch.nn.Module, args: Namespace) -> Chunk:
 
 
 def _run(model: Any, chunk: Chunk, args: Namespace) -> None:
-    """Forward and backward pass of one micro batch; note what is kept and the peak."""
+    """Forward and backward pass of one micro batch; records what is kept, and the peak."""
     length = args.seq_length // args.context_parallel_size
     shape = args.micro_batch_size, length
     for parameter in model.parameters():
@@ -192,10 +192,10 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 @contextlib.contextmanager
 def _kernels_of(args: Namespace) -> Iterator[None]:
-    """Kernels that keep what those of the target keep: a CPU's own; or for a GPU, stand-ins for its fused ones.
+    """Use kernels that keep the same tensors as those of the target: a CPU's own, or stand-ins for a GPU's fused ones.
 
     The fused norm, SwiGLU and rotary embedding that `kernels` has for CPUs keep what Transformer Engine's and Apex's
-    keep: their inputs. Cross-entropy and linear layers are Megatron's own there.
+    keep: their inputs. Cross-entropy and linear layers are Megatron's own on a GPU.
     """
     if device.is_cpu():
         cpu.adapt_megatron()
@@ -210,7 +210,7 @@ def _kernels_of(args: Namespace) -> Iterator[None]:
     rotate = "_apply_rotary_pos_emb_bshd"
     with (
         layers.made_of(modules),
-        # Megatron's own picks a context-parallel rank's positions by an index in pinned memory, which needs a driver.
+        # Megatron's own selects a context-parallel rank's positions by an index in pinned memory, which needs a driver.
         replaced(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", _first_part),
         replaced(rope_utils, rotate, original_of(rope_utils, rotate)),
     ):

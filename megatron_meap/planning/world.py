@@ -1,4 +1,4 @@
-"""One process that pretends to be a rank of any world: Megatron's process groups without anybody to talk to."""
+"""One process that pretends to be a rank of any world: Megatron's process groups without other processes."""
 
 import contextlib
 import copy
@@ -18,7 +18,7 @@ from megatron_meap.backend.patching import replaced
 
 @contextlib.contextmanager
 def pretended(args: Namespace, stage: int = 0) -> Iterator[None]:
-    """Be the first rank of a pipeline stage; collectives return at once and their results mean nothing.
+    """Be the first rank of a pipeline stage; collectives return at once, with meaningless results.
 
     Args:
         args: checked; `world_size` may be any.
@@ -29,9 +29,9 @@ def pretended(args: Namespace, stage: int = 0) -> Iterator[None]:
         within_stage = args.world_size // args.pipeline_model_parallel_size
     distributed.init_process_group("fake", store=FakeStore(), rank=stage * within_stage, world_size=args.world_size)
     alone = copy.copy(args)
-    alone.use_gloo_process_groups = False  # nobody is there to connect to
+    alone.use_gloo_process_groups = False  # there is no other process to connect to
     if device.plans_for_gpu():
-        alone.pipeline_model_parallel_comm_backend = None  # which may not be here
+        alone.pipeline_model_parallel_comm_backend = None  # may not be available here
     try:
         with replaced(initialize, "get_args", lambda: alone), contextlib.redirect_stdout(io.StringIO()):
             initialize._initialize_distributed(None, None, None)

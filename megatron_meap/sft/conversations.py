@@ -1,4 +1,4 @@
-"""Conversations from files: JSON lines, one JSON list or Parquet, read, checked, and brought into one shape."""
+"""Conversations from files (JSON lines, one JSON list or Parquet), checked and brought into one form."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ class Conversation:
 
     @property
     def ends_unanswered(self) -> bool:
-        """Whether a question without an answer stands at the end, which is not trained on."""
+        """Whether it ends with an unanswered question, which is not trained on."""
         return self.messages[-1]["role"] != "assistant"
 
 
@@ -43,7 +43,7 @@ def read_conversations(path: str, bad: Callable[[UsageError], None]) -> Iterator
         bad: called with an error that names file and line for each bad one, which is then skipped; it may raise.
 
     Raises:
-        UsageError: the file cannot be read, or is no JSON at all.
+        UsageError: the file cannot be read, or is not JSON at all.
     """
     for place, content in _records(path):
         try:
@@ -76,7 +76,7 @@ def _records(path: str) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"{path}, line {number}", line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
     except orjson.JSONDecodeError as error:
-        raise UsageError(f"{path}: begins like a JSON list, but is none: {error}") from error
+        raise UsageError(f"{path}: begins like a JSON list, but is not one: {error}") from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
     except DamagedError as error:
@@ -99,7 +99,7 @@ def _rows(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """What a row says: Parquet gives every object the fields of all others, as nulls."""
+    """A row without its nulls: Parquet gives every object the fields of all others, as nulls."""
     if isinstance(value, dict):
         return {name: _without_nulls(each) for name, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value

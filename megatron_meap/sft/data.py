@@ -1,4 +1,4 @@
-"""From the command line to the datasets of fine-tuning: files, splits, and what rank 0 says about them."""
+"""From the command line to the datasets of fine-tuning: files, splits, and what rank 0 reports about them."""
 
 import contextlib
 from argparse import Namespace
@@ -17,7 +17,7 @@ from megatron_meap.sft.dataset import BOTH, COPY, RowSettings, SFTDataset
 from megatron_meap.sft.packing import shuffled
 from megatron_meap.sft.store import TurnStore, cache_folder, digest_of, open_store, turn_encoder
 
-_SPLIT_DRAW = 2**62  # a draw of the order's generator that no epoch reaches
+_SPLIT_DRAW = 2**62  # a number of draw that no epoch reaches
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class _Part:
 
 
 def datasets(args: Namespace, num_samples: list[int | None]) -> list[SFTDataset | None]:
-    """Train, validation and test datasets; None where a split has no conversations or no samples are wanted.
+    """Train, validation and test datasets; None if a split has no conversations or no samples are wanted.
 
     Args:
         args: validated; `data_path` and `split`, or the paths of the splits, name the files.
-        num_samples: samples wanted of each split; None means one epoch.
+        num_samples: number of samples for each split; None means one epoch.
 
     Raises:
         UsageError: files that cannot be used.
@@ -70,7 +70,7 @@ def datasets(args: Namespace, num_samples: list[int | None]) -> list[SFTDataset 
 
 
 def check(args: Namespace) -> None:
-    """Tokenize what is not yet tokenized, say what there is, and record in `args` the digests that name it."""
+    """Tokenize what is not yet tokenized, describe the data, and record its digests in `args`."""
     for flag, paths in _named(args).items():
         _files(flag, paths)  # what is wrong with a name is said before what is wrong with the template
     encoder = turn_encoder(args)
@@ -95,30 +95,30 @@ def check(args: Namespace) -> None:
 
 
 def _date_of_resumed(args: Namespace) -> str | None:
-    """The date that the run to be resumed wrote into its conversations; None where there is no such run."""
+    """The date that the resumed run wrote into its conversations; None without such a run."""
     from megatron.core import dist_checkpointing
 
     newest = latest.pointer(Path(args.load)) if args.load and not args.finetune else None
     if newest is None or not newest.isdigit():
         return None
-    with contextlib.suppress(Exception):  # what is wrong with the checkpoint is said when it is chosen
+    with contextlib.suppress(Exception):  # a bad checkpoint is reported when it is chosen
         saved = dist_checkpointing.load_common_state_dict(str(latest.directory(Path(args.load), int(newest))))
         return getattr(saved["args"], "meap_sft_date", None)
     return None
 
 
 def has_validation(args: Namespace) -> bool:
-    """Whether conversations are named, or a share of them is asked for, to validate on."""
+    """Whether there are conversations, or a share of them, to validate on."""
     return _shares(args)[1] > 0 if args.data_path else bool(args.valid_data_path)
 
 
 def lines(args: Namespace) -> list[str]:
-    """What there is to train, validate and test on."""
+    """Descriptions of the training, validation and test data."""
     return [describe(dataset, args) for dataset in datasets(args, [None, None, None]) if dataset is not None]
 
 
 def describe(dataset: SFTDataset, args: Namespace) -> str:
-    """What a split holds and what an epoch of it is, in two lines."""
+    """What a split contains and how long an epoch of it is, in two lines."""
     rows, store, settings = dataset.rows, dataset.store, dataset.settings
     copies = int(np.isin(rows.kinds, (COPY, BOTH)).sum())
     batch = args.global_batch_size or args.micro_batch_size * args.data_parallel_size
@@ -135,7 +135,7 @@ def describe(dataset: SFTDataset, args: Namespace) -> str:
 
 
 def data_facts(args: Namespace) -> dict[str, str]:
-    """What tells the conversations of one host from those of another, by flag."""
+    """Facts, by flag, by which the conversations of two hosts can be compared."""
     facts = {}
     for flag, paths in _named(args).items():
         facts[flag] = f"files of digest {digest_of(find_inputs(paths, flag), args)[:16]}"
@@ -143,12 +143,12 @@ def data_facts(args: Namespace) -> dict[str, str]:
 
 
 def cache_directory(args: Namespace) -> Path:
-    """Where the tokenized turns are kept; where files in several directories have theirs beside them, the first."""
+    """Where the tokenized turns are kept; the first place, if files in several directories each have one."""
     return cache_folder(find_inputs(next(iter(_named(args).values()))), args)
 
 
 def _named(args: Namespace) -> dict[str, list[str]]:
-    """The files, globs and folders that are named, by flag; `--data-path` is for all splits."""
+    """The files, globs and folders given, by flag; `--data-path` is for all splits."""
     if args.data_path:
         return {"--data-path": args.data_path}
     named = {f"--{name}-data-path": getattr(args, f"{name}_data_path") for name in ("train", "valid", "test")}
@@ -156,7 +156,7 @@ def _named(args: Namespace) -> dict[str, list[str]]:
 
 
 def _parts(args: Namespace) -> dict[str, _Part]:
-    """The turns of every split that is named."""
+    """The turns of every split given."""
     parts = {}
     for flag, paths in _named(args).items():
         store, digest = _open(flag, paths, args)

@@ -1,4 +1,4 @@
-"""Packed fine-tuning samples: a map-style dataset with Megatron's keys, every sample a function of its index alone."""
+"""Packed fine-tuning samples: a map-style dataset with Megatron's keys; a sample depends only on its index."""
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -32,7 +32,7 @@ class RowSettings:
     combined: bool = False
     """Labels on the whole answer of a masked copy (the paper's combined loss)."""
     threshold: int = 50
-    """Only answers of more tokens than this get a masked copy."""
+    """Only answers with more tokens than this get a masked copy."""
     budget: str = "single"
     """Without masking: `equal` repeats the rows that MEAP would copy, `double` repeats all."""
     seed: int = 1234
@@ -56,11 +56,11 @@ class Rows:
     lengths: npt.NDArray[np.int64]
     """int64 [rows]: inputs, one less than tokens."""
     truncated: int
-    """Turns that do not fit whole."""
+    """Turns that had to be cut."""
     dropped: int
-    """Turns left out: the prompt alone fills the longest row, so nothing could be learned."""
+    """Turns left out: the prompt fills the longest row, so there would be nothing to learn."""
     cut_copies: int
-    """Masked copies that do not fit whole, or not at all."""
+    """Masked copies that had to be cut, or did not fit at all."""
 
     def __len__(self) -> int:
         return len(self.turns)
@@ -76,7 +76,7 @@ def list_rows(store: TurnStore, turns: npt.NDArray[np.int64], settings: RowSetti
     long = usable & (answers > settings.threshold)
 
     def copied(room: npt.NDArray[np.int64] | int) -> tuple[Any, Any]:
-        """Whether a masked copy fits into so many tokens, and its length."""
+        """Whether a masked copy fits into this many tokens, and its length."""
         last = np.minimum(prompts + answers, np.asarray(room) - 1)
         return long & (last > prompts), np.minimum(last + ends, room)
 
@@ -101,11 +101,11 @@ def list_rows(store: TurnStore, turns: npt.NDArray[np.int64], settings: RowSetti
 
 
 class SFTDataset(torch.utils.data.Dataset):
-    """Rows packed into samples; the index runs on through the epochs, each with masks and an order of its own.
+    """Rows packed into samples; the index continues through the epochs, each with its own masks and order.
 
     Args:
         store: the turns.
-        turns: int64 [n], which of them this split has.
+        turns: int64 [n], those of this split.
         settings: which rows they give.
         split: Megatron's `Split`, by which its data loader chooses batch sizes.
         samples: length of the dataset; None for one epoch.
@@ -130,7 +130,7 @@ class SFTDataset(torch.utils.data.Dataset):
         return self.epoch_samples if self._samples is None else self._samples
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the plans, for data workers that are spawned rather than forked."""
+        """Drop the plans, for data workers that are spawned rather than forked."""
         return {name: value for name, value in self.__dict__.items() if name != "_plan"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ class SFTDataset(torch.utils.data.Dataset):
         return plan_epoch(self.rows.lengths, settings.seq_length, settings.seed, epoch, settings.pack)
 
     def __getitem__(self, index: int | None) -> dict[str, torch.Tensor]:
-        """One sample; index None asks for one that fills an incomplete batch, whose loss is 0."""
+        """One sample; index None gives one without loss, to fill an incomplete batch."""
         sample = packed(self.sample_rows(index or 0), self.settings.seq_length)
         if index is None:
             sample["loss_mask"].zero_()
@@ -163,7 +163,7 @@ class SFTDataset(torch.utils.data.Dataset):
         return [self.row(int(number), epoch, masked) for number in self._plan(epoch)[position]]
 
     def row(self, number: int, epoch: int, masked: bool = True) -> Row:
-        """One row as this epoch has it: masks depend on seed, epoch and row alone."""
+        """One row in this epoch: its masks depend only on seed, epoch and row."""
         settings, kind = self.settings, self.rows.kinds[number]
         turn = self.store.turn(int(self.rows.turns[number]))
         normal = rows.normal_row(turn, settings.max_length)
@@ -181,12 +181,12 @@ class SFTDataset(torch.utils.data.Dataset):
 
 
 def packed(parts: list[Row], seq_length: int) -> dict[str, torch.Tensor]:
-    """Rows one after the other as a sample of Megatron's, what is left filled with padding.
+    """Rows one after the other as a sample of Megatron's, padded at the end.
 
     Returns:
         `tokens`, `labels`, `position_ids` int64 [s], `loss_mask` float32 [s]; `noise` uint8 [s], `NOISED` where the
-        *label* is noised as an input: of masked copies, those are learned; `cu_seqlens` int32 [s + 1], the borders
-        of the rows and of the padding, filled up with s; `max_seqlen`, the longest stretch between two borders.
+        *label* is noised as an input (in masked copies, those are learned); `cu_seqlens` int32 [s + 1], the borders
+        of the rows and of the padding, filled up with s; `max_seqlen`, the longest distance between two borders.
     """
     tokens, labels, positions = (np.zeros(seq_length, np.int64) for _ in range(3))
     loss_mask = np.zeros(seq_length, np.float32)

@@ -1,4 +1,4 @@
-"""Single fields of a record: what they must be, and a `BadConversation` where they are not."""
+"""Checks of single fields of a record, which raise `BadConversation`."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ class BadConversation(ValueError):
 
 
 def text(fields: dict, name: str) -> str:
-    """A field that must be there, and be a string."""
+    """A required field that must be a string."""
     if name not in fields:
         raise BadConversation(f"has no {name!r}")
     if not isinstance(fields[name], str):
@@ -18,7 +18,7 @@ def text(fields: dict, name: str) -> str:
 
 
 def parsed(written: str, name: str) -> Any:
-    """What a field holds that is JSON within JSON."""
+    """The value of a field that is JSON within JSON."""
     try:
         return json.loads(written)
     except (ValueError, RecursionError):
@@ -26,6 +26,6 @@ def parsed(written: str, name: str) -> Any:
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, for people."""
+    """The kind of a JSON value, for messages."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
     return kinds.get(type(value), "a number")

@@ -13,7 +13,7 @@ from megatron_meap.sft.templates import TEMPLATES, find_template
 
 @dataclass(frozen=True)
 class SFTSettings(Settings):
-    """What decides the rows of fine-tuning, beside the conversations and the masks."""
+    """What determines the rows of fine-tuning, besides the conversations and the masks."""
 
     sft: bool = flag(
         False,
@@ -64,7 +64,7 @@ class SFTSettings(Settings):
 
 @dataclass(frozen=True)
 class BadLineSettings(Settings):
-    """What becomes of lines that hold no conversation."""
+    """What happens to lines that hold no conversation."""
 
     PREFIX: ClassVar[str] = ""
 
@@ -72,7 +72,7 @@ class BadLineSettings(Settings):
 
 
 def validate(args: Namespace) -> None:
-    """Check the flags, and set what fine-tuning needs of Megatron's.
+    """Check the flags, and set those of Megatron's that fine-tuning needs.
 
     Sets `meap_sft_template_text`, the template that the checkpoint and its exports carry.
     """
@@ -95,7 +95,7 @@ def validate(args: Namespace) -> None:
 
 
 def _contradictions(args: Namespace) -> list[tuple[str, bool, str]]:
-    """Flags, whether they are given, and why they cannot be."""
+    """Flags, whether they are given, and why they are refused."""
     lists = args.data_args_path or args.per_split_data_args_path or args.per_dataset_sequences_path
     masked = args.meap_mask_ratio > 0
     return [
@@ -103,15 +103,15 @@ def _contradictions(args: Namespace) -> list[tuple[str, bool, str]]:
         ("--fim-data", args.fim_data, "drop it"),
         ("--data-args-path", lists is not None, "name the files with --data-path or --train-data-path"),
         ("--dataloader-type", args.dataloader_type not in (None, "single"), "use single, Megatron's default"),
-        ("--reset-position-ids", args.reset_position_ids, "positions begin anew with every row anyhow; drop it"),
-        ("--reset-attention-mask", args.reset_attention_mask, "rows are apart anyhow; drop it"),
-        ("--hybrid-context-parallel", args.hybrid_context_parallel, "use --context-parallel-size alone"),
+        ("--reset-position-ids", args.reset_position_ids, "positions restart with every row anyway; drop it"),
+        ("--reset-attention-mask", args.reset_attention_mask, "rows are separate anyway; drop it"),
+        ("--hybrid-context-parallel", args.hybrid_context_parallel, "use only --context-parallel-size"),
         ("--mtp-num-layers", bool(args.mtp_num_layers), "its labels would cross the borders of rows"),
         ("--multiple-validation-sets", args.multiple_validation_sets, "give one set"),
         (
             "--context-parallel-size",
             args.context_parallel_size > 1,
-            "Megatron's rotary positions expect packed rows to be cut otherwise; use tensor parallelism",
+            "Megatron's rotary positions expect packed rows to be cut differently; use tensor parallelism",
         ),
         ("--phase-transition-iterations", bool(args.phase_transition_iterations), "drop it"),
         (

@@ -1,7 +1,7 @@
-"""Marks around the texts of messages, by which their places are found in what a template makes of them.
+"""Marks around the texts of messages, by which the texts are found in the output of a template.
 
-The marks are characters that no text holds (Unicode noncharacters). Without them a marked rendering must be what the
-plain one is, or the template has done more to the texts than to trim them.
+The marks are characters that no text contains (Unicode noncharacters). Without them a marked rendering must equal the
+plain one; otherwise the template has done more to the texts than trim them.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from megatron_meap.sft.records import Message
 
 OTHER, ANSWER, THOUGHTS = "\ufdd0\ufdd1", "\ufdd2\ufdd3", "\ufdd4\ufdd5"
-"""Opening and closing mark of the answer's text, of its thoughts, and of all other texts."""
+"""Opening and closing marks: of all other texts, of the answer's text, of its thoughts."""
 
 _CLOSING = {marks[0]: marks[1] for marks in (OTHER, ANSWER, THOUGHTS)}
 _SPLIT = re.compile(f"([{OTHER}{ANSWER}{THOUGHTS}])")
@@ -19,7 +19,7 @@ _TEXTS = ("content", "instruction", "input")
 
 
 class Thoughts(NamedTuple):
-    """The thoughts of an answer, in a message's `thoughts`, and what stands around them where they are in its text."""
+    """The thoughts of an answer (a message's `thoughts`), and what is around them if they are in its text."""
 
     before: str
     text: str
@@ -34,20 +34,20 @@ class Marked:
     spans: list[tuple[int, int]]
     """Characters that come from messages."""
     answers: list[tuple[int, int]]
-    """The answer's own, where the template wrote it: usually one."""
+    """Characters of the answer, where the template wrote it: usually one span."""
     thoughts: list[tuple[int, int]]
-    """Those of its thoughts."""
+    """Characters of its thoughts."""
 
 
 def holds_marks(message: Message) -> bool:
-    """Whether a message holds a character that is used as a mark."""
+    """Whether a message contains a character that is used as a mark."""
     return any(_SPLIT.search(message.get(name, "")) for name in (*_TEXTS, "reasoning_content"))
 
 
 def mark(messages: list[Message], trimmed: bool) -> list[Message]:
-    """The messages with their texts between marks; `trimmed`: the marks within the white space around a text.
+    """The messages with their texts between marks; with `trimmed` the marks are inside the white space around a text.
 
-    An absent part (Alpaca's empty input) stays empty, because templates ask for it.
+    An empty part (Alpaca's input) stays empty, because templates test it.
     """
 
     def around(text: str, marks: str) -> str:
@@ -70,7 +70,7 @@ def mark(messages: list[Message], trimmed: bool) -> list[Message]:
 
 
 def unmark(text: str) -> Marked | None:
-    """Text and places of the messages in a marked rendering; None where a mark got lost."""
+    """Text and places of the messages in a marked rendering; None if a mark was lost."""
     pieces: list[str] = []
     found: dict[str, list[tuple[int, int]]] = {opening: [] for opening in _CLOSING}
     length, start, opened = 0, 0, ""

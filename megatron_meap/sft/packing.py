@@ -1,7 +1,7 @@
-"""Packing rows into samples of the sequence length: one plan an epoch, a pure function of seed and epoch.
+"""Packing rows into samples of the sequence length: one plan per epoch, a pure function of seed and epoch.
 
-Best fit, longest first: how many samples it takes depends on the rows' lengths alone, so every epoch has the same
-number of samples, and which epoch a sample index lies in needs no memory of the epochs before it.
+Best fit, longest first: the number of samples depends only on the lengths of the rows, so every epoch has the same
+number of samples, and the epoch of a sample index is known without the epochs before it.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Plan:
 
 
 def plan_epoch(lengths: npt.NDArray[np.int64], capacity: int, seed: int, epoch: int, pack: bool = True) -> Plan:
-    """Distribute the rows over samples, in an order of the epoch's own.
+    """Distribute the rows over samples, in a different order for every epoch.
 
     Args:
         lengths: int64 [rows], tokens of each row, none above `capacity`.
@@ -39,7 +39,7 @@ def plan_epoch(lengths: npt.NDArray[np.int64], capacity: int, seed: int, epoch: 
         epoch: its number.
         pack: False gives every row a sample of its own.
     """
-    order = shuffled(len(lengths), seed, 2 * epoch)  # of equal rows chance chooses which one comes first
+    order = shuffled(len(lengths), seed, 2 * epoch)  # rows of equal length come in random order
     if not pack:
         return Plan(order, np.arange(len(order) + 1))
     bins = _best_fit(order[np.argsort(-lengths[order], kind="stable")], lengths, capacity)
@@ -49,7 +49,7 @@ def plan_epoch(lengths: npt.NDArray[np.int64], capacity: int, seed: int, epoch: 
 
 
 def _best_fit(order: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], capacity: int) -> list[list[int]]:
-    """Put each row into the fullest sample that still has room for it, or into a new one."""
+    """Put each row into the fullest sample that still has space for it, or into a new one."""
     bins: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # numbers of the samples, by their free tokens
     free = 0  # bit n is set where some sample has n free tokens: the smallest n that suffices is one shift away
@@ -71,6 +71,6 @@ def _best_fit(order: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], capa
 
 
 def shuffled(count: int, seed: int, draw: int) -> npt.NDArray[np.int64]:
-    """A permutation of `count` numbers from Philox's raw stream, which NumPy keeps for good."""
+    """A permutation of `count` numbers from Philox's raw stream, which NumPy never changes."""
     bits = np.random.Philox(key=np.array([seed, _ORDER], np.uint64), counter=[0, 0, draw, 0])
     return np.argsort(bits.random_raw(count), kind="stable")

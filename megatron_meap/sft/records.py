@@ -1,4 +1,4 @@
-"""One JSON record as a list of messages, whatever shape people gave it.
+"""One JSON record as a list of messages, from any of the usual forms.
 
 `messages` (role, content), `conversations` (from, value, or role, content), Alpaca's and Dolly's fields, and `prompt`
 with `completion`. A field that changes the conversation is honoured or refused by name; others are reported.
@@ -68,7 +68,7 @@ def parse(record: Any) -> list[Message]:
 
 
 def unused(record: dict) -> set[str]:
-    """Names of the fields, of the record and of its messages, that change nothing; to be told to people."""
+    """Names of the fields, of the record and of its messages, that change nothing; they are reported."""
     shape = next((name for name in _READERS if record.get(name) is not None), "")
     known = {shape, *_FIELDS.get(shape, ()), *_REFUSED_IN_RECORD, "system", "system_prompt", "tools", "functions"}
     found = {name for name in record if name not in known and not (name in _READERS and record[name] is None)}
@@ -95,7 +95,7 @@ def _listed(record: dict, field: str) -> list[Message]:
 
 
 def _names(entry: Any) -> tuple[str, str]:
-    """The names of role and content in an entry of `conversations`, of which there are two habits."""
+    """The names of role and content in an entry of `conversations`: there are two conventions."""
     return ("role", "content") if isinstance(entry, dict) and "role" in entry else ("from", "value")
 
 
@@ -160,7 +160,7 @@ def _learned(entry: dict, role: str) -> bool:
 
 
 def _alpaca(record: dict) -> list[Message]:
-    """A question and its answer, Alpaca's or Dolly's; its parts stay apart for the template that wants them so."""
+    """A question and its answer, Alpaca's or Dolly's; its parts stay separate for the template that needs them."""
     answer_name = "response" if "output" not in record and "response" in record else "output"
     given_name = "context" if record.get("input") is None and "context" in record else "input"
     instruction, answer = text(record, "instruction"), _answer(record, answer_name)
@@ -176,7 +176,7 @@ def _alpaca(record: dict) -> list[Message]:
 
 
 def _completion(record: dict) -> list[Message]:
-    """A prompt and its completion: two strings, or two lists of messages, of which the second is trained on."""
+    """A prompt and its completion: two strings, or two lists of messages; only the completion is trained on."""
     name = "response" if record.get("completion") is None and "response" in record else "completion"
     if record.get("label") is False:
         raise BadConversation("has 'label' false: a completion that is not wanted; leave it out")
@@ -204,12 +204,12 @@ _FIELDS = {
     "instruction": ("output", "response", "input", "context", "history"),
     "prompt": ("completion", "response"),
 }
-"""What belongs to a shape beside the field that tells it."""
+"""Further fields of a form, besides the one by which it is recognised."""
 _TEXTS = ("instruction", "prompt")
 
 
 def _put_system(record: dict, messages: list[Message]) -> None:
-    """A system prompt that is a field of its own becomes the first message."""
+    """Make a system prompt in a field of its own the first message."""
     given = {name: text(record, name) for name in ("system", "system_prompt") if record.get(name)}
     for name, content in given.items():
         if messages[0]["role"] != "system":
@@ -219,7 +219,7 @@ def _put_system(record: dict, messages: list[Message]) -> None:
 
 
 def _refuse(fields: dict, names: Any) -> None:
-    """Refuse fields that would change the conversation, where they hold something."""
+    """Refuse fields that would change the conversation, unless they are empty."""
     for name in names:
         value = fields.get(name)
         says = value not in (None, 1) if name in _WEIGHTS else value or (name in _NOT_EVEN_FALSE and value is not None)
@@ -235,16 +235,16 @@ def _answer(fields: dict, name: str) -> str:
 
 
 def _says_nothing(answer: str) -> bool:
-    """Whether an answer holds nothing that can be seen, its thoughts aside."""
+    """Whether an answer has nothing visible in it, apart from its thoughts."""
     said = _THINKING.sub("", answer, count=1)
     return not any(each.isprintable() and not each.isspace() for each in said)
 
 
 def _check_order(messages: list[Message]) -> None:
-    """A system prompt or none, a greeting or none, then user and assistant in turn, with something in each answer.
+    """A system prompt or none, a greeting or none, then user and assistant in turn, with no empty answer.
 
-    What stands behind the last answer is not trained on, so that it may be a question (or a tool's result).
-    Between an assistant's call of tools and its next message stand the tools' results.
+    What follows the last answer is not trained on, so it may be a question (or a tool's result).
+    Between an assistant's call of tools and its next message come the tools' results.
     """
     first = 1 if messages and messages[0]["role"] == "system" else 0
     greets = [each["role"] for each in messages[first : first + 2]] == ["assistant", "user"] and len(

@@ -1,8 +1,8 @@
 """Rows: what one answer is trained on. Pure functions of a turn, the masked positions and the longest row.
 
 As in the official code (scitix/MEAP, MEAP-SFT), an answer gives a normal row, with labels on the answer and its end,
-and, if it is long enough, a masked copy: some of its tokens become the mask token, and they alone have labels.
-Labels stand at the tokens they are; `shifted` moves them to where Megatron expects them.
+and, if it is long enough, a masked copy: some of its tokens become the mask token, and only these have labels.
+Labels are at the positions of their tokens; `shifted` moves them to where Megatron expects them.
 """
 
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ class Row:
     tokens: Tokens
     labels: Tokens
     noised: Noised | None = None
-    """bool [n], where the token is not the clean one; None: nowhere."""
+    """bool [n], where the token is not the clean one; None for nowhere."""
 
 
 def normal_row(turn: Turn, max_length: int) -> Row:
     """Prompt, answer and end, with labels on answer and end.
 
-    A row that is too long is cut: its last token is then EOS, as in the official code, but the label there stays that
-    of the text, so that nobody learns to stop at the border.
+    A row that is too long is cut: its last token is then EOS, as in the official code, but the label there remains that
+    of the text, so that the model does not learn to stop at the cut.
     """
     tokens = turn.ids.astype(np.int64)
     labels = tokens.copy()
@@ -45,7 +45,7 @@ def normal_row(turn: Turn, max_length: int) -> Row:
 
 
 def maskable(turn: Turn, max_length: int) -> tuple[int, int]:
-    """Start and end of the answer within a masked copy, whose last token ends it; an empty range where none fits."""
+    """Start and end of the answer within a masked copy, whose last token ends it; an empty range if none fits."""
     return turn.prompt, max(turn.prompt, min(turn.prompt + turn.answer, max_length - 1))
 
 
@@ -73,7 +73,7 @@ def masked_copy(turn: Turn, max_length: int, positions: Tokens, mask_id: int | T
 
 
 def concatenated(first: Row, second: Row) -> Row:
-    """Both in one row, the second seeing the first."""
+    """Both in one row, in which the second can attend to the first."""
     return Row(
         np.concatenate([first.tokens, second.tokens]),
         np.concatenate([first.labels, second.labels]),

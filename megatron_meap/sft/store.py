@@ -1,4 +1,4 @@
-"""Tokenized turns on disk: made once, by one process, and mapped into memory by all that train on them."""
+"""Tokenized turns on disk: made once, by one process, and mapped into memory by all processes that train."""
 
 import hashlib
 import json
@@ -21,9 +21,9 @@ from megatron_meap.sft.fields import BadConversation
 from megatron_meap.sft.templates import Rendered
 from megatron_meap.sft.turns import Turn, TurnEncoder
 
-_VERSION = 4  # of the files' layout and of everything that decides their content
+_VERSION = 4  # of the files' layout and of everything that determines their content
 _BATCH = 4_000_000  # characters that are tokenized at once
-_SHOWN = 5  # bad lines that are named one by one
+_SHOWN = 5  # bad lines that are reported individually
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,15 @@ class TurnStore:
 def open_store(files: list[str], args: Namespace, digest: str | None = None) -> tuple[TurnStore, str]:
     """The turns of some files with this run's tokenizer and template, and the digest that names them.
 
-    They are tokenized where the cache does not hold them yet: `--data-cache-path`, or `cache` beside the first file.
+    They are tokenized if they are not yet in the cache: `--data-cache-path`, or `cache` beside the first file.
 
     Args:
         files: JSON Lines or JSON, plain or compressed.
         args: validated.
-        digest: where it is known already; reading all files for it takes a while.
+        digest: if it is already known; to compute it, all files are read.
 
     Raises:
-        UsageError: files that are not there or cannot be read; bad lines, without `--skip-bad-lines`.
+        UsageError: files that are missing or cannot be read; bad lines, without `--skip-bad-lines`.
     """
     encoder = None if digest else turn_encoder(args)
     digest = digest or digest_of(files, args, encoder)
@@ -102,7 +102,7 @@ def cache_folder(files: list[str], args: Namespace) -> Path:
 
 
 def turn_encoder(args: Namespace) -> TurnEncoder:
-    """What tokenizes this run's conversations.
+    """The encoder of this run's conversations.
 
     Raises:
         UsageError: the tokenizer has no text, no EOS or no chat template.
@@ -117,7 +117,7 @@ def turn_encoder(args: Namespace) -> TurnEncoder:
 
 
 def digest_of(files: list[str], args: Namespace, encoder: TurnEncoder | None = None) -> str:
-    """sha256 of all that decides the turns: the files' content, the tokenizer, the template."""
+    """sha256 of everything that determines the turns: the content of the files, the tokenizer, the template."""
     whole = hashlib.sha256()
     facts: list[Any] = [_VERSION, args.meap_tokenizer_sha256, args.meap_mask_token_id, args.skip_bad_lines]
     facts += (encoder or turn_encoder(args)).facts
@@ -129,7 +129,7 @@ def digest_of(files: list[str], args: Namespace, encoder: TurnEncoder | None = N
 
 
 def _build(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bool) -> None:
-    """Tokenize the files into a folder that appears whole or not at all."""
+    """Tokenize the files into a folder that appears only when it is complete."""
     try:
         with whole_directory(folder) as temporary:
             _tokenize(files, encoder, temporary, skip_bad)
@@ -174,7 +174,7 @@ def _tokenize(files: list[str], encoder: TurnEncoder, folder: Path, skip_bad: bo
 
 @dataclass
 class _Notes:
-    """What people should know of conversations that were read."""
+    """What to report about the conversations."""
 
     unused: set[str] = field(default_factory=set)
     """Names of fields that change nothing."""

@@ -1,8 +1,8 @@
-"""A conversation up to one answer as text: rendered by transformers' own `apply_chat_template`, its parts known.
+"""A conversation up to one answer as text, rendered by transformers' own `apply_chat_template`, its parts known.
 
-The prompt is what the template writes with `add_generation_prompt=True`, so that training continues the very text that
-the model is asked with; all that follows up to the answer's end is the model's to write. Where a template drops the
-answer's thoughts (`<think>...</think>`), as DeepSeek-R1's does, they are put behind the prompt as they stand.
+The prompt is what the template writes with `add_generation_prompt=True`, so that training continues exactly the text
+with which the model is prompted; the rest, up to the end of the answer, is what the model has to write. If a template
+drops the answer's thoughts (`<think>...</think>`), as DeepSeek-R1's does, they are put after the prompt unchanged.
 """
 
 import datetime
@@ -19,14 +19,14 @@ from megatron_meap.sft.records import Message
 
 _THINK = "<think>"
 _THOUGHTS = re.compile(r"(\s*<think>\s*|(?!.*<think>.*</think>))(.*?)(\s*</think>\s*)", re.DOTALL)
-"""At the start of an answer; the prompt may have opened them, as DeepSeek-R1's does."""
+"""Thoughts at the start of an answer; the prompt may have opened them, as DeepSeek-R1's does."""
 _DATE = re.compile(r"""strftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 _REWRITTEN = "is rewritten by the chat template, so that the answer cannot be found in its text"
 _QUESTION: list[Message] = [{"role": "user", "content": "a"}]
 
 
 def find_template(name: str | None) -> str | None:
-    """Text of the template called so: a name from `TEMPLATES`, or a file; None (the tokenizer's own) for None.
+    """Text of a template: a name from `TEMPLATES`, or a file; None (the tokenizer's own) for None.
 
     Raises:
         UsageError: there is no such template.
@@ -47,20 +47,20 @@ class Rendered:
 
     text: str
     spans: list[tuple[int, int]]
-    """Characters that come from messages, the answer among them."""
+    """Characters that come from messages, including the answer."""
     answer: tuple[int, int]
-    """Characters that the model writes, from the end of the generation prompt to what ends the answer."""
+    """Characters that the model has to write, from the end of the generation prompt to the end of the answer."""
 
 
 class ChatTemplate:
     """A template and the tokenizer whose special tokens it writes.
 
-    `text` is the template; a date in it is written by `strftime_now`, which always tells the same day here.
+    `text` is the template; `strftime_now` in it always gives the same day.
 
     Args:
         tokenizer: of transformers.
-        text: Jinja; None for the tokenizer's own template (the one called `default`, where it has several).
-        date: what the template's `strftime_now` tells (ISO), where it asks; today if not given.
+        text: Jinja; None for the tokenizer's own template (the one called `default`, if it has several).
+        date: for the template's `strftime_now` (ISO); today if not given.
     """
 
     def __init__(self, tokenizer: Any, text: str | None, date: str | None = None) -> None:
@@ -76,7 +76,7 @@ class ChatTemplate:
         self.text: str = own if text is None else text
         day = datetime.date.fromisoformat(date) if date else datetime.date.today()
         self.date = day.isoformat() if "strftime_now" in self.text else None
-        """The day that is written into the text; None where the template does not ask for it."""
+        """The day that is written into the text; None if the template does not use it."""
         self._dated = _DATE.sub(lambda call: repr(day.strftime(call[2])), self.text)
         if re.search(r"strftime_now\s*\(", self._dated):
             raise UsageError(f"{named}: its strftime_now is called with more than one string; write it out")
@@ -88,7 +88,7 @@ class ChatTemplate:
             raise UsageError(f"{named}: not usable: a question and an answer {error}") from error
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> Marked:
-        """What the model is asked with: the messages, and the beginning of an answer.
+        """The prompt of the model: the messages, and the beginning of an answer.
 
         Raises:
             BadConversation: the template refuses them.
@@ -103,7 +103,7 @@ class ChatTemplate:
         raise BadConversation(_REWRITTEN)
 
     def render(self, messages: list[Message], tools: list[Any] | None = None) -> Rendered:
-        """Render messages whose last one is the answer.
+        """Render messages, the last of which is the answer.
 
         Raises:
             BadConversation: the template refuses them, drops a part, or rewrites their text beyond trimming it.
@@ -124,7 +124,7 @@ class ChatTemplate:
         return Rendered(found.text, found.spans, (len(prompt), self._end(found, messages, tools)))
 
     def _found(self, messages: list[Message], tools: list[Any] | None) -> Marked | None:
-        """The places of the messages in what the template writes; None where it changes them."""
+        """The places of the messages in the output of the template; None if it changes them."""
         plain = self._render(messages, tools)
         wanted = 1 if messages[-1]["content"] or "tool_calls" not in messages[-1] else 0
         for trimmed in (False, True):
@@ -140,7 +140,7 @@ class ChatTemplate:
         return not self._knows_thoughts and not found.text[: found.answers[0][0]].endswith("".join(thoughts))
 
     def _behind_prompt(self, messages: list[Message], thoughts: Thoughts, tools: list[Any] | None) -> Rendered:
-        """The generation prompt, then thoughts and answer as they stand, for a template that drops the thoughts."""
+        """The generation prompt, then thoughts and answer unchanged, for a template that drops the thoughts."""
         bare = {name: value for name, value in messages[-1].items() if name != "thoughts"}
         found = self._found([*messages[:-1], bare], tools)
         prompt = unmark(self._render(mark(messages[:-1], False), tools, generation=True))
@@ -154,18 +154,18 @@ class ChatTemplate:
         return Rendered(prompt.text + written + found.text[end:], [*prompt.spans, texts], (place, texts[1]))
 
     def _end(self, found: Marked, messages: list[Message], tools: list[Any] | None) -> int:
-        """Where the answer ends: behind its text, or behind its calls of tools."""
+        """Where the answer ends: after its text, or after its calls of tools."""
         if "tool_calls" not in messages[-1]:
             return found.answers[0][1]
         said = {"role": "assistant", "content": "b"}
         plain = unmark(self._render(mark([*messages[:-1], said], False), tools))
         ending = plain.text[plain.answers[0][1] :] if plain is not None and len(plain.answers) == 1 else ""
         if not ending or not found.text.endswith(ending):
-            raise BadConversation("calls a tool, and the chat template ends it otherwise than an answer")
+            raise BadConversation("calls a tool, and the chat template ends it differently from an answer")
         return len(found.text) - len(ending)
 
     def _check_tools(self, messages: list[Message], tools: list[Any] | None) -> None:
-        """Refuse tools, and calls of them, that the template leaves out."""
+        """Refuse tools, and calls of tools, that the template leaves out."""
         if tools and self._render(_QUESTION, tools, True) == self._render(_QUESTION, None, True):
             raise BadConversation("offers 'tools', which the chat template leaves out")
         calls = [call for message in messages for call in message.get("tool_calls", [])]
@@ -184,16 +184,16 @@ class ChatTemplate:
                 add_generation_prompt=generation,
                 tokenize=False,
             )
-        except Exception as error:  # a template is a program of the user's: it may raise anything
+        except Exception as error:  # a template is the user's program: it may raise anything
             reason = " ".join(str(error).split())
             raise BadConversation(f"is refused by the chat template: {reason}") from error
         assert isinstance(rendered, str)
         return rendered
 
     def _shown(self, message: Message) -> Message:
-        """A message as the template knows it: thoughts in a field of their own where it asks for one, else in the text.
+        """A message for the template: thoughts in a separate field if the template uses one, otherwise in the text.
 
-        Empty thoughts are left to a template that asks for such a field.
+        Empty thoughts are left to a template that uses such a field.
         """
         shown = {name: value for name, value in message.items() if name not in ("thoughts", "learned")}
         if "thoughts" not in message:
@@ -205,10 +205,10 @@ class ChatTemplate:
 
 
 def _split(messages: list[Message]) -> list[Message]:
-    """The messages with their thoughts, from a field of their own or from the start of the text, as `Thoughts`.
+    """The messages with their thoughts, from a separate field or from the start of the text, as `Thoughts`.
 
     Raises:
-        BadConversation: a message holds one of the characters by which places are marked.
+        BadConversation: a message contains one of the characters that are used as marks.
     """
     if any(map(holds_marks, messages)):
         raise BadConversation("holds a Unicode noncharacter (U+FDD0 to U+FDD5)")
@@ -229,10 +229,10 @@ def _split(messages: list[Message]) -> list[Message]:
 
 
 def _not_continued(prompt: str, text: str) -> str:
-    """Why an answer's rendering is not what its generation prompt asks for."""
+    """How an answer is rendered differently from its generation prompt."""
     same = next((place for place, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(text))
     asked, written = prompt[same : same + 40], text[same : same + 40]
     return (
-        f"is rendered otherwise than the model is asked: {asked!r} in the generation prompt, {written!r} in the "
-        "conversation; change the template, or give the answers what it asks for (such as their thoughts)"
+        f"is rendered differently from the model's prompt: {asked!r} in the generation prompt, {written!r} in the "
+        "conversation; change the template, or give the answers what it expects (such as their thoughts)"
     )

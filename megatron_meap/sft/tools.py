@@ -1,4 +1,4 @@
-"""The tools that a conversation offers, and the calls that its messages make, in OpenAI's form: templates want that."""
+"""The tools that a conversation offers, and the calls in its messages, in OpenAI's form, which templates expect."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from megatron_meap.sft.fields import BadConversation, kind, parsed, text
 
 
 def tools_of(record: dict) -> list[Any] | None:
-    """The tools that a record offers to the assistant, as templates take them; None where it has none.
+    """The tools that a record offers to the assistant, as templates expect them; None without any.
 
     Raises:
         BadConversation: they are not a list of objects, or JSON text of one.
@@ -26,7 +26,7 @@ def tools_of(record: dict) -> list[Any] | None:
 
 
 def calls_of(entry: dict, said: str, content_key: str) -> list[Any]:
-    """The tools that a message calls, in OpenAI's form, with their arguments as objects, as templates want them."""
+    """The calls of tools in a message, in OpenAI's form, with their arguments as objects, as templates expect them."""
     calls = entry.get("tool_calls") or []
     if isinstance(calls, str):
         calls = parsed(calls, "tool_calls")

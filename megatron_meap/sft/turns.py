@@ -1,4 +1,4 @@
-"""From conversations to turns: the token ids of a prompt with its history, an answer, and what ends the answer."""
+"""From conversations to turns: token ids of a prompt with its history, an answer, and the end of the answer."""
 
 import json
 import re
@@ -20,27 +20,27 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer of a conversation with all that comes before it."""
+    """One answer of a conversation with everything before it."""
 
     ids: Ids
     """int32 [n]: prompt, answer and its end, clean."""
     prompt: int
-    """Tokens that the model is asked with, up to the end of the generation prompt."""
+    """Tokens of the prompt, up to the end of the generation prompt."""
     answer: int
-    """Tokens that the model writes; those after them end the answer (EOS, or the template's own marker)."""
+    """Tokens that the model has to write; the following ones end the answer (EOS, or the template's own marker)."""
 
 
 class TurnEncoder:
     """Renders and tokenizes turns, as transformers' `apply_chat_template(..., tokenize=True)` does.
 
-    One thing differs: a special token's name within a message is text, not the token. Text never gives the mask
-    token, not even the template's.
+    One thing differs: the name of a special token within a message is text, not the token. No text, not even the
+    template's, becomes the mask token.
 
     Args:
-        tokenizer: a fast tokenizer of transformers, with its mask token where it has one.
+        tokenizer: a fast tokenizer of transformers, with its mask token if it has one.
         template: text of the chat template; None for the tokenizer's own.
-        history: whether a turn's prompt holds the turns before it.
-        date: that the template may write (ISO); today if not given.
+        history: whether the prompt of a turn contains the turns before it.
+        date: for templates that write one (ISO); today if not given.
     """
 
     def __init__(self, tokenizer: Any, template: str | None, history: bool = True, date: str | None = None) -> None:
@@ -61,7 +61,7 @@ class TurnEncoder:
         self._special = special
         self._special_ids = np.array(sorted(special.values()), np.int32)
         names = [*special, *filter(None, [tokenizer.mask_token])]
-        names.sort(key=len, reverse=True)  # the longest that fits is found
+        names.sort(key=len, reverse=True)  # so that the longest match is found
         self._names = re.compile("|".join(map(re.escape, names)))
 
     @property
@@ -71,12 +71,12 @@ class TurnEncoder:
 
     @property
     def date(self) -> str | None:
-        """The day that the template writes into the text; None where it writes none."""
+        """The day that the template writes into the text; None if it writes none."""
         return self._template.date
 
     @property
     def facts(self) -> list[Any]:
-        """All that decides the ids of a conversation, beside the vocabulary."""
+        """Everything that determines the ids of a conversation, besides the vocabulary."""
         return [self._template.text, self._history, self._eos, sorted(self._special.items()), self._begin, self.date]
 
     @property
@@ -85,22 +85,22 @@ class TurnEncoder:
         question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         try:
             rendered = self._template.render([question, answer])
-        except BadConversation:  # a template whose generation prompt opens thoughts wants some
+        except BadConversation:  # a template whose generation prompt opens thoughts needs some
             rendered = self._template.render([question, answer | {"reasoning_content": "c"}])
         (turn,) = self.encode([rendered])
         return int(turn.ids[-1])
 
     def turns(self, messages: list[Message], tools: list[Any] | None = None) -> Iterator[Rendered]:
-        """The text of every turn of a conversation that is to be learned; a greeting is not, nobody asked for it.
+        """The text of every turn to learn; a greeting, which answers no question, is not one.
 
-        Without history the prompt of a turn is its question alone; the system prompt goes with the first one.
+        Without history the prompt of a turn is only its question; the system prompt belongs to the first turn.
 
         Raises:
             BadConversation: the template cannot render it.
         """
         calls = json.dumps([tools, [message.get("tool_calls") for message in messages]], ensure_ascii=False)
         if named := self._names.search(calls):
-            raise BadConversation(f"holds the special token {named[0]} in its tools, where it would be taken for one")
+            raise BadConversation(f"has the text {named[0]} in its tools, where it would become the special token")
         questions = [number for number, message in enumerate(messages) if message["role"] == "user"]
         for number, message in enumerate(messages):
             if message["role"] == "assistant" and message.get("learned", True) and number > questions[0]:
@@ -109,7 +109,7 @@ class TurnEncoder:
                 yield self._template.render(messages[start : number + 1], tools)
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> Ids:
-        """Ids, int32 [n], that the model is asked with: the messages, and the beginning of an answer.
+        """Ids, int32 [n], of the model's prompt: the messages, and the beginning of an answer.
 
         Raises:
             BadConversation: the template cannot render them.
@@ -122,7 +122,7 @@ class TurnEncoder:
         return np.array(self._backend.encode(asked.text, add_special_tokens=False).ids, np.int32)
 
     def turn(self, messages: list[Message], tools: list[Any] | None = None) -> Turn:
-        """The turn of messages whose last one is the answer.
+        """The turn of messages, the last of which is the answer.
 
         Raises:
             BadConversation: the template cannot render it.
@@ -130,7 +130,7 @@ class TurnEncoder:
         return self.encode([self._template.render(messages, tools)])[0]
 
     def encode(self, rendered: list[Rendered]) -> list[Turn]:
-        """Tokenize turns, many at once on all cores."""
+        """Tokenize many turns at once, on all cores."""
         specials = [self._written_specials(each) for each in rendered]
         whole = [each.text for each, found in zip(rendered, specials, strict=True) if found is None]
         self._backend.encode_special_tokens = False
@@ -146,7 +146,7 @@ class TurnEncoder:
         return turns
 
     def _written_specials(self, rendered: Rendered | Marked) -> list[tuple[int, int]] | None:
-        """Places of the special tokens that the template wrote; None where no others stand in the text."""
+        """Places of the special tokens that the template wrote; None if the text contains no others."""
         found = [match.span() for match in self._names.finditer(rendered.text)]
         own = [
             (start, end)
@@ -157,7 +157,7 @@ class TurnEncoder:
         return None if own == found else own
 
     def _encode_pieces(self, text: str, specials: list[tuple[int, int]]) -> tuple[Ids, list[tuple[int, int]]]:
-        """Ids and places of a text in which only these special tokens are tokens."""
+        """Ids and places of a text in which only these special tokens count as tokens."""
         self._backend.encode_special_tokens = True
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
@@ -176,7 +176,7 @@ class TurnEncoder:
     def _turn(self, ids: Ids, offsets: npt.NDArray[np.int64], answer: tuple[int, int]) -> Turn:
         """Cut at the answer: a token that begins before it and reaches into it belongs to it.
 
-        The answer ends with the first special token after it, or with EOS where the template writes none.
+        The answer ends with the first special token after it, or with EOS if the template writes none.
         """
         start, end = answer
         first = int(np.argmax(np.append(offsets[:, 1], end + 1) > start))

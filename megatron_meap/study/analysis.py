@@ -1,4 +1,4 @@
-"""What the results of a study say, by the rules of examples/study/README.md."""
+"""Conclusions from the results of a study, by the rules of examples/study/README.md."""
 
 import itertools
 import math
@@ -14,14 +14,14 @@ from megatron_meap.study.grid import BASELINE, Grid, Point, Stage
 EFFECT = 0.01
 """Nats per token below which a difference is not called an effect."""
 NO_EFFECT = 0.02
-"""Nats per token within which a whole interval must lie to be called no effect."""
+"""Nats per token within which the whole interval must lie to be called no effect."""
 LEVEL = 0.05
 EFFECT_ON_TOKENS, NO_EFFECT_ON_TOKENS = 0.1, 0.2
 """The same for the logarithm of the tokens until copying: about a tenth and a fifth of them."""
 COPIES = 1.0
-"""Nats per piece that a model must save where it could copy, to be said to copy."""
+"""Nats per piece that a model must save where it could copy, to count as copying."""
 FEWEST = 3
-"""Seeds without which nothing is claimed."""
+"""Seeds that are needed for a claim."""
 RESAMPLES = 2000
 
 Results = dict[Point, dict[str, Any]]
@@ -38,7 +38,7 @@ def final_loss(result: dict[str, Any]) -> float:
 
 
 def copying_begins(result: dict[str, Any]) -> float | None:
-    """Tokens trained on when copying (`COPIES`) begins, on a line between evaluations; None where it never does."""
+    """Tokens trained on when copying (`COPIES`) begins, interpolated between evaluations; None if it never does."""
     before = (0, 0.0)
     for step, gain in ((int(step), gain) for step, gain in result["copying"].items()):
         if gain > COPIES:
@@ -64,9 +64,9 @@ in nats per piece; the loss of a text with passages then."""
 
 
 def tuned(grid: Grid, stage: Stage, results: Results) -> dict[str, tuple[float, ...]]:
-    """The setting of each objective with the lowest best loss, on average over the stage's seeds.
+    """The setting of each objective with the lowest best loss, averaged over the stage's seeds.
 
-    An objective with a run that is not done is left out; one that is `tuned_as` another has that one's setting.
+    An objective with an unfinished run is left out; one that is `tuned_as` another has that one's setting.
     """
     points = stage.points()
     found = {}
@@ -84,7 +84,7 @@ def tuned(grid: Grid, stage: Stage, results: Results) -> dict[str, tuple[float, 
 
 
 def points_of(grid: Grid, stage: Stage, results: Results) -> list[Point]:
-    """The points of a stage, as far as the stage that tunes it is done."""
+    """The points of a stage, as far as its tuning stage is done."""
     if stage.tuned_by is None:
         return stage.points()
     return stage.points(tuned(grid, next(each for each in grid.stages if each.name == stage.tuned_by), results))
@@ -107,11 +107,11 @@ class Comparison:
     p_value: float
     """Paired t test, corrected over the objectives compared (Holm 1979)."""
     margins: tuple[float, float] = (EFFECT, NO_EFFECT)
-    """What a difference must reach to be an effect, and what an interval must lie within to be none."""
+    """Smallest difference that is an effect, and largest interval that is no effect."""
 
     @property
     def verdict(self) -> str:
-        """As the study's rules call it."""
+        """The conclusion by the study's rules."""
         if len(self.seeds) < 2:
             return "one seed"
         effect, none = self.margins
@@ -123,11 +123,11 @@ class Comparison:
 def compare(points: Iterable[Point], results: Results, metric: str = "best") -> list[Comparison]:
     """Each objective of a stage against the baseline at the same size; the baseline's own entry has no difference.
 
-    Two runs that are known to have read different texts are no pair.
+    Two runs that are known to have read different texts are not compared.
 
     Args:
         points: of the stage; those without a result are left out.
-        results: of all.
+        results: of all runs.
         metric: of `METRICS`.
     """
     measure = METRICS[metric]
@@ -148,7 +148,7 @@ def compare(points: Iterable[Point], results: Results, metric: str = "best") -> 
 
 
 def _same_texts(*results: dict[str, Any]) -> bool:
-    """Whether runs read the same, as far as it was recorded."""
+    """Whether runs read the same texts, as far as that was recorded."""
     return len({result["texts"] for result in results if "texts" in result}) < 2
 
 
@@ -175,7 +175,7 @@ def _corrected(found: list[Comparison]) -> list[Comparison]:
 
 @dataclass(frozen=True)
 class Worth:
-    """How many times the unique tokens an objective is worth."""
+    """The factor in unique tokens that an objective is worth."""
 
     times: float
     low: float
@@ -186,8 +186,8 @@ class Worth:
 def worth(points: Iterable[Point], results: Results) -> dict[str, Worth]:
     """Fit `loss = a_objective - b ln(tokens)`, with a common `b`, to the best losses.
 
-    Of the sizes at which the baseline has `FEWEST` seeds, and the objectives that have them there too. Empty with fewer
-    than three such sizes.
+    It uses the sizes at which the baseline has `FEWEST` seeds, and the objectives that also have them there. Empty with
+    fewer than three such sizes.
     """
     losses: dict[str, dict[int, dict[int, float]]] = {}
     for point in points:

@@ -15,7 +15,7 @@ from megatron_meap.study.texts import Texts
 
 HERE = Path("examples/study")
 GRIDS = (HERE / "grid.toml", HERE / "retrieval.toml")
-"""What is run and written up where no grid is named."""
+"""What is run and written up if no grid is named."""
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 class Study:
-    """A grid, the folder of its runs, and what is known of them."""
+    """A grid, the folder of its runs, and their results."""
 
     def __init__(self, grid: Grid, args: argparse.Namespace) -> None:
         self.grid = grid
@@ -87,10 +87,10 @@ def _parse() -> argparse.Namespace:
 
 
 def _again(study: Study, stages: list[Stage], args: argparse.Namespace) -> None:
-    """The shortest run of these stages once more."""
+    """Repeat the shortest run of these stages."""
     points = [p for stage in stages for p in points_of(study.grid, stage, study.results) if p in study.results]
     if not points:
-        print(f"{study.grid.path}: no run is done that could be made again")
+        print(f"{study.grid.path}: no finished run to repeat")
         return
     shortest = min(points, key=lambda point: study.results[point]["cpu_seconds"])
     _runner(study, args).again(study.results[shortest])

@@ -13,7 +13,7 @@ from megatron_meap.study.analysis import Comparison, Results
 from megatron_meap.study.grid import BASELINE, Grid, Point
 
 _IN_A_ROW = 3
-"""Panels: with more, a page of usual width shows them too small to read."""
+"""Panels per row: with more, they are too small to read on a page of usual width."""
 
 COLORS = {"ntp": "black", "meap": "tab:red", "replace": "tab:blue", "uniform": "tab:green", "mir": "tab:orange"}
 
@@ -65,7 +65,7 @@ def _draw_curves(
 
 
 def draw_differences(panels: Mapping[str, Iterable[Comparison]], path: Path) -> None:
-    """Paired differences in best loss with their intervals, an objective a line.
+    """Paired differences in best loss with their intervals, one line per objective.
 
     Args:
         panels: comparisons by title.
@@ -96,7 +96,7 @@ def _figure(panels: int, sharex: bool = False) -> tuple[Figure, Sequence[Any]]:
     for each in unused:
         each.remove()
     for each in used:
-        each.tick_params(labelbottom=True)  # a shared axis has its numbers in the last row alone
+        each.tick_params(labelbottom=True)  # a shared axis has numbers only in the last row
     return figure, used
 
 

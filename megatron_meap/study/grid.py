@@ -1,4 +1,4 @@
-"""The grid of a study: a TOML file of axes, the points that they span, and the command line of each."""
+"""The grid of a study: a TOML file of axes, their combinations (points), and the command line of each."""
 
 import itertools
 import shlex
@@ -14,7 +14,7 @@ from megatron_meap.records import misfit
 BASELINE = "ntp"
 """The objective that the others are compared with."""
 TUNED = ("weight_decay", "dropout")
-"""Axes that are chosen for every objective by itself, so that no comparison is with an untuned baseline."""
+"""Axes that are tuned separately for every objective, so that the baseline is always tuned as well."""
 
 
 @dataclass(frozen=True, order=True)
@@ -25,12 +25,12 @@ class Point:
     tokens: int
     """Unique tokens of the training text."""
     epochs: float
-    """Passes over them, as the objectives without copies count them."""
+    """Passes over them, as counted for objectives without copies."""
     objective: str
     weight_decay: float
     dropout: float
     seed: int
-    """Of the choice of text, its order, the initial weights and the noise."""
+    """For the choice of text, its order, the initial weights and the noise."""
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ POINT = {
     "model": str, "tokens": int, "epochs": _NUMBER, "objective": str, "weight_decay": _NUMBER, "dropout": _NUMBER,
     "seed": int,
 }  # fmt: skip
-"""The axes, and what a value of each is (`records.misfit`)."""
+"""The axes, and the shape of a value of each (`records.misfit`)."""
 AXES = tuple(POINT)
 _COMMAND = {"launch?": str, "environment?": {str: str}, "flags": str, "seq_length": int, "batch": int}
 _SHAPE = {
@@ -68,16 +68,16 @@ _SHAPE = {
 
 @dataclass(frozen=True)
 class Stage:
-    """Points that answer a question together."""
+    """Points that together answer a question."""
 
     name: str
     question: str
     axes: dict[str, list[Any]]
     tuned_by: str | None
-    """The stage whose results choose the `TUNED` axes of every objective."""
+    """The stage whose results determine the `TUNED` axes of every objective."""
 
     def points(self, chosen: dict[str, tuple[float, ...]] | None = None) -> list[Point]:
-        """All points, those of the first seed first, so that what is finished can be compared.
+        """All points, those of the first seed first, so that finished runs can be compared.
 
         Args:
             chosen: the tuned axes by objective, for a stage that is `tuned_by` another; an objective that is not in it
@@ -103,19 +103,19 @@ class Grid:
     path: Path
     data: dict[str, Any]
     """`folder`: of its runs; `train`, `valid`: files of documents, below the folder of texts; `vocabulary`: pieces of
-    the tokenizer that is trained on the former; `valid_documents`, `valid_tokens`: of the latter, and of the beginning
-    of each; `planted`: what `planting.plant` puts into every sequence, where it does: so many `passages` of a `length`,
-    so many `times`, of so many `pieces`."""
+    the tokenizer, which is trained on `train`; `valid_documents`, `valid_tokens`: number of validation documents, and
+    of tokens from the beginning of each; `planted` (optional): what `planting.plant` inserts into every sequence:
+    number of `passages`, their `length`, how many `times` each occurs, number of different `pieces`."""
     training: dict[str, Any]
-    """`launch`: the command that runs a Python file; `environment`; `flags`; `seq_length`; `batch`: samples a step;
-    `evaluations` of a run; `save_interval`: steps, for runs that take longer than a machine is lent."""
+    """`launch`: the command that runs a Python file; `environment`; `flags`; `seq_length`; `batch`: samples per step;
+    `evaluations` per run; `save_interval`: in steps, for runs that take longer than a machine is available."""
     models: dict[str, str]
     objectives: dict[str, dict[str, Any]]
     """`flags`; `passes`: times the samples of the others (2 for copies at equal data)."""
     stages: tuple[Stage, ...]
 
     def steps(self, point: Point) -> int:
-        """Optimizer steps of a run: as many as its epochs have, rounded to full intervals between evaluations."""
+        """Optimizer steps of a run: those of its epochs, rounded to whole intervals between evaluations."""
         every = self.training["evaluations"]
         steps = point.tokens * point.epochs / (self.training["seq_length"] * self.training["batch"])
         return max(1, round(steps / every)) * every
@@ -125,7 +125,7 @@ class Grid:
         return self.steps(point) * self.batch(point)
 
     def batch(self, point: Point) -> int:
-        """Samples a step, copies included."""
+        """Samples per step, copies included."""
         return self.training["batch"] * self.objectives[point.objective].get("passes", 1)
 
     def command(self, point: Point, folder: Path, train: Path, valid: Sequence[Path], tokenizer: Path) -> list[str]:
@@ -133,7 +133,7 @@ class Grid:
 
         Args:
             point: the run.
-            folder: its own, for checkpoints where there are any.
+            folder: its own, for checkpoints.
             train: the prefix of its text.
             valid: the prefixes of the validation texts.
             tokenizer: the SentencePiece model.

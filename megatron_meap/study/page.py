@@ -1,4 +1,4 @@
-"""The page of a study: tables and figures of what is finished, and what is missing."""
+"""The page of a study: tables and figures of the finished runs, and what is missing."""
 
 import math
 import os
@@ -28,18 +28,18 @@ from megatron_meap.study.runs import NUMBERS
 
 @dataclass(frozen=True)
 class Written:
-    """A grid and what is known of its runs."""
+    """A grid and the results of its runs."""
 
     grid: Grid
     results: Results
     again: Results
-    """Of runs that were made a second time."""
+    """Of repeated runs."""
     source: Path
-    """The file that the results are in."""
+    """The file of the results."""
 
 
 def write_page(studies: Sequence[Written], page: Path) -> None:
-    """Write the page and, in the folder of its name beside it, its figures."""
+    """Write the page and its figures, which are in a folder of the same name beside it."""
     folder = page.with_suffix("")
     parts, panels = [_head(studies, page)], {}
     for study in studies:
@@ -90,7 +90,7 @@ def _scale(study: Written) -> str:
 
 
 def _section(study: Written, stage: Stage, figure: Path) -> tuple[str, list[Comparison]]:
-    """A stage's part of the page, and its comparisons of the best loss where it is judged by that."""
+    """A stage's part of the page, and its comparisons of the best loss if it is judged by that."""
     points, results = points_of(study.grid, stage, study.results), study.results
     done = [point for point in points if point in results]
     parts = [f"## {stage.name}\n\n{stage.question[:1].upper()}{stage.question[1:]}? {_progress(stage, points, done)}"]
@@ -169,7 +169,7 @@ geometric mean. The values at the end are shown but not judged."""
 
 
 def _copying_table(done: Sequence[Point], results: Results) -> str:
-    """Tokens until copying (their geometric mean), what it saves at the end, and what the text costs then."""
+    """Tokens until copying (geometric mean), what copying saves at the end, and the loss of the text then."""
     rows, measures = [], [compare(done, results, metric) for metric in ("begins", "gain", "planted")]
     for begins, *ends in zip(*measures, strict=True):
         name = begins.point.objective

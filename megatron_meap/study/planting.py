@@ -15,20 +15,20 @@ def plant(
     random: np.random.Generator,
     consistent: bool = True,
 ) -> Ids:
-    """Prose with passages planted at random places, each `times`.
+    """Prose with passages inserted at random places, each `times`.
 
-    Nothing but an earlier occurrence tells how a passage goes on, and there one piece is enough: the pieces of all
+    Only an earlier occurrence tells how a passage continues, and one piece is enough to find it: all pieces of all
     passages are different.
 
     Args:
         prose: ids [n].
-        passages: different ones.
+        passages: number of passages.
         length: ids of each.
         times: occurrences of each.
         pieces: ids that passages are drawn from; at least passages * length.
-        random: what draws.
-        consistent: False gives the same text but for the order of what follows each occurrence's first piece, which is
-            drawn anew: it can be known which pieces come, and not when.
+        random: the generator.
+        consistent: False gives the same text, except that the order of the pieces after the first is random in each
+            occurrence: which pieces follow can be known, but not in which order.
 
     Returns:
         ids [n + passages * length * times].
@@ -36,7 +36,7 @@ def plant(
     passage = random.choice(pieces, (passages, length), replace=False).astype(prose.dtype)
     planted = passage[random.permutation(np.tile(np.arange(passages), times))]
     places = np.sort(random.integers(0, len(prose) + 1, passages * times))
-    reordered = random.permuted(planted[:, 1:], axis=1)  # drawn in any case, so that all else is the same
+    reordered = random.permuted(planted[:, 1:], axis=1)  # drawn in any case, so that everything else is the same
     if not consistent:
         planted[:, 1:] = reordered
     return np.insert(prose, np.repeat(places, length), planted.ravel())

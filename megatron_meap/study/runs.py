@@ -1,4 +1,4 @@
-"""Running the points of a study: as many at once as asked for, each finished one kept, the rest resumed later."""
+"""Running the points of a study, several at once; finished runs are kept, others are resumed later."""
 
 import contextlib
 import json
@@ -28,9 +28,9 @@ from megatron_meap.study.texts import Texts
 
 RESULT = "result.json"
 AGAIN = "again.json"
-"""The result of a run that was made a second time, from its recorded command."""
+"""The result of a run that was repeated from its recorded command."""
 NUMBERS = ("validation", "train_loss", "retrieval", "planted", "copying")
-"""What a run that is made again must give again, digit for digit on the same kind of machine."""
+"""What a repeated run must reproduce, digit for digit on the same kind of machine."""
 _SHAPE = POINT | {
     "steps": int,
     "validation": {str: int | float},
@@ -40,20 +40,20 @@ _SHAPE = POINT | {
     "planted?": {str: int | float},
     "copying?": {str: int | float},
 }
-"""What is read of a result."""
+"""The part of a result that is read."""
 
 
 def finished(folder: Path, name: str = RESULT) -> dict[Point, dict[str, Any]]:
-    """The results of the runs below a folder; with `AGAIN`, of those that were made again."""
-    remedy = "remove it, and the run is made again"
+    """The results of the runs below a folder; with `AGAIN`, of the repeated ones."""
+    remedy = "remove it to run this again"
     return by_point(read_json(path, _SHAPE, remedy) for path in sorted(folder.glob(f"*/{name}")))
 
 
 def read_results(path: Path) -> dict[Point, dict[str, Any]]:
-    """The results in a file of JSON lines; none where there is no such file.
+    """The results in a file of JSON lines; none if the file does not exist.
 
     Raises:
-        UsageError: a line that is no result.
+        UsageError: a line that is not a result.
     """
     if not path.exists():
         return {}
@@ -80,7 +80,7 @@ class Runner:
         grid: the study.
         texts: what the runs read.
         folder: of all runs.
-        slots: for each run that goes on at a time, the environment that it has to itself (such as its GPU).
+        slots: one for each run at a time, with environment variables of its own (such as its GPU).
         say: takes a line for the terminal.
     """
 
@@ -104,7 +104,7 @@ class Runner:
         """Run what has no result yet.
 
         Raises:
-            JobError: runs that failed, or did not reach their end; the others have their results.
+            JobError: some runs failed or did not finish; the others have their results.
         """
         done = finished(self._folder)
         todo = [point for point in points if point not in done]
@@ -113,21 +113,21 @@ class Runner:
         with ThreadPoolExecutor(self._slots) as pool:
             try:
                 outcomes = list(pool.map(self._one, todo))
-            except BaseException:  # before the pool waits for what is running
+            except BaseException:  # before the pool waits for the running ones
                 self.stop()
                 raise
         if failed := [point.name for point, fine in zip(todo, outcomes, strict=True) if not fine]:
             raise JobError(f"{len(failed)} of {len(todo)} runs have no result yet, the first of them {failed[0]}")
 
     def stop(self) -> None:
-        """End what is running; the next start resumes."""
+        """End the running ones; the next start resumes them."""
         self._stopping.set()
         for pid in list(self._running):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
     def again(self, record: dict[str, Any]) -> None:
-        """Make a run a second time from its recorded command, beside what it left.
+        """Repeat a run from its recorded command, in the same folder.
 
         Raises:
             UsageError: the command reads its text elsewhere.
@@ -141,10 +141,10 @@ class Runner:
             )
         self._texts.make([point])
         if not self._train(point, command, AGAIN):
-            raise JobError(f"{point.name}: it was not to be made again")
+            raise JobError(f"{point.name}: could not be repeated")
 
     def _one(self, point: Point) -> bool:
-        """Run a point; whether it has a result then."""
+        """Run a point; returns whether it has a result."""
         if self._stopping.is_set():
             return False
         folder, texts = self._folder / point.name, self._texts
@@ -152,7 +152,7 @@ class Runner:
         return self._train(point, command, RESULT)
 
     def _train(self, point: Point, command: list[str], result: str) -> bool:
-        """Run a command in a free slot and write what it gave; whether it came to its end."""
+        """Run a command in a free slot and write its result; returns whether it finished."""
         folder = self._folder / point.name
         folder.mkdir(parents=True, exist_ok=True)
         own, slot = self._grid.training.get("environment", {}), self._free.get()
@@ -168,7 +168,7 @@ class Runner:
                 self._running.add(process.pid)
                 if self._stopping.is_set():  # since the question above
                     process.terminate()
-                _, status, usage = os.wait4(process.pid, 0)  # for the processor time of this run alone
+                _, status, usage = os.wait4(process.pid, 0)  # for the processor time of only this run
                 process.returncode = os.waitstatus_to_exitcode(status)
                 self._running.discard(process.pid)
         finally:
@@ -193,7 +193,7 @@ class Runner:
 
 
 def _facts(grid: Grid, point: Point, history: History) -> dict[str, Any]:
-    """What a run's log says, in nats per token."""
+    """Results from the log of a run, in nats per token."""
     last = history.steps[max(history.steps)].values
     return {
         "steps": grid.steps(point),
@@ -206,8 +206,8 @@ def _facts(grid: Grid, point: Point, history: History) -> dict[str, Any]:
 
 
 def _copying(grid: Grid, history: History) -> dict[str, dict[str, float]]:
-    """By step, in nats: the loss of text with planted passages, and how much less a piece that came before costs in it
-    than where the order is drawn anew."""
+    """By step, in nats: the loss of text with planted passages, and how much less a repeated piece costs in it than in
+    text where the order of the pieces is random."""
     if (planted := grid.data.get("planted")) is None:
         return {}
     _, as_trained, reordered = history.validation_sets.values()

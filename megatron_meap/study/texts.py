@@ -20,12 +20,12 @@ _PLANTED = "passages", "length", "times", "pieces"
 
 
 class Texts:
-    """What the runs read, made where it is missing.
+    """What the runs read, created if it is missing.
 
     Args:
         grid: the study.
-        source: the folder in which the grid's files of documents are.
-        folder: where to put what is made.
+        source: the folder with the grid's files of documents.
+        folder: where to write.
     """
 
     def __init__(self, grid: Grid, source: Path, folder: Path) -> None:
@@ -34,22 +34,22 @@ class Texts:
         self.tokenizer = folder / "tokenizer.model"
         planted = ["valid-planted", "valid-reordered"] if "planted" in self._data else []
         self.valid = [folder / name for name in ("valid", *planted)]
-        """Prefixes of the validation texts: prose; and where passages are planted, prose with them, once as in training
-        and once with the order of their pieces drawn anew."""
+        """Prefixes of the validation texts: prose; and if passages are planted, prose with them, once as in training
+        and once with their pieces in random order."""
 
     def train(self, point: Point) -> Path:
         """The prefix of a run's training text: the same for all runs of a size and seed."""
         return self._folder / f"train-t{point.tokens}-s{point.seed}"
 
     def digest(self, point: Point) -> str:
-        """sha256 of all that a run reads: the tokenizer, its training text and the validation texts."""
+        """sha256 of everything that a run reads: the tokenizer, its training text and the validation texts."""
         content = hashlib.sha256()
         for path in (self.tokenizer, *(Path(f"{prefix}.bin") for prefix in (self.train(point), *self.valid))):
             content.update(hashlib.sha256(path.read_bytes()).digest())
         return content.hexdigest()
 
     def make(self, points: Iterable[Point]) -> None:
-        """Make what these runs need.
+        """Create what these runs need.
 
         Raises:
             UsageError: the documents are missing, or too few.
@@ -97,7 +97,7 @@ class Texts:
             _write(prefix, self._plant(np.concatenate(chosen), np.random.default_rng(0), consistent))
 
     def _draw(self, documents: list[np.ndarray], point: Point) -> list[np.ndarray]:
-        """The documents of a run's training text, exactly as many tokens as asked for, rounded down to sequences where
+        """The documents of a run's training text, with exactly the tokens asked for; rounded down to whole sequences if
         passages are planted."""
         if "planted" not in self._data:
             return _first(documents, point.tokens, point)
@@ -111,7 +111,7 @@ class Texts:
         return self._length - planted["passages"] * planted["length"] * planted["times"]
 
     def _plant(self, prose: np.ndarray, random: np.random.Generator, consistent: bool = True) -> list[np.ndarray]:
-        """Documents of one sequence each, with passages of the tokenizer's bytes, which prose hardly has."""
+        """Documents of one sequence each, with passages of the tokenizer's byte pieces, which prose hardly uses."""
         passages, length, times, pieces = (self._data["planted"][name] for name in _PLANTED)
         rows = prose[: len(prose) // self._prose * self._prose].reshape(-1, self._prose)
         bytes_ = np.arange(SPECIALS, SPECIALS + pieces)
@@ -123,7 +123,7 @@ def _is_there(prefix: Path) -> bool:
 
 
 def _first(documents: list[np.ndarray], tokens: int, point: Point) -> list[np.ndarray]:
-    """Documents in an order drawn from the seed, exactly as many tokens as asked for: the last one is cut."""
+    """Documents in an order drawn from the seed, cut to exactly the tokens asked for."""
     chosen, left = [], tokens
     for i in np.random.default_rng(point.seed).permutation(len(documents)):
         chosen.append(documents[i][:left])
@@ -134,7 +134,7 @@ def _first(documents: list[np.ndarray], tokens: int, point: Point) -> list[np.nd
 
 
 def _write(prefix: Path, documents: list[np.ndarray]) -> None:
-    """A dataset of these documents, whole or not at all."""
+    """Write a dataset of these documents, complete or not at all."""
     writer = DatasetWriter(str(prefix), documents[0].dtype.type)
     try:
         for each in documents:

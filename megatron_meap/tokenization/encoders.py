@@ -12,7 +12,7 @@ Choice = Literal["auto", "gigatoken", "reference"]
 
 
 class Encoder(Protocol):
-    """Turns text into ids; what is inside stays the same in a forked worker."""
+    """Turns text into ids; it can be used in forked workers."""
 
     name: str
 
@@ -20,7 +20,7 @@ class Encoder(Protocol):
         """Ids of a text, without BOS and EOS."""
 
     def shed(self) -> None:
-        """Give back memory held by caches."""
+        """Free memory held by caches."""
 
 
 class ReferenceEncoder:
@@ -31,7 +31,7 @@ class ReferenceEncoder:
         self.encode = reference.encode
 
     def shed(self) -> None:
-        """Nothing to give back: these libraries hold small caches only."""
+        """Nothing to free: these libraries have only small caches."""
 
 
 class GigatokenEncoder:
@@ -52,17 +52,17 @@ class GigatokenEncoder:
 
     def shed(self) -> None:
         """Start with an empty cache."""
-        self._tokenizer: Any = None  # the old cache goes before the new tokenizer comes
+        self._tokenizer: Any = None  # frees the old cache before the new tokenizer is created
         self._tokenizer = self._make()
 
 
 def choose_encoder(reference: Reference, sample: list[str], choice: Choice = "auto") -> tuple[Encoder, str]:
     """The encoder for a job, and one line that says which and why.
 
-    gigatoken is taken only where it gives the reference's ids for every text of the sample.
+    gigatoken is used only if it gives the reference's ids for every text of the sample.
 
     Raises:
-        UsageError: gigatoken was asked for, and cannot do this tokenizer or gives other ids.
+        UsageError: gigatoken was asked for, but does not support this tokenizer or gives other ids.
     """
     plain = ReferenceEncoder(reference)
     if choice == "reference":
@@ -82,11 +82,11 @@ def choose_encoder(reference: Reference, sample: list[str], choice: Choice = "au
 
 
 class _NotPossibleError(Exception):
-    """Why gigatoken cannot stand in for a tokenizer."""
+    """Why gigatoken cannot replace a tokenizer."""
 
 
 def gigatoken_encoder(reference: Reference) -> GigatokenEncoder:
-    """gigatoken for the reference's tokenizer, its special tokens taken out so that text never becomes one."""
+    """gigatoken for the reference's tokenizer, without its special tokens, so that text never becomes one."""
     try:
         if reference.library == "sentencepiece":
             from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
@@ -95,19 +95,19 @@ def gigatoken_encoder(reference: Reference) -> GigatokenEncoder:
             _refuse_inexact_sentencepiece(definition)
             return _from_json(definition)
         if reference.library in ("huggingface", "megatron") and hasattr(reference.model, "backend_tokenizer"):
-            known = getattr(reference.model, "definition", None)  # to write a large one again takes a while
+            known = getattr(reference.model, "definition", None)  # serialising a large one again takes a while
             return _from_json(json.loads(known or reference.model.backend_tokenizer.to_str()))
         if reference.library == "tiktoken":
             return _from_tiktoken(reference)
     except _NotPossibleError:
         raise
-    except Exception as error:  # gigatoken refuses a tokenizer with whatever exception its parts raise
+    except Exception as error:  # gigatoken may raise any exception for a tokenizer that it does not support
         raise _NotPossibleError(one_line(error)) from error
     raise _NotPossibleError(f"does not support {reference.library} tokenizers")
 
 
 def _refuse_inexact_sentencepiece(definition: dict[str, Any]) -> None:
-    """Refuse the models of which gigatoken 0.10 gives other ids for some rare text, which a sample may not contain."""
+    """Refuse models for which gigatoken 0.10 gives other ids in rare texts, which a sample may not contain."""
     if not all(token["special"] for token in definition["added_tokens"]):
         raise _NotPossibleError("is not exact with user-defined symbols")
     steps = [step["type"] for step in definition["normalizer"]["normalizers"]]
@@ -127,7 +127,7 @@ def _from_json(definition: dict[str, Any]) -> GigatokenEncoder:
 
 
 def _from_tiktoken(reference: Reference) -> GigatokenEncoder:
-    """From a Megatron tiktoken tokenizer, whose ordinary ids begin after its special ones."""
+    """From a Megatron tiktoken tokenizer, whose ordinary ids come after its special ones."""
     import base64
 
     import gigatoken

@@ -1,4 +1,4 @@
-"""The files that a run's tokenizer is made of: which they are, and the same tokenizer from a copy of them."""
+"""The files of a run's tokenizer, and the same tokenizer from a copy of them."""
 
 import copy
 from argparse import Namespace
@@ -11,14 +11,14 @@ _OF_A_DIRECTORY = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.*", "additional_chat_templates/*.jinja",
     "tokenization_*.py", "config.json", "generation_config.json",
 )  # fmt: skip
-"""What transformers reads of a directory for its tokenizer, and the ids that end a text."""
+"""Files of a directory that transformers reads for a tokenizer, and those with the ids that end a text."""
 
 ONE_FILE = ("SentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "GPTSentencePieceTokenizer")
-"""Types of tokenizers (Megatron's names) that are one file, which `tokenizer_model` names."""
+"""Types of tokenizers (Megatron's names) that consist of one file, named by `tokenizer_model`."""
 
 
 def files_of(args: Namespace) -> dict[str, Path]:
-    """The files, by their places in a copy; none for a tokenizer that has none here (a name on a hub, NullTokenizer).
+    """The files, by their places in a copy; none for a tokenizer without local files (on a hub, NullTokenizer).
 
     Args:
         args: Megatron-style arguments (`tokenizer_model`, `vocab_file`, `merge_file`).
@@ -27,13 +27,13 @@ def files_of(args: Namespace) -> dict[str, Path]:
 
 
 def missing(args: Namespace) -> list[str]:
-    """What the arguments name and is not there."""
+    """Files that the arguments name but that do not exist."""
     named = (getattr(args, name, None) for name in _NAMED_BY)
     return [each for each in named if each and not Path(each).exists()]
 
 
 def at(args: Namespace, folder: Path) -> Namespace:
-    """The arguments with their tokenizer in `folder`, which holds a copy of the files under their places."""
+    """The arguments with their tokenizer in `folder`, which has a copy of the files in their places."""
     changed = copy.copy(args)
     for name in _NAMED_BY:
         if named := getattr(args, name, None):

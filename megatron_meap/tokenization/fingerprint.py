@@ -10,7 +10,7 @@ _HF_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.
 
 
 def tokenizer_fingerprint(args: Any) -> str:
-    """sha256 of what determines the ids: the tokenizer's files, whatever their names and places.
+    """sha256 of what determines the ids: the content of the tokenizer's files, whatever their names.
 
     Args:
         args: Megatron-style arguments (`tokenizer_type`, `tokenizer_model`, `vocab_file`, `merge_file`, ...).
@@ -29,12 +29,12 @@ def tokenizer_fingerprint(args: Any) -> str:
             with refusing(f"{path}: cannot be read", OSError):
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
         if name and not Path(name).exists():
-            digest.update(str(name).encode())  # a name on a hub: nothing here to look into
+            digest.update(str(name).encode())  # a name on a hub: there is no local file
     return digest.hexdigest()
 
 
 def _vocabulary_files(path: Path) -> list[Path]:
-    """The files of a tokenizer that hold its vocabulary; the first of a folder's that is complete in itself."""
+    """The files that hold a tokenizer's vocabulary; of a folder the first that is complete on its own."""
     if not path.is_dir():
         return [path] if path.exists() else []
     present = [path / name for name in _HF_VOCABULARIES if (path / name).exists()]

@@ -1,4 +1,4 @@
-"""A run's tokenizer as a Hugging Face tokenizer with the mask token in it: the same ids for every text.
+"""A run's tokenizer as a Hugging Face tokenizer that includes the mask token: the same ids for every text.
 
 SentencePiece models (BPE, unigram), Hugging Face directories, Megatron's tiktoken files, GPT-2's vocab and merges.
 """
@@ -36,7 +36,7 @@ def moved(args: Namespace, path: str | None) -> Namespace:
 
 
 def tokenizer_of(args: Namespace) -> Any | None:
-    """The Hugging Face form of the tokenizer that a run was trained with, the mask token included.
+    """The Hugging Face form of the tokenizer that a run was trained with, including the mask token.
 
     Args:
         args: the arguments in a checkpoint.
@@ -45,7 +45,7 @@ def tokenizer_of(args: Namespace) -> Any | None:
         The tokenizer, or None for a run without one (`NullTokenizer`, mock data).
 
     Raises:
-        UsageError: the file is not there, is not such a tokenizer, or its ids are not those of the weights.
+        UsageError: the file is missing, is not such a tokenizer, or its ids are not those of the weights.
     """
     if args.tokenizer_type == "NullTokenizer":
         return None
@@ -58,7 +58,7 @@ def tokenizer_of(args: Namespace) -> Any | None:
 
 
 def _load(args: Namespace) -> Any:
-    """The tokenizer as it was before training, without the mask token where it has none."""
+    """The tokenizer as it was before training, without a mask token unless it has one."""
     kind = args.tokenizer_type
     if kind == "GPT2BPETokenizer" and args.tokenizer_model is None:
         return _from_gpt2(args.vocab_file, args.merge_file)
@@ -79,13 +79,13 @@ def _load(args: Namespace) -> Any:
 
 
 def load_directory(directory: Path) -> Any:
-    """A tokenizer saved by transformers, from the disk alone."""
+    """A tokenizer saved by transformers, loaded only from disk."""
     with refusing(f"{directory}: holds no Hugging Face tokenizer that can be loaded"):
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
 
 
 def _fill_holes(tokenizer: Any) -> None:
-    """Give every id up to the largest a token: else one that is added takes, once loaded again, an id that is used."""
+    """Give every id up to the largest a token: otherwise an added token gets a used id when it is loaded again."""
     used = tokenizer.get_vocab().values()
     holes = sorted(set(range(max(used))) - set(used))
     if not holes:
@@ -96,7 +96,7 @@ def _fill_holes(tokenizer: Any) -> None:
 
 
 def add_mask_token(tokenizer: Any, text: str) -> int:
-    """Make `text` the mask token, as the next id where the tokenizer has none of this name; returns its id."""
+    """Make `text` the mask token, with the next id if the tokenizer has no such token; returns its id."""
     token = AddedToken(text, special=True, normalized=False)
     tokenizer.add_special_tokens({"mask_token": token})
     return tokenizer.convert_tokens_to_ids(text)
@@ -164,7 +164,7 @@ def from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """The merges of a SentencePiece BPE model, which stores only the pieces: best score first."""
+    """The merges of a SentencePiece BPE model, which stores only the pieces; best score first."""
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     merges = []
@@ -177,7 +177,7 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 
 
 def _sentencepiece_normalizer(spec: Any) -> Any:
-    """What SentencePiece does to text before it looks for pieces."""
+    """What SentencePiece does to text before it splits it into pieces."""
     steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -204,7 +204,7 @@ def _from_gpt2(vocab: str | None, merges: str | None) -> PreTrainedTokenizerFast
 
 
 def _from_tiktoken(path: Path, args: Namespace) -> PreTrainedTokenizerFast:
-    """Megatron's tiktoken file: a JSON list of byte strings by rank, below them the special tokens."""
+    """Megatron's tiktoken file: a JSON list of byte strings by rank; the special tokens have the ids before them."""
     from megatron.core.tokenizers.text.libraries import tiktoken_tokenizer
 
     special = list(args.special_tokens or tiktoken_tokenizer.SPECIAL_TOKENS)
@@ -250,7 +250,7 @@ def _byte_level(model: models.BPE, pattern: str | None, names: dict[str, str]) -
 
 
 def _wrapped(backend: Tokenizer, names: dict[str, str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of transformers, whose output a Llama takes as it is (no token types), with its special tokens."""
+    """A tokenizer of transformers with its special tokens, whose output (no token types) a Llama accepts."""
     inputs = ["input_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, model_input_names=inputs, **names
@@ -295,7 +295,7 @@ def begin_without_bos(tokenizer: Any) -> None:
 
 
 def save_tokenizer(tokenizer: Any, directory: Path, max_length: int) -> None:
-    """Save as files that transformers 4 and 5, vLLM and lm-eval all load."""
+    """Save as files that transformers 4 and 5, vLLM and lm-eval can all load."""
     tokenizer.model_max_length = max_length
     tokenizer.save_pretrained(str(directory))
     settings = directory / "tokenizer_config.json"

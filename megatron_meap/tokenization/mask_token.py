@@ -1,4 +1,4 @@
-"""The [MASK] token: find it in a tokenizer, or append it, and make sure that no text can ever produce it."""
+"""The [MASK] token: find it in a tokenizer, or append it, and make sure that no text can produce it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,28 +13,28 @@ class MaskToken:
     """The mask token of a run."""
 
     text: str
-    """How it is written, for people: as text it is never parsed back to the id."""
+    """Its name, for people: as text it is never parsed to the id."""
 
     id: int
     """Its id in the embedding table."""
 
     added: bool
-    """True where the tokenizer has no such token: the id is then the next one after its vocabulary."""
+    """Whether the tokenizer has no such token: its id is then the next one after the vocabulary."""
 
 
 def resolve_mask_token(tokenizer: Any, text: str = MASK_TOKEN) -> MaskToken:
     """Find the mask token in a Megatron tokenizer, or append it as the next id.
 
     Appending comes before vocabulary padding: Llama-2's 32,000 pieces give id 32,000, and 32,064 rows with
-    `--make-vocab-size-divisible-by 64`. The tokenizer itself is left as it is: training only needs the id.
+    `--make-vocab-size-divisible-by 64`. The tokenizer itself is not changed: training only needs the id.
 
     Args:
         tokenizer: as `megatron.core.tokenizers.utils.build_tokenizer.build_tokenizer` returns it.
-        text: how the token is written.
+        text: the token's name.
 
     Raises:
-        UsageError: the text is empty; or the tokenizer has that token as an ordinary one, which text can produce, or
-            for another purpose.
+        UsageError: the name is empty, or that of an ordinary token, which text can produce, or of a token with another
+            purpose.
     """
     if not text.strip():
         raise UsageError(f"--meap-mask-token {text!r}: is empty; name a token, such as {MASK_TOKEN}")
@@ -56,25 +56,25 @@ def resolve_mask_token(tokenizer: Any, text: str = MASK_TOKEN) -> MaskToken:
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """Rows of the embedding that a Megatron tokenizer's ids need: some Hugging Face vocabularies have holes."""
+    """Rows of the embedding that the ids of a Megatron tokenizer need: some Hugging Face vocabularies have gaps."""
     if getattr(tokenizer, "library", "") not in ("huggingface", "megatron"):
         return tokenizer.vocab_size
     return max(tokenizer.vocab_size, 1 + max(tokenizer._tokenizer.tokenizer.get_vocab().values()))
 
 
 def token_id(tokenizer: Any, text: str) -> int | None:
-    """Id of the token that is written `text`; None where a Megatron tokenizer has none."""
+    """Id of the token named `text`; None if a Megatron tokenizer has none."""
     return _look_up(tokenizer, text)[0]
 
 
 def _look_up(tokenizer: Any, text: str) -> tuple[int | None, bool]:
-    """Id of a token, None where there is none, and whether text never becomes it."""
+    """Id of a token (None if there is none), and whether text never becomes it."""
     lookup = _LOOKUPS.get(getattr(tokenizer, "library", ""))
     return lookup(tokenizer._tokenizer.tokenizer, text) if lookup else (None, True)
 
 
 def _in_sentencepiece(processor: Any, text: str) -> tuple[int | None, bool]:
-    """Id of a piece, and whether it is a control symbol (user-defined symbols are parsed from text)."""
+    """Id of a piece, and whether it is a control symbol (text can become user-defined symbols)."""
     piece = processor.piece_to_id(text)
     if processor.id_to_piece(piece) != text:
         return None, False
@@ -106,7 +106,7 @@ _LOOKUPS = {
 
 
 def special_id(tokenizer: Any, name: str) -> int | None:
-    """Id of `eod`, `bos`, `pad` or `unk`; None where the tokenizer has none, which Megatron's say in several ways."""
+    """Id of `eod`, `bos`, `pad` or `unk`; None if there is none, which Megatron's tokenizers say in several ways."""
     try:
         value = getattr(tokenizer, name)
     except (AttributeError, NotImplementedError, NameError):
@@ -115,13 +115,13 @@ def special_id(tokenizer: Any, name: str) -> int | None:
 
 
 def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of EOD, BOS and padding, those that the tokenizer has, sorted."""
+    """Ids of EOD, BOS and padding, as far as the tokenizer has them, sorted."""
     found = {special_id(tokenizer, name) for name in ("eod", "bos", "pad")}
     return tuple(sorted(each for each in found if each is not None))
 
 
 def all_special_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Ids of every token that no ordinary text holds, sorted: control symbols, unknown, EOD, BOS, padding, ..."""
+    """Ids of all tokens that do not occur in ordinary text, sorted: control symbols, unknown, EOD, BOS, padding, ..."""
     library = getattr(tokenizer, "library", "")
     found = set(special_token_ids(tokenizer))
     if library == "sentencepiece":

@@ -1,8 +1,8 @@
-"""The tokenizer that training uses, as preprocessing needs it.
+"""The tokenizer that training uses, for preprocessing.
 
-Megatron's own `build_tokenizer` makes it, so that ids agree with training. Two kinds do without the seconds that
-importing Megatron costs (a test holds both to its tokenizers): a plain SentencePiece model, to whose library Megatron
-hands the text as it is, and Hugging Face tokenizers (`without_torch`).
+Megatron's own `build_tokenizer` creates it, so that ids agree with training. Two kinds avoid importing Megatron, which
+takes seconds (a test compares both with Megatron's tokenizers): a plain SentencePiece model, to whose library Megatron
+passes the text unchanged, and Hugging Face tokenizers (`without_torch`).
 
 Text is never parsed for special tokens: a document that contains `</s>` or `[MASK]` as text gets ordinary ids.
 """
@@ -28,16 +28,16 @@ TOKENIZER_TYPES = (*SENTENCEPIECE_TYPES, "HuggingFaceTokenizer", "TikTokenizer",
 
 @dataclass(frozen=True)
 class Reference:
-    """A tokenizer, and the facts about it that a dataset depends on."""
+    """A tokenizer, and the properties of it on which a dataset depends."""
 
     library: str
     """`sentencepiece`, `huggingface`, `megatron` (GPT2BPETokenizer), `tiktoken` or `null-text`."""
 
     encode: Callable[[str], Sequence[int]]
-    """Ids of a text alone: no BOS, no EOS, special tokens as plain text."""
+    """Ids of only the text: no BOS, no EOS, special tokens as plain text."""
 
     vocab_size: int
-    """Without a mask token that has to be appended."""
+    """Without a mask token that is appended."""
 
     prefix: tuple[int, ...]
     """Ids that the tokenizer itself puts before every text (Hugging Face post-processors may)."""
@@ -52,7 +52,7 @@ class Reference:
     """The library's own tokenizer object."""
 
     tokenizer: Any
-    """What `detokenize(ids)` can be called on: Megatron's tokenizer, or a stand-in for it."""
+    """An object with `detokenize(ids)`: Megatron's tokenizer, or a stand-in for it."""
 
     mask: MaskToken | None
     """The mask token; None for a NullTokenizer."""
@@ -113,7 +113,7 @@ def load_reference(args: Any) -> Reference:
 
 
 def plain_encode(tokenizer: Any) -> Callable[[str], Sequence[int]]:
-    """Ids of a text alone, as `Reference.encode`, by a Megatron tokenizer."""
+    """`Reference.encode` of a Megatron tokenizer."""
     model = getattr(tokenizer._tokenizer, "tokenizer", None)
     if tokenizer.library == "tiktoken":
         return model.encode_ordinary  # type: ignore[union-attr]
@@ -125,7 +125,7 @@ def plain_encode(tokenizer: Any) -> Callable[[str], Sequence[int]]:
 
 
 def refuse_a_file(args: Any) -> None:
-    """Refuse a file, such as tokenizer.json itself, where transformers wants the folder that it stands in."""
+    """Refuse a file, such as tokenizer.json, if transformers needs its folder."""
     if args.tokenizer_type == "HuggingFaceTokenizer" and Path(args.tokenizer_model or "").is_file():
         folder = Path(args.tokenizer_model).parent
         raise UsageError(
@@ -134,7 +134,7 @@ def refuse_a_file(args: Any) -> None:
 
 
 def _check_files(args: Any) -> None:
-    """The files that a tokenizer type needs are named and exist."""
+    """Check that the files that a tokenizer type needs are named and exist."""
     refuse_a_file(args)
     kind = args.tokenizer_type
     needed = {"GPT2BPETokenizer": ("vocab_file", "merge_file"), "NullTokenizer": ("vocab_size",)}
@@ -153,7 +153,7 @@ def _check_files(args: Any) -> None:
 
 
 def _sentencepiece(path: str) -> SimpleNamespace:
-    """What stands in for Megatron's tokenizer of a SentencePiece model."""
+    """A stand-in for Megatron's tokenizer of a SentencePiece model."""
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor()
@@ -174,7 +174,7 @@ def _sentencepiece(path: str) -> SimpleNamespace:
 
 
 def _megatron_tokenizer(args: Any) -> Any:
-    """Megatron's own tokenizer for these arguments, without what its imports print."""
+    """Megatron's own tokenizer for these arguments, without the output of its imports."""
     full = argparse.Namespace(**{**_MEGATRON_DEFAULTS, **vars(args)})
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -183,7 +183,7 @@ def _megatron_tokenizer(args: Any) -> Any:
             from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
             return build_tokenizer(full)
-        except Exception as error:  # whatever a library says about a file that is not its own
+        except Exception as error:  # a library may raise anything for a file that is not its own
             named = args.tokenizer_model or args.vocab_file or args.vocab_size
             reason = one_line(error)
             raise UsageError(f"{named}: not a tokenizer of --tokenizer-type {args.tokenizer_type}: {reason}") from error
@@ -198,7 +198,7 @@ _MEGATRON_DEFAULTS = {
 
 
 def _huggingface_encode(model: Any) -> Callable[[str], Sequence[int]]:
-    """Encode as the Hugging Face tokenizer does, but special tokens in the text are text."""
+    """Encode as the Hugging Face tokenizer does, but with special tokens in the text as text."""
     if isinstance(model, without_torch.FastModel):
         return model.plain
     backend = getattr(model, "backend_tokenizer", None)

@@ -1,4 +1,4 @@
-"""How many bytes of text a token stands for: what makes losses of different tokenizers comparable."""
+"""How many bytes of text a token represents, so that losses of different tokenizers can be compared."""
 
 import functools
 import json
@@ -15,15 +15,15 @@ _PLAIN_DECODERS = {"Sequence", "Metaspace", "Replace", "ByteFallback", "Fuse", "
 
 @functools.lru_cache(maxsize=2)
 def text_bytes(tokenizer: Any) -> np.ndarray | None:
-    """Bytes in UTF-8 of each token's text, int32 by id; 0 for those that stand for none: special tokens, unknown text.
+    """Bytes in UTF-8 of each token's text, int32 by id; 0 for tokens without text: special tokens, unknown text.
 
-    A space that SentencePiece puts before a text counts as the space it is written as.
+    A space that SentencePiece adds before a text counts as one byte.
 
     Args:
         tokenizer: Megatron's, or one of transformers.
 
     Returns:
-        The table, or None for a tokenizer whose tokens' bytes are not known to us.
+        The table, or None for a tokenizer of an unknown kind.
     """
     library = getattr(tokenizer, "library", "huggingface")
     inner = tokenizer._tokenizer.tokenizer if hasattr(tokenizer, "library") else tokenizer
@@ -58,7 +58,7 @@ def _in_huggingface(tokenizer: Any) -> dict[int, int] | None:
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     decoder = definition["decoder"] or {}
     kinds = {decoder.get("type"), *(each["type"] for each in decoder.get("decoders", ()))}
-    byte_level = "ByteLevel" in kinds  # one character stands for a byte
+    byte_level = "ByteLevel" in kinds  # one character per byte
     if not (byte_level or kinds <= _PLAIN_DECODERS):
         return None
     size: Callable[[str], int] = len if byte_level else _of_piece

@@ -1,9 +1,9 @@
 """Hugging Face tokenizers without PyTorch and Megatron, whose imports cost preprocessing seconds and hundreds of MB.
 
-What a folder holds only transformers knows: some of its classes rebuild what stands in tokenizer.json. So a short-lived
-process, from which PyTorch is hidden, loads it as Megatron does, and hands over what came out, which the library
-`tokenizers` alone then runs. The process costs almost two seconds; a folder as Llama 3's, of which transformers takes
-tokenizer.json as it is, does without it.
+Only transformers can interpret a folder: some of its classes rebuild what is in tokenizer.json. So a short-lived
+process, from which PyTorch is hidden, loads it as Megatron does, and passes on the result, which needs only the library
+`tokenizers`. The process takes almost two seconds; a folder like Llama 3's, whose tokenizer.json transformers uses
+unchanged, does not need it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from megatron_meap.errors import UsageError, one_line
 
 _SPECIAL = {"bos": "bos_token", "eod": "eos_token", "unk": "unk_token", "pad": "pad_token"}
 _SUBSTITUTES = {"sep_token": "eos_token", "eos_token": "sep_token", "bos_token": "cls_token", "cls_token": "bos_token"}
-"""What Megatron adds: one of two names for the same place stands for the other."""
+"""What Megatron adds: one of two names for the same role replaces the other."""
 
 _TAKEN_AS_IT_IS = {"PreTrainedTokenizerFast", "TokenizersBackend"}
 _NAMES = {*_SPECIAL.values(), *_SUBSTITUTES, "mask_token"}
@@ -30,7 +30,7 @@ _OTHER_FILES = ("added_tokens.json", "tokenizer.*.json", "tekken.json", "*.model
 
 
 class FastModel:
-    """The part of a transformers tokenizer that preprocessing uses."""
+    """The part of a transformers tokenizer that preprocessing needs."""
 
     def __init__(self, definition: str) -> None:
         """From the contents of a tokenizer.json."""
@@ -48,18 +48,18 @@ class FastModel:
         return self.backend_tokenizer.get_added_tokens_decoder()
 
     def __call__(self, text: str) -> dict[str, list[int]]:
-        """Ids of a text, and of what the post-processor puts around it."""
+        """Ids of a text, with those that the post-processor adds."""
         self.backend_tokenizer.encode_special_tokens = False
         return {"input_ids": self.backend_tokenizer.encode(text).ids}
 
     def plain(self, text: str) -> list[int]:
-        """Ids of a text alone, in which special tokens are text."""
+        """Ids of only the text, in which special tokens are text."""
         self.backend_tokenizer.encode_special_tokens = True
         return self.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def load(args: argparse.Namespace) -> Any | None:
-    """A stand-in for Megatron's `HuggingFaceTokenizer`; None where only Megatron can load it.
+    """A stand-in for Megatron's `HuggingFaceTokenizer`; None if only Megatron can load it.
 
     Raises:
         UsageError: the folder holds no tokenizer.
@@ -81,7 +81,7 @@ def load(args: argparse.Namespace) -> Any | None:
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """What `made` returns, from the files alone; None where they say anything else that transformers may act on."""
+    """What `made` returns, only from the files; None if they contain anything else that transformers may act on."""
     if any(found for pattern in _OTHER_FILES for found in folder.glob(pattern)):
         return None
     try:
@@ -103,18 +103,18 @@ def _read(folder: Path) -> dict[str, Any] | None:
             or not settings.keys() <= _UNDERSTOOD
             or inside.get("padding")
             or not all({**token, "id": int(id)} == added[token["content"]] for id, token in (listed or {}).items())
-            or (listed is None and not map_.items() <= settings.items())  # which is read then only
+            or (listed is None and not map_.items() <= settings.items())  # it is read only then
             or not all(added[name]["special"] for name in names.values())
         ):
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # transformers explains it, or knows better
+        return None  # transformers will explain the error, or can read it
     special = {name: added[names[each]]["id"] if each in names else None for name, each in _SPECIAL.items()}
     return {"definition": definition, "special": special}
 
 
 def _made_apart(path: str, additional: list[str]) -> dict[str, Any] | None:
-    """`made`, by a process of its own."""
+    """`made`, in a separate process."""
     command = [sys.executable, "-P", "-m", "megatron_meap.tokenization.without_torch", path, *additional]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
@@ -129,7 +129,7 @@ def _made_apart(path: str, additional: list[str]) -> dict[str, Any] | None:
 
 
 def made(path: str, additional: list[str]) -> dict[str, Any] | None:
-    """What Megatron's `HuggingFaceTokenizer` is made of; None for one written in Python, which has no such form."""
+    """The parts of Megatron's `HuggingFaceTokenizer`; None for one written in Python, which has no such form."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -150,8 +150,8 @@ def made(path: str, additional: list[str]) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    sys.modules["torch"] = None  # type: ignore[assignment]  # which makes its import fail
+    sys.modules["torch"] = None  # type: ignore[assignment]  # makes its import fail
     try:
         print(json.dumps(made(sys.argv[1], sys.argv[2:])))
-    except Exception as error:  # whatever a library says about a folder that is not its own
+    except Exception as error:  # a library may raise anything for a folder that is not its own
         sys.exit(one_line(error))

@@ -338,7 +338,7 @@ def test_the_command_runs_repeats_lists_and_writes_up(tmp_path, grid, monkeypatc
         return capsys.readouterr().out
 
     assert study("list").count("done") == 0
-    assert "no run is done that could be made again" in study("again")
+    assert "no finished run to repeat" in study("again")
     assert "waits for “tuning”" in study("run", "--stage", "comparison")
     study("run", "--jobs", "2")
     assert study("list").count("  done") == 4 + 18
