@@ -1,4 +1,4 @@
-"""What is looked at between two training steps: the parameters as they are then, and where the numbers go."""
+"""Between two training steps: access to the parameters, and output of measurements."""
 
 import contextlib
 from argparse import Namespace
@@ -8,7 +8,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def whole_parameters(args: Namespace, model: list[Any], optimizer: Any) -> Iterator[None]:
-    """All parameters as the last step left them, on all ranks: with `--overlap-param-gather` some are still to come."""
+    """All parameters as the last step left them, on all ranks: with `--overlap-param-gather` some must still arrive."""
     from megatron.training.training import (
         disable_forward_pre_hook,
         enable_forward_pre_hook,
@@ -26,7 +26,7 @@ def whole_parameters(args: Namespace, model: list[Any], optimizer: Any) -> Itera
 
 
 def publish(name: str, line: str, values: dict[str, float], iteration: int) -> None:
-    """Write a line to the log, and values to TensorBoard and W&B as `name/...`, all from the last rank."""
+    """On the last rank, write a line to the log, and values to TensorBoard and W&B as `name/...`."""
     from megatron.training.utils import is_last_rank
 
     if is_last_rank():
@@ -35,7 +35,7 @@ def publish(name: str, line: str, values: dict[str, float], iteration: int) -> N
 
 
 def write(values: dict[str, float], iteration: int) -> None:
-    """Write values to TensorBoard and W&B, where this rank has them."""
+    """Write values to TensorBoard and W&B, if this rank has them."""
     from megatron.training import get_tensorboard_writer, get_wandb_writer
 
     if writer := get_tensorboard_writer():

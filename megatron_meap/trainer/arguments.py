@@ -39,10 +39,10 @@ LOCAL_LAYERS = {
 """Megatron's arguments for the local layers (layers.py): PyTorch only, no kernels of Apex or Transformer Engine."""
 
 NEED_TRANSFORMER_ENGINE = {"layernorm", "mla_up_proj", "moe_act"}
-"""Modules that Megatron recomputes through a part of it."""
+"""Modules whose recomputation in Megatron needs a part of Transformer Engine."""
 
 NOT_COMPILED = {"bias_dropout_fusion": False, "bias_swiglu_fusion": False}
-"""What `torch.compile` fuses on a GPU, and nothing does on a CPU."""
+"""What `torch.compile` fuses on a GPU; on a CPU nothing does."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser, command_line: list[str] | Non
     """Add this project's flags to Megatron's parser, and set the defaults for this machine.
 
     Args:
-        parser: Megatron's, which it asks for the program's own command line.
-        command_line: what the parser shall read instead.
+        parser: Megatron's, which reads the program's own command line.
+        command_line: what the parser reads instead.
     """
     add_own_arguments(parser)
     refuse_in_one_line(parser)
@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser, command_line: list[str] | Non
 
 
 def _local_defaults(command_line: list[str] | None = None) -> dict[str, object]:
-    """Defaults that make Megatron run with what is installed here; the user's own flags still win."""
+    """Defaults with which Megatron runs with what is installed here; the user's flags take precedence."""
     if device.is_cpu():
         defaults: dict[str, object] = {"distributed_backend": "gloo", "use_cpu_initialization": True} | NOT_COMPILED
     elif _uses_transformer_engine(command_line):
@@ -121,7 +121,7 @@ def _local_defaults(command_line: list[str] | None = None) -> dict[str, object]:
 
 
 def _uses_transformer_engine(command_line: list[str] | None = None) -> bool:
-    """Whether a run on GPUs does: as it says, as the run that it resumes, or wherever it is installed or planned."""
+    """Whether a run on GPUs does: as its flags say, as the run it resumes, or if it is installed or planned for."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     refuse_in_one_line(parser)
     parser.add_argument("--transformer-impl")
@@ -140,7 +140,7 @@ def _uses_transformer_engine(command_line: list[str] | None = None) -> bool:
 
 
 def _has_local_layers(load: str, step: int | None) -> bool:
-    """Whether the run that is resumed had them; not, where there is none or its checkpoint is not to be read."""
+    """Whether the resumed run had them; false if there is none, or its checkpoint cannot be read."""
     try:
         checkpoint = open_checkpoint(load, step)
     except UsageError:
@@ -155,7 +155,7 @@ def parse_arguments(**changes: object) -> Namespace:
         changes: arguments to set differently.
 
     Raises:
-        UsageError: a flag, or a combination of flags, cannot be used; one line that says which and why.
+        UsageError: a flag, or a combination of flags, cannot be used; the message says which and why.
     """
     from megatron.training import global_vars
 
@@ -172,7 +172,7 @@ def parse_arguments(**changes: object) -> Namespace:
 
 
 def parse_flags(command_line: list[str] | None = None) -> Namespace:
-    """What the command line, by default the program's own, says; checked for flags without effect alone."""
+    """Parse a command line, by default the program's own; checked only for flags without effect and numbers."""
     from megatron.training.arguments import parse_args
     from megatron.training.checkpointing import load_args_from_checkpoint
 
@@ -190,7 +190,7 @@ def parse_flags(command_line: list[str] | None = None) -> Namespace:
     without_effect.refuse_unread(given)
     ranges.check(given, args)
     _choose_precision(args)
-    if args.use_checkpoint_args:  # which take the place of given ones, and of what those need
+    if args.use_checkpoint_args:  # these replace the given ones and what those need
         for source in ("pretrained_checkpoint", "load"):
             found = load_args_from_checkpoint(args, load_arg=source)
             if isinstance(found, tuple):  # else there is no checkpoint
@@ -201,7 +201,7 @@ def parse_flags(command_line: list[str] | None = None) -> Namespace:
 
 
 def check(args: Namespace) -> None:
-    """Check the flags by our rules and by Megatron's, which completes them as well.
+    """Check the flags by our rules and by Megatron's, which also completes them.
 
     Raises:
         UsageError: as `parse_arguments`.
@@ -227,7 +227,7 @@ def check(args: Namespace) -> None:
 
 
 def _require_the_models_shape(args: Namespace) -> None:
-    """Name the flags that this run cannot go without, all at once: Megatron asserts them one by one, unnamed."""
+    """Name all missing flags that every run needs at once: Megatron asserts them one by one, without their names."""
     needed = ["hidden_size", "num_attention_heads", "seq_length", "max_position_embeddings", "micro_batch_size"]
     needed += [] if args.hybrid_layer_pattern else ["num_layers"]
     if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]:
@@ -237,7 +237,7 @@ def _require_the_models_shape(args: Namespace) -> None:
 
 
 def _choose_precision(args: Namespace) -> None:
-    """bf16 by default on a CPU that has the units for it; elsewhere what the flags say."""
+    """By default bf16 on a CPU that has the units for it; otherwise what the flags say."""
     if args.fp32 and (args.bf16 or args.fp16):
         raise UsageError("--fp32: contradicts --bf16 and --fp16; give one of them")
     if device.is_cpu() and not (args.fp32 or args.bf16 or args.fp16):
@@ -247,7 +247,7 @@ def _choose_precision(args: Namespace) -> None:
 
 
 def _validate_meap(args: Namespace) -> None:
-    """Check this project's flags, alone and against Megatron's."""
+    """Check this project's flags, by themselves and against Megatron's."""
     ConnectionSettings.of(args).check()
     meap.complete(args)
     sft.validate(args)
@@ -273,7 +273,7 @@ def _validate_meap(args: Namespace) -> None:
 
 
 def _check_full_validation(args: Namespace) -> None:
-    """Megatron evaluates whole validation sets, and several of them, in one way only."""
+    """Refuse flags with which Megatron cannot evaluate whole validation sets, or several of them."""
     if args.full_validation != args.multiple_validation_sets:
         given, other = "--full-validation", "--multiple-validation-sets"
         if args.multiple_validation_sets:
@@ -290,7 +290,7 @@ def _check_full_validation(args: Namespace) -> None:
 
 
 def _refuse_what_this_device_cannot(args: Namespace) -> None:
-    """What cannot work on a CPU, or with the local layers: say why, instead of failing deep inside Megatron."""
+    """Refuse what cannot work on a CPU, or with the local layers, before it fails deep inside Megatron."""
     if device.is_cpu():
         from megatron_meap.backend.cpu import unsupported
 
@@ -326,7 +326,7 @@ def _refuse_what_this_device_cannot(args: Namespace) -> None:
 
 
 def _refuse_rounded_gradients(args: Namespace) -> None:
-    """Megatron's fused cross-entropy rounds silently; on a CPU another one takes its place."""
+    """Refuse Megatron's fused cross-entropy where it silently rounds gradients; on a CPU it is replaced."""
     native = args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "native"
     if native and not args.bf16 and not device.is_cpu():
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Steps with a loss or gradients that are not finite (or that spike): how a run ends at one, and the way out."""
+"""Steps with a loss or gradients that are not finite (or that spike): how a run ends there, and how to go on."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ from megatron_meap.errors import UsageError, note_status
 
 TO_RESUME, REPEATS = EXIT_CODE_RESUME_TO_DISAMBIGUATE, EXIT_CODE_FAILED_ON_RESULT_VALIDATION
 STATUSES = (TO_RESUME, REPEATS)
-"""Megatron's exit statuses: 16 at the first time, 17 where the step was computed again or cannot be."""
+"""Megatron's exit statuses: 16 at first, 17 if the step was computed again or cannot be."""
 
 _MESSAGE = re.compile(r"Unexpected result .*message='(.*)'")
 
@@ -62,28 +62,28 @@ def refuse(loss: torch.Tensor) -> None:
 
 
 def found_in(error: BaseException | None) -> str | None:
-    """What is wrong with such a step, in the error that Megatron raises with `--rerun-mode disabled`; else None."""
+    """What is wrong with such a step, from the error that Megatron raises with `--rerun-mode disabled`; else None."""
     match = _MESSAGE.search(str(error)) if isinstance(error, RuntimeError) else None
     return None if match is None else match[1]
 
 
 def iteration_of(args: Namespace) -> int:
-    """Steps that are done, which Megatron counts in its training loop alone: a run may only evaluate."""
+    """Steps done, which Megatron counts only in its training loop: a run may only evaluate."""
     return int(getattr(args, "curr_iteration", getattr(args, "iteration", 0)))
 
 
 def end(args: Namespace, status: int, found: str | None = None) -> NoReturn:
-    """Say in one line which step it was and what can be done, and leave.
+    """Print in one line which step it was and what can be done, and exit.
 
     Args:
         args: of the run.
         status: one of `STATUSES`.
-        found: what is wrong with the step, where Megatron's own record does not tell.
+        found: what is wrong with the step, if Megatron's own record does not say.
     """
     call = getattr(get_rerun_state_machine(), "failed_validation_call", None)
     found = found or (call and call.caller.message) or "a loss or gradient that is not finite, on another rank"
     if args.rank != 0:
-        time.sleep(3)  # rank 0 speaks first, and torchrun then ends the others
+        time.sleep(3)  # rank 0 prints first, and torchrun then ends the others
     step = iteration_of(args) + 1
     skip = f"--iterations-to-skip {step} --rerun-mode disabled"
     ways = f"nothing is saved (no --save); {skip} leaves its data out, or start anew with another --lr"

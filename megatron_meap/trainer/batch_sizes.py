@@ -1,4 +1,4 @@
-"""How many samples each step of a run takes: what Megatron's calculator will say, for all who count steps or time."""
+"""How many samples each step of a run takes, by Megatron's calculator, for everything that counts steps or time."""
 
 import itertools
 from argparse import Namespace
@@ -11,13 +11,13 @@ from megatron_meap.errors import UsageError, one_line
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps that follow each other and take equally many samples."""
+    """Consecutive steps that take the same number of samples."""
 
     steps: int
     batch_size: int
     """Samples of a step, on all data-parallel ranks."""
     micro_batches: int
-    """Of a step, on each data-parallel rank."""
+    """Per step, on each data-parallel rank."""
 
 
 def settle(args: Namespace) -> None:
@@ -27,7 +27,7 @@ def settle(args: Namespace) -> None:
         args: parsed, not yet validated by Megatron.
 
     Raises:
-        UsageError: a batch size that no step can have, or that does not become what was asked for.
+        UsageError: a batch size that no step can have, or that would not be the one asked for.
     """
     if args.phase_transition_iterations and args.train_samples is None:
         raise UsageError("--phase-transition-iterations: needs --train-samples instead of --train-iters")
@@ -42,9 +42,9 @@ def settle(args: Namespace) -> None:
 
 
 def _settle_constant(args: Namespace, ranks: int) -> None:
-    """A batch size that the micro batches of all ranks do not divide: refused, or decreased where that is asked for.
+    """A batch size that the micro batches of all ranks do not divide: refused, or decreased if that was asked for.
 
-    Megatron decreases it in the steps alone: learning rate, amount of data and masks follow the size that was asked.
+    Megatron decreases it only in the steps: learning rate, amount of data and masks would follow the original size.
     """
     asked, together = args.global_batch_size, args.micro_batch_size * ranks
     smaller = asked // together * together
@@ -58,7 +58,7 @@ def _settle_constant(args: Namespace, ranks: int) -> None:
 
 
 def _check_schedule(args: Namespace, ranks: int) -> None:
-    """Refuse a schedule of batch sizes that would stop the run on its way, or that other flags count wrong."""
+    """Refuse a schedule of batch sizes that would stop the run later, or that other flags miscount."""
     flag = f"--step-batch-size-schedule {args.step_batch_size_schedule}"
     if args.train_samples is None:
         raise UsageError(f"{flag}: needs --train-samples instead of --train-iters: steps take more and more samples")
@@ -90,7 +90,7 @@ def _check_schedule(args: Namespace, ranks: int) -> None:
 
 
 def phases(args: Namespace) -> list[Phase]:
-    """The steps of a whole run in their order, by batch size.
+    """The steps of a whole run in order, grouped by batch size.
 
     Args:
         args: validated by Megatron, with `train_iters` or `train_samples`.
@@ -103,24 +103,24 @@ def phases(args: Namespace) -> list[Phase]:
 
 
 def samples(args: Namespace) -> int:
-    """Samples that the steps of a whole run train on."""
+    """Training samples of a whole run."""
     return sum(phase.steps * phase.batch_size for phase in phases(args))
 
 
 def most_micro_batches(args: Namespace) -> int:
-    """Micro batches of a step on each data-parallel rank, where the run takes most."""
+    """The largest number of micro batches of a step on each data-parallel rank."""
     return max(phase.micro_batches for phase in phases(args))
 
 
 def _calculator(args: Namespace, ranks: int) -> StepBatchsizeNumMicroBatchesCalculator:
-    """Megatron's own, which reads the schedule; as a rank that logs nothing."""
+    """Megatron's own calculator, which reads the schedule; as a rank that logs nothing."""
     return StepBatchsizeNumMicroBatchesCalculator(
         args.micro_batch_size, ranks, False, rank=1, schedule=args.step_batch_size_schedule, seq_length=args.seq_length
     )
 
 
 def _phases(schedule: list[tuple[int, int]], samples: int, together: int) -> list[Phase]:
-    """The steps up to `samples`, of a schedule of (samples from which on, batch size)."""
+    """The steps up to `samples`, by a schedule of (first sample, batch size)."""
     found, consumed = [], 0
     ends = [threshold for threshold, _ in schedule[1:]] + [samples]
     for (_, size), end in zip(schedule, ends, strict=True):
@@ -132,7 +132,7 @@ def _phases(schedule: list[tuple[int, int]], samples: int, together: int) -> lis
 
 
 def describe(args: Namespace) -> str:
-    """The batch size in words; all of them, where a schedule changes it."""
+    """The batch size, or the batch sizes of a schedule, in words."""
     found = phases(args)
     sizes = ", then ".join(f"{phase.batch_size:,}" for phase in found)
     micro_batches = ", then ".join(f"{phase.micro_batches:,}" for phase in found)

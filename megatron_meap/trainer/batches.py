@@ -46,14 +46,14 @@ BATCH_KEYS = [
     "position_ids",
     "tokens",
 ]
-"""What Megatron's batch helpers expect on the rank that loads the data, absent ones as None."""
+"""Keys that Megatron's batch helpers expect on the rank that loads the data, None if absent."""
 
 
 def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
     """Build the train, validation and test datasets that this rank needs, the train inputs masked.
 
     Args:
-        num_samples: samples wanted of each split; None means one epoch.
+        num_samples: number of samples for each split; None means one epoch.
         vp_stage: virtual pipeline stage, as Megatron passes it.
 
     Returns:
@@ -76,7 +76,7 @@ def datasets_provider(num_samples: list[int | None], vp_stage: int | None = None
                 flush=True,
             )
         test = None
-    # The trainer has made all its connections by now.
+    # All connections of the trainer exist by now.
     connections.watch(args.meap_lost_host_seconds, args.distributed_backend)
     return train, valid, test
 
@@ -123,7 +123,7 @@ def _conversations(args: Namespace, num_samples: list[int | None], loads_here: C
 
 
 def _masked(dataset: Any, split: Split, args: Namespace) -> Any:
-    """Wrap a top-level dataset; as it is where the split stays clean (ratio 0 is Megatron's own pipeline)."""
+    """Wrap a top-level dataset, unless the split stays clean (ratio 0 is Megatron's own pipeline)."""
     if dataset is None or len(dataset) == 0:  # Megatron's data loader fails on a split without samples (--eval-iters 0)
         return None
     masking = masking_of(args, split.name)
@@ -209,7 +209,7 @@ def loads_data(vp_stage: int | None = None) -> bool:
 
 
 def needs_batch(vp_stage: int | None) -> bool:
-    """Whether this (virtual) pipeline stage sees a batch.
+    """Whether this (virtual) pipeline stage gets a batch.
 
     The first, the last and those with multi-token prediction do; with packed sequences all, for the document borders.
     """
@@ -223,7 +223,7 @@ def has_packed_sequences(args: Namespace) -> bool:
 
 
 def _has_mtp(args: Namespace, vp_stage: int | None) -> bool:
-    if args.mtp_num_layers is None:  # building the configuration at every step would cost for nothing
+    if args.mtp_num_layers is None:  # avoids building the configuration at every step
         return False
     from megatron.training.arguments import core_transformer_config_from_args
 
@@ -245,12 +245,12 @@ def get_batch(
         data_iterator: yields samples of [b, s] tensors on tensor-parallel rank 0, None elsewhere.
         vp_stage: virtual pipeline stage of the model chunk.
         training: False during evaluation, whose micro batch size may differ.
-        want_noise: also tell what was done to the inputs; the last pipeline stage needs it for its report.
+        want_noise: also return what was done to the inputs; the last pipeline stage needs it for its report.
 
     Returns:
-        The keys of `BATCH_KEYS`, None where this stage needs no such tensor, and `noise`, uint8 [b, s] or None: bits
-        `NOISED` and `COPY`; in fine-tuning `NOISED` tells which *labels* are noised where they are inputs, for those
-        are what is learned.
+        The keys of `BATCH_KEYS`, None for tensors that this stage does not need, and `noise`, uint8 [b, s] or None:
+        bits `NOISED` and `COPY`; in fine-tuning `NOISED` marks the *labels* that are noised as inputs, because those
+        are learned.
     """
     args = get_args()
     if not needs_batch(vp_stage):
@@ -297,9 +297,9 @@ def get_batch(
 
 
 def _same_on_all_tp_ranks(noise: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
-    """What the samples say was done to their inputs, uint8 [b, s], from tensor-parallel rank 0, which loads them.
+    """What was done to the inputs of the samples, uint8 [b, s], from tensor-parallel rank 0, which loads them.
 
-    Megatron's own helper sends a fixed set of keys. The tokens would not tell: random replacement leaves no mark, and
+    Megatron's own helper sends a fixed set of keys. The tokens do not show it: random replacement leaves no mark, and
     the last of several pipeline stages has no tokens.
     """
     if noise is None:

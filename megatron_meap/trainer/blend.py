@@ -12,11 +12,11 @@ from megatron_meap.trainer import stages
 _SOME_WEIGHTS = "only some of the datasets have a weight; give each one, or none"
 
 Blend = tuple[list[str], list[float] | None]
-"""Prefixes of datasets, and their weights where they have any."""
+"""Prefixes of datasets, and their weights, if any."""
 
 
 def check(args: Namespace) -> None:
-    """Refuse a split or a weight that is none.
+    """Refuse an invalid split or weight.
 
     Raises:
         UsageError: as `blends` and `shares` say.
@@ -28,7 +28,7 @@ def check(args: Namespace) -> None:
 
 
 def blends(args: Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
-    """What is split into training, validation and test data; else what is named for each of the three.
+    """The data that is split into training, validation and test data, or the data named for each of the three.
 
     Raises:
         UsageError: a list of datasets that cannot be read, or a weight that is not positive.
@@ -46,14 +46,14 @@ def blends(args: Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
         check_weights(prefixes, weights or [1.0] * len(prefixes))
         for prefix in prefixes:  # Megatron takes an odd number of words for names only, and so a weight for one of them
             if is_number(prefix) and not Path(prefix + ".idx").exists():
-                raise UsageError(f"{prefix} in the blend is no dataset: {_SOME_WEIGHTS}")
-    if getattr(args, "meap_data_stages", None) is not None:  # whose weights change on the way
+                raise UsageError(f"{prefix} in the blend is not a dataset: {_SOME_WEIGHTS}")
+    if getattr(args, "meap_data_stages", None) is not None:  # their weights change during the run
         per_split = [(stages.prefixes(stages.read(args)), None), *(per_split or [None] * 3)[1:]]
     return blend, per_split
 
 
 def ranges(args: Namespace) -> list[tuple[float, float] | None]:
-    """Beginning and end of training, validation and test data by `--split`; None for one without a share."""
+    """Beginning and end of training, validation and test data by `--split`; None without a share."""
     from megatron.core.datasets.blended_megatron_dataset_config import (
         convert_split_vector_to_split_matrix,
         parse_and_normalize_split,

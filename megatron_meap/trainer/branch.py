@@ -1,8 +1,8 @@
-"""Branches of a run whose learning rate stays constant: from one of its checkpoints on, a run of its own that decays.
+"""Branches of a run with a constant learning rate: a separate run that decays from one of its checkpoints on.
 
-The branch has the checkpoint under its own `--save`, so that it resumes there like any run. The files are linked, not
-copied, where the disk is the same: what the stable run deletes later stays here. The branch reads what the stable run
-would have read next, because the data stays laid out for the length that it was laid out for.
+The branch has the checkpoint in its own `--save`, so that it resumes there like any run. On the same disk the files are
+linked, not copied: checkpoints that the stable run deletes later stay here. The branch reads what the stable run would
+have read next, because the data stays laid out for the same length.
 """
 
 import shutil
@@ -22,10 +22,10 @@ FLAGS = "branch_flags.txt"
 
 @dataclass(frozen=True)
 class Branch:
-    """What shall branch off, where and how."""
+    """Where and how to branch."""
 
     stable: Path
-    """What the stable run was given as `--save`."""
+    """`--save` of the stable run."""
     step: int | None
     """Its step to branch at; None for its newest checkpoint."""
     decay: int
@@ -40,7 +40,7 @@ class Branch:
         """Link the checkpoint, and write the flags; returns them.
 
         Raises:
-            UsageError: nothing can branch off there, or the directory is taken.
+            UsageError: no branch is possible there, or the directory is in use.
         """
         if self.decay < 1:
             raise UsageError(f"--decay {self.decay}: must be at least 1")
@@ -61,7 +61,7 @@ class Branch:
         return flags
 
     def _flags(self, args: Namespace, step: int) -> list[str]:
-        """The branch's flags, where they are not the stable run's."""
+        """Flags of the branch that differ from the stable run's."""
         unit, each = ("samples", args.global_batch_size) if args.train_samples else ("iters", 1)
         _check_constant(args, step, unit, each)
         planned, end = planned_samples(args), step + self.decay
@@ -84,13 +84,13 @@ class Branch:
 
 
 def _check_constant(args: Namespace, step: int, unit: str, each: int) -> None:
-    """Refuse a step at which the learning rate is not, or not yet, or no longer constant.
+    """Refuse a step at which the learning rate is not (yet, or any longer) constant.
 
     Args:
         args: of the stable run.
-        step: at which to branch.
+        step: where to branch.
         unit: of its schedule: `iters` or `samples`.
-        each: of them in a step.
+        each: number of units per step.
     """
     if args.lr_decay_style not in ("constant", "WSD"):
         raise UsageError(

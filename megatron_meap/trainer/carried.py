@@ -1,9 +1,9 @@
-"""What a checkpoint carries beside its weights: the tokenizer's files, and the manifests of the training data.
+"""What a checkpoint carries besides its weights: the tokenizer's files, and the manifests of the training data.
 
-    iter_0001000/tokenizer/...      the files, as the run was given them
-    iter_0001000/manifests.json     for each dataset its name, the SHA-256 of its manifest, and what that says
+    iter_0001000/tokenizer/...      the files, as they were given to the run
+    iter_0001000/manifests.json     for each dataset its name, the SHA-256 of its manifest, and the manifest
 
-So neither a resumption nor an export depends on files elsewhere that somebody moves or deletes.
+So neither a resumption nor an export depends on files elsewhere that may be moved or deleted.
 """
 
 import copy
@@ -35,7 +35,7 @@ TOKENIZER, MANIFESTS = "tokenizer", "manifests.json"
 def collect(args: Namespace) -> dict[str, bytes]:
     """The content of what a run's checkpoints carry, by its place in them.
 
-    It is read once, at the start: what happens to the files afterwards does not matter.
+    It is read once, at the start: later changes of the files do not matter.
     """
     found = {f"{TOKENIZER}/{place}": path.read_bytes() for place, path in tokenizer_files.files_of(args).items()}
     blend, per_split = (None, None) if args.mock_data or args.meap_sft else blends(args)
@@ -46,7 +46,7 @@ def collect(args: Namespace) -> dict[str, bytes]:
 
 
 def beside(save: Callable, files: dict[str, bytes]) -> Callable:
-    """Megatron's `dist_checkpointing.save`, which also writes these files, by rank 0, to the checkpoint's directory."""
+    """Megatron's `dist_checkpointing.save`; rank 0 also writes these files to the checkpoint's directory."""
 
     @functools.wraps(save)
     def save_and_carry(state: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +59,7 @@ def beside(save: Callable, files: dict[str, bytes]) -> Callable:
 
 
 def write(folder: Path, files: dict[str, bytes]) -> None:
-    """Put the files in the directory of an iteration, in the place of those of an interrupted save."""
+    """Put the files in the directory of an iteration, replacing those of an interrupted save."""
     shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     for place, content in files.items():
         with whole_file(folder / place) as file:
@@ -67,10 +67,10 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def manifests(args: Namespace) -> list[tuple[str, str, dict[str, Any]]]:
-    """Manifests of the training data: name of the dataset, SHA-256, contents; of those that are found.
+    """Manifests of the training data that are found: name of the dataset, SHA-256, contents.
 
     Args:
-        args: of a run; or of a checkpoint (`arguments_of`), whose own copies are taken where it has them.
+        args: of a run; or of a checkpoint (`arguments_of`), whose own copies are used if it has them.
     """
     if carried := getattr(args, "meap_manifests", None):
         return [tuple(each) for each in read_json(carried, _CARRIED, "copy the checkpoint again")]
@@ -99,7 +99,7 @@ def arguments_of(checkpoint: Checkpoint) -> Namespace:
 
 
 def take_tokenizer(args: Namespace) -> None:
-    """Where the files of a run's tokenizer are gone, take those that the checkpoint it starts from carries.
+    """If the files of a run's tokenizer are gone, use those that its starting checkpoint carries.
 
     Raises:
         UsageError: that copy is not the tokenizer that the checkpoint was trained with.
@@ -108,12 +108,12 @@ def take_tokenizer(args: Namespace) -> None:
     for source, step in ((args.load, args.ckpt_step), (args.pretrained_checkpoint, None)) if gone else ():
         try:
             checkpoint = open_checkpoint(source or "", step)
-        except UsageError:  # none yet, or none that can be read: what is wrong with it is said where it is loaded
+        except UsageError:  # none yet, or unreadable, which is reported when it is loaded
             continue
         copies = _copies(checkpoint.directory)
         one_file = args.tokenizer_type in tokenizer_files.ONE_FILE
         if copies is None or (one_file and not (copies / Path(gone[0]).name).is_file()):
-            continue  # a file of another name is another tokenizer, or a slip
+            continue  # a file with another name is another tokenizer, or a mistake
         moved = tokenizer_files.at(args, copies)
         recorded = getattr(checkpoint.args, "meap_tokenizer_sha256", None)
         if recorded is not None and tokenizer_fingerprint(moved) != recorded:

@@ -1,7 +1,7 @@
-"""How much data is laid out for a run, so that another one, which stops earlier or goes on longer, reads the same.
+"""How much data is laid out for a run, so that a shorter or longer run reads the same samples.
 
-Megatron shuffles the samples of all epochs that a run reads: a run of another length may read others from the first
-step on.
+Megatron shuffles the samples of all epochs that a run reads: a run of another length may read other samples from the
+first step on.
 """
 
 from argparse import Namespace
@@ -13,7 +13,7 @@ from megatron_meap.flags import Settings, flag
 
 @dataclass(frozen=True)
 class DataSettings(Settings):
-    """What the training data of a run is, beyond Megatron's flags."""
+    """The training data of a run, beyond Megatron's flags."""
 
     data_samples: int | None = flag(
         None,
@@ -29,7 +29,7 @@ class DataSettings(Settings):
     )
 
     def check(self, args: Namespace) -> None:
-        """Refuse data that is shorter than the run, and what does not depend on it.
+        """Refuse data that is shorter than the run, and settings that would have no effect.
 
         Args:
             args: validated by Megatron.
@@ -49,7 +49,7 @@ class DataSettings(Settings):
             raise UsageError(f"{asked}: this run reads {run_samples(args)}; give at least as many")
 
     def _check_stages(self, args: Namespace) -> None:
-        """Refuse what else would name training data, or reads it otherwise."""
+        """Refuse other flags that name training data, or read it differently."""
         given = {
             "--data-path": args.data_path,
             "--train-data-path": args.train_data_path,
@@ -75,17 +75,17 @@ def run_samples(args: Namespace) -> int:
 
 
 def planned_samples(args: Namespace) -> int:
-    """Training samples that the data is laid out for."""
+    """Number of training samples for which the data is laid out."""
     return getattr(args, "meap_data_samples", None) or run_samples(args)
 
 
 def of_the_data(args: Namespace, samples: int) -> int:
-    """Samples of the datasets that so many training samples are: with noised copies, each comes twice."""
+    """Samples of the datasets for this many training samples: with noised copies, each comes twice."""
     return samples if args.meap_copy_weight is None else -(-samples // 2)
 
 
 def planned(args: Namespace, num_samples: list[int | None]) -> list[int | None]:
-    """Samples of each split that the data is laid out for.
+    """Samples of each split for which the data is laid out.
 
     Args:
         args: Megatron's global arguments.
@@ -96,7 +96,7 @@ def planned(args: Namespace, num_samples: list[int | None]) -> list[int | None]:
     if args.meap_data_samples is None:
         return num_samples
     own = args.train_samples, args.train_iters
-    try:  # of validation, too, there are more in a longer run
+    try:  # a longer run also has more validation samples
         args.train_samples, args.train_iters = args.meap_data_samples, args.meap_data_samples // args.global_batch_size
         return list(get_train_valid_test_num_samples())
     finally:

@@ -1,4 +1,4 @@
-"""What tells the data of one pretraining run from another's: digests, the blend, and how often each part is read."""
+"""What distinguishes the data of two pretraining runs: digests, the blend, and how often each part is read."""
 
 import hashlib
 import math
@@ -19,9 +19,9 @@ _REMOTE = ("s3://", "msc://")
 
 
 def data_record(args: Namespace) -> dict[str, Any]:
-    """The entries of the record that are about data; empty for mock data and for conversations, which have their own.
+    """The entries of the record about data; empty for mock data and for conversations, which have their own.
 
-    Where the files lie does not matter, only what is in them, their order and their weights.
+    The place of the files does not matter, only their content, their order and their weights.
     """
     if args.mock_data or args.meap_sft:
         return {}
@@ -43,7 +43,7 @@ def data_record(args: Namespace) -> dict[str, Any]:
 def dataset_digest(prefix: str) -> str:
     """A digest of a `.bin`/`.idx` pair: of the whole index, and of blocks of the ids at even distances.
 
-    It costs as little for terabytes as for megabytes, and does not rely on a manifest, which may be another's.
+    It costs as little for terabytes as for megabytes, and does not rely on a manifest, which may belong to other data.
     """
     if prefix.startswith(_REMOTE):
         return prefix
@@ -59,12 +59,12 @@ def dataset_digest(prefix: str) -> str:
 
 
 def _normalised(weights: list[float]) -> list[float]:
-    """Weights that sum to 1, as Megatron takes them."""
+    """Weights normalised to sum to 1, as in Megatron."""
     return [round(weight / sum(weights), 12) for weight in weights]
 
 
 def _stages(args: Namespace) -> list[str] | None:
-    """The stages in words, by the number of a dataset; None where there are none."""
+    """The stages in words, with numbers for the datasets; None without stages."""
     if args.meap_data_stages is None:
         return None
     listed = stages.read(args)
@@ -77,9 +77,9 @@ def _stages(args: Namespace) -> list[str] | None:
 
 
 def _all_epochs(args: Namespace, prefixes: list[str], weights: list[float] | None) -> list[str] | None:
-    """How often each dataset is read, for Megatron shuffles over its epochs: with other epochs come other samples.
+    """How often each dataset is read: Megatron shuffles over all epochs, so other epochs give other samples.
 
-    None where that is not known, or does not depend on the length of training.
+    None if that is unknown, or does not depend on the length of training.
     """
     exhausted = weights is None and len(prefixes) > 1 and args.meap_data_stages is None
     remote = any(prefix.startswith(_REMOTE) for prefix in prefixes)
@@ -106,7 +106,7 @@ def _tokens(prefix: str, share: tuple[float, float]) -> int:
 
 
 def _epochs(tokens: int, samples: int, sequence_length: int) -> str:
-    """Epochs that Megatron's `GPTDataset` shuffles as one, and whether the last is shuffled apart, in a word."""
+    """Epochs that Megatron's `GPTDataset` shuffles together, and whether the last is shuffled separately, as text."""
     if tokens == 0:
         return "0"
     epochs = max(1, math.ceil((samples * sequence_length + 1) / tokens))

@@ -1,4 +1,4 @@
-"""How much data a run reads, and how often it reads the same."""
+"""How much data a run reads, and how often it repeats it."""
 
 from argparse import Namespace
 
@@ -9,7 +9,7 @@ from megatron_meap.trainer import batch_sizes, stages
 from megatron_meap.trainer.blend import blends
 
 MANY_EPOCHS = 4
-"""Up to about so many, repeated text is nearly as good as new text (arXiv 2305.16264)."""
+"""Up to about this many, repeated text is nearly as good as new text (arXiv 2305.16264)."""
 
 
 def amount(tokens: float) -> str:
@@ -26,9 +26,9 @@ def tokens_read(args: Namespace) -> int:
 
 
 def lines(args: Namespace) -> list[str]:
-    """Tokens and epochs of the pretraining data in one line, and a warning where text is read many times.
+    """Tokens and epochs of the pretraining data in one line, and a warning if text is read many times.
 
-    There is none for data that does not stand in files here, and for fine-tuning, which counts conversations.
+    Empty for data that is not in local files, and for fine-tuning, which counts conversations.
     """
     if args.meap_sft or args.mock_data or not (args.train_iters or args.train_samples):
         return []
@@ -50,7 +50,7 @@ def lines(args: Namespace) -> list[str]:
 
 
 def _stages(args: Namespace) -> list[str]:
-    """The stages of the data, a line each."""
+    """The stages of the data, one per line."""
     if args.meap_data_stages is None:
         return []
     found, total = stages.of_run(args)
@@ -58,7 +58,7 @@ def _stages(args: Namespace) -> list[str]:
 
 
 def _use(args: Namespace) -> tuple[float, list[float]]:
-    """Tokens there are to train on, and how often those of each dataset are read."""
+    """Tokens available for training, and how often those of each dataset are read."""
     blend, per_split = blends(args)
     prefixes, weights = blend or (per_split or [None])[0] or ([], None)
     share = 1.0

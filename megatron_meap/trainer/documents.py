@@ -1,8 +1,8 @@
-"""Megatron's datasets of documents, freed of what makes a sample depend on those that were read before it.
+"""Megatron's datasets of documents, without anything that makes a sample depend on those that were read before it.
 
-A sample must be a function of its index alone: the layout, the data workers and the point of resumption decide which
-samples a process reads, and in which order. The classes are named as Megatron's, whose names are part of what names
-its data caches.
+A sample must depend only on its index: the layout, the data workers and the point of resumption determine which
+samples a process reads, and in which order. The classes have Megatron's names, which are part of the names of its data
+caches.
 """
 
 import zlib
@@ -21,16 +21,16 @@ from megatron_meap.tokenization.reference import plain_encode
 
 
 class _CleanCache(gpt_dataset.GPTDataset):
-    """Keeps a loss mask of ones for all samples, and knows its cached indices by the documents that they are of.
+    """Keeps a loss mask of ones for all samples, and identifies its cached indices by the lengths of the documents.
 
-    Megatron's own returns the very tensor that it keeps on the first read, after it has taken that sample's padding out
-    of it: the same positions of every later sample would be out of the loss as well. And it names the cached indices of
-    samples by the dataset's path: where other data has taken its place, that would be cut by the lengths of documents
-    that are no longer there.
+    On the first read, Megatron's own returns the very tensor that it caches, with that sample's padding removed: the
+    same positions of every later sample would be missing from the loss as well. And it identifies the cached indices of
+    samples by the dataset's path: if other data is now in its place, that would be cut by the lengths of documents that
+    no longer exist.
     """
 
     def __init__(self, indexed_dataset: Any, dataset_path: str | None, *args: Any, **kwargs: Any) -> None:
-        if dataset_path is not None:  # for Megatron a name and nothing else
+        if dataset_path is not None:  # Megatron uses it only as a name
             lengths = np.ascontiguousarray(indexed_dataset.sequence_lengths)
             dataset_path = f"{dataset_path} ({len(lengths)} sequences, lengths {zlib.crc32(lengths):08x})"
         super().__init__(indexed_dataset, dataset_path, *args, **kwargs)
@@ -44,7 +44,7 @@ class _CleanCache(gpt_dataset.GPTDataset):
 
 
 class GPTDataset(_CleanCache):
-    """Samples of packed documents, whose parts are slices of one array: to ask Megatron's index for each costs more."""
+    """Samples of packed documents, assembled from slices of one array: faster than through Megatron's index."""
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray, list]:
         tokens = self._tokens
@@ -67,7 +67,7 @@ class GPTDataset(_CleanCache):
 
     @cached_property
     def _tokens(self) -> np.ndarray | None:
-        """All tokens of the indexed dataset, where its file is mapped into memory."""
+        """All tokens of the indexed dataset, if its file is mapped into memory."""
         buffer = getattr(self.dataset.bin_reader, "_bin_buffer", None)
         return None if buffer is None else np.frombuffer(buffer, self.dataset.index.dtype)
 
@@ -77,7 +77,7 @@ class MockGPTDataset(_CleanCache, gpt_dataset.MockGPTDataset):
 
 
 class _PlainText:
-    """A Megatron tokenizer that takes all text for text."""
+    """A Megatron tokenizer that parses no special tokens in text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._decode = tokenizer._tokenizer.ids_to_text
@@ -93,8 +93,8 @@ class _PlainText:
 class StatelessFIMDataset(_CleanCache, GPTFIMDataset):
     """Fill-in-the-middle samples.
 
-    Megatron's own draws from one running generator a process, and parses special tokens from the text that it encodes
-    again: a document that speaks of `[MASK]` would have the mask's id in its inputs and labels.
+    Megatron's own draws from one running generator per process, and parses special tokens in the text that it encodes
+    again: a document that mentions `[MASK]` would have the mask's id in its inputs and labels.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -112,8 +112,8 @@ class StatelessFIMDataset(_CleanCache, GPTFIMDataset):
 class WholeRounds(torch.utils.data.Dataset):
     """A validation set, filled up so that all data-parallel ranks read the same number of samples.
 
-    Megatron lets the ranks that run short of samples read their first ones again, which would count twice. These have
-    no loss instead.
+    Megatron lets ranks that run out of samples read their first ones again, which would count twice. Here the extra
+    samples have no loss.
 
     Args:
         dataset: validation samples with a `loss_mask`, each read once.
@@ -130,7 +130,7 @@ class WholeRounds(torch.utils.data.Dataset):
         return -(-len(self.dataset) // self.ranks) * self.ranks
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample `index`, or one that does not count where the validation set has no so many."""
+        """Sample `index`, or one without loss beyond the end of the validation set."""
         if index < len(self.dataset):
             return self.dataset[index]
         sample = self.dataset[len(self.dataset) - 1]

@@ -1,4 +1,4 @@
-"""The norm of the mask token's embedding beside that of the others: is it learned, does it stand apart?"""
+"""The norm of the mask token's embedding compared with the others: is it learned, is it unusual?"""
 
 from argparse import Namespace
 from typing import Any
@@ -15,7 +15,7 @@ def has_mask_token(args: Namespace) -> bool:
 
 
 def sums(weight: Tensor, first: int, vocab_size: int, mask_id: int) -> Tensor:
-    """Of a part of the vocabulary: the mask token's norm, the sum of the others' norms, their number; float64 [3].
+    """For a part of the vocabulary: the mask token's norm, the sum of the others' norms, their number; float64 [3].
 
     Args:
         weight: [rows, h], the embeddings of the tokens from `first` on; rows from `vocab_size` on are padding.
@@ -30,7 +30,7 @@ def sums(weight: Tensor, first: int, vocab_size: int, mask_id: int) -> Tensor:
 
 
 def embedding_norms(args: Namespace, model: list[Any], optimizer: Any) -> dict[str, float]:
-    """Both norms by name, on all ranks, which call it together."""
+    """Both norms by name; all ranks call it together."""
     with whole_parameters(args, model, optimizer):
         mask, others, count = _reduced(args, model).tolist()
     return {"mask token": mask, "mean of the others": others / count}

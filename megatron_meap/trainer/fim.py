@@ -1,4 +1,4 @@
-"""Fill-in-the-middle training (`--fim-data`): what Megatron lets pass, or fails on in the middle of a run."""
+"""Fill-in-the-middle training (`--fim-data`): errors that Megatron does not notice, or only in the middle of a run."""
 
 from argparse import Namespace
 from typing import Any
@@ -10,7 +10,7 @@ _SENTINELS = ("prefix", "middle", "suffix", "pad")
 
 
 def check(args: Namespace, tokenizer: Any, mask_id: int) -> tuple[int, ...]:
-    """Refuse what gives wrong samples: unknown sentinels, another end of documents, borders that get lost.
+    """Refuse what gives wrong samples: unknown sentinels, another end of documents, lost borders.
 
     Args:
         args: parsed, the tokenizer's names in `fim_*_token`.
@@ -18,7 +18,7 @@ def check(args: Namespace, tokenizer: Any, mask_id: int) -> tuple[int, ...]:
         mask_id: of the mask token.
 
     Returns:
-        Ids of the sentinels: no ordinary text, whatever the tokenizer takes them for.
+        Ids of the sentinels: they are not ordinary text, however the tokenizer classifies them.
     """
     if not args.fim_data:
         return ()

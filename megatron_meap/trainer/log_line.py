@@ -1,4 +1,4 @@
-"""What is added to the lines that Megatron logs: speed, share of the peak, time left; spikes and skipped steps."""
+"""Additions to the lines that Megatron logs: speed, share of the peak, time left; spikes and skipped steps."""
 
 import collections
 import math
@@ -23,9 +23,9 @@ from megatron_meap.trainer.log_names import EMBEDDING_NORM, MFU, RANK_TOKENS, SK
 
 MEASURED = "measured"
 SPIKE_WINDOW, FEWEST = 1000, 50
-"""Steps before that a loss is compared with: as in OLMo 2 (arXiv 2501.00656); none is while there are fewer."""
+"""Number of earlier steps that a loss is compared with, as in OLMo 2 (arXiv 2501.00656), and the least number."""
 SMALLEST = 0.01
-"""Standard deviation in nats that a loss has at least: what moves less is no spike."""
+"""Lower limit of the standard deviation in nats, so that tiny changes are not spikes."""
 
 _STEP = re.compile(r"elapsed time per iteration \(ms\): (?P<ms>[\d.]+) \|.* global batch size: +(?P<batch>\d+) \|")
 _NO_PERPLEXITY = re.compile(rf"{BITS_PER_BYTE} PPL: \S+ \| ")
@@ -33,7 +33,7 @@ _NO_PERPLEXITY = re.compile(rf"{BITS_PER_BYTE} PPL: \S+ \| ")
 
 @dataclass(frozen=True)
 class LogSettings(Settings):
-    """What the log says of speed and of spikes."""
+    """What the log says about speed and spikes."""
 
     peak_tflops: str | None = flag(
         None,
@@ -50,7 +50,7 @@ class LogSettings(Settings):
     )
 
     def check(self) -> None:
-        """Refuse what is no peak and no number of deviations.
+        """Refuse an invalid peak or number of deviations.
 
         Raises:
             UsageError: names the flag.
@@ -60,7 +60,7 @@ class LogSettings(Settings):
         self.peak()
 
     def peak(self) -> float | None:
-        """The peak in TFLOP/s; None where there is none, or it is to be measured."""
+        """The peak in TFLOP/s; None if there is none, or if it will be measured."""
         if self.peak_tflops in (None, MEASURED):
             return None
         if self.peak_tflops in GPUS:
@@ -78,7 +78,7 @@ class LogSettings(Settings):
 
 
 def lines(args: Namespace) -> list[str]:
-    """What MFU is measured against, in one line; none where it is not logged."""
+    """The peak that MFU refers to, in one line; empty if MFU is not logged."""
     settings = LogSettings.of(args)
     if settings.peak_tflops is None:
         return []
@@ -89,7 +89,7 @@ def lines(args: Namespace) -> list[str]:
 
 
 class LogLine:
-    """Rewrites Megatron's lines, on all ranks; the arguments are of the run."""
+    """Rewrites Megatron's lines, on all ranks."""
 
     def __init__(self, args: Namespace) -> None:
         settings = LogSettings.of(args)
@@ -102,7 +102,7 @@ class LogLine:
         self._since: tuple[float, int] | None = None
 
     def begin(self) -> None:
-        """Measure the peak, if asked: all ranks at once, as they compute at once."""
+        """Measure the peak, if asked, on all ranks at once, because they also train at once."""
         if not self._measure:
             return
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
@@ -114,7 +114,7 @@ class LogLine:
             print(f"MFU: the peak is {self.peak:.4g} TFLOP/s a rank, the fastest product in {dtype}", flush=True)
 
     def see(self, step: Step) -> None:
-        """Say in a line of its own that a step was skipped, or that its loss is a spike."""
+        """Report in a separate line that a step was skipped, or that its loss is a spike."""
         if step.iteration in self._left_out:
             publish(SKIPPED, "its data is left out (--iterations-to-skip) |", {}, step.iteration)
         elif step.skipped:
@@ -130,7 +130,7 @@ class LogLine:
             publish(SPIKE, line, {"standard deviations": deviations}, iteration)
 
     def rewrite(self, line: str, step: Step | None) -> str:
-        """A line as it is to be logged."""
+        """The line to log."""
         match = _STEP.search(line)
         if match is None or step is None:
             return _NO_PERPLEXITY.sub("", line)
@@ -149,7 +149,7 @@ class LogLine:
         return line + added
 
     def _speed(self, seconds: float, batch: int, step: Step) -> dict[str, float]:
-        """By name. Tokens are positions of the batch, padding and noised copies too; FLOPs are Megatron's count."""
+        """Speeds by name. Tokens are positions of the batch, with padding and noised copies; FLOPs as in Megatron."""
         from megatron.training.training import num_floating_point_operations
 
         if not seconds:
@@ -161,7 +161,7 @@ class LogLine:
         return values | ({MFU: 100 * tflops / self.peak} if self.peak else {})
 
     def _time_left(self) -> str:
-        """Until the last step, evaluations and checkpoints included, at the pace since the first line of this start."""
+        """Time until the last step, with evaluations and checkpoints, at the pace since this start's first line."""
         now, done = time.monotonic(), self.args.consumed_train_samples
         if self._since is None:
             self._since = now, done
@@ -173,14 +173,14 @@ class LogLine:
 
 
 class Spikes:
-    """Finds losses that stand out from those of the steps before."""
+    """Finds losses that stand out from those of earlier steps."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self._before: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
 
     def add(self, loss: float) -> tuple[float, float] | None:
-        """Take in a loss; where it is a spike, the mean before it and how many standard deviations it lies above."""
+        """Add a loss; if it is a spike, return the mean before it and how many standard deviations it is above that."""
         if not math.isfinite(loss):
             return None
         before = np.fromiter(self._before, float)

@@ -24,7 +24,7 @@ from megatron_meap.trainer.refusals import explained
 
 
 def model_config(args: Namespace) -> Any:
-    """Configuration of the model that Megatron builds; the one place that knows its class."""
+    """Configuration of the model that Megatron builds; the only place that knows its class."""
     local = args.transformer_impl == "local" and args.spec is None
     if args.hybrid_layer_pattern:
         config = hybrid_config_from_args(args)
@@ -40,15 +40,15 @@ def model_config(args: Namespace) -> Any:
 
 
 def _to_the_gpu(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Megatron's builders leave a model that a CPU has initialised there, other than its older `get_model`."""
+    """Unlike its older `get_model`, Megatron's builders leave a model on the CPU that was initialised there."""
     return [chunk.cuda(torch.cuda.current_device()) for chunk in chunks]
 
 
 def check(args: Namespace) -> None:
-    """Refuse what Megatron's configuration of the model and its training refuses.
+    """Refuse what Megatron's configuration of the model and of its training refuses.
 
     Raises:
-        UsageError: one line that names flags.
+        UsageError: names the flags.
     """
     if args.num_experts and args.moe_router_topk > args.num_experts:
         raise UsageError(f"--moe-router-topk {args.moe_router_topk}: more than the {args.num_experts} of --num-experts")
@@ -57,13 +57,13 @@ def check(args: Namespace) -> None:
     if args.spec is not None:
         _check_spec(args.spec)
     if device.plans_for_gpu():
-        return  # what is not installed here, as Transformer Engine, may be there; `planning` builds with what is here
+        return  # Transformer Engine, for example, may be installed there; `planning` builds with what is installed here
     with explained(args):
         pretrain_cfg_container_from_args(copy.copy(args), model_config(copy.copy(args)))
 
 
 def _check_spec(words: list[str]) -> None:
-    """Megatron builds its own layers where it cannot import the module."""
+    """Refuse a module that cannot be imported: Megatron would build its own layers instead."""
     try:
         found = import_module(words)
     except (KeyError, ValueError):
@@ -73,7 +73,7 @@ def _check_spec(words: list[str]) -> None:
 
 
 def embedding_ranks(pp_ranks: list[int]) -> list[int]:
-    """Ranks of a pipeline that hold word embeddings: the first; where they are tied the last; those with MTP layers."""
+    """Ranks of a pipeline with word embeddings: the first, the last if they are tied, and those with MTP layers."""
     args = get_args()
     ranks = {pp_ranks[0], *get_mtp_ranks(pp_ranks, core_transformer_config_from_args(args))}
     if not args.untie_embeddings_and_output_weights:

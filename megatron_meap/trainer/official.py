@@ -1,8 +1,8 @@
-"""What the paper's official code trains with and Megatron's own flags do not reach.
+"""Settings of the paper's official code for which Megatron has no flags.
 
 - Initialisation: weights N(0, sqrt(2 / 5d)), output projections (of attention and MLP) N(0, 1 / (sqrt(d) L)), for
   hidden size d and L layers. `--init-method-std` gives the first, but ties the second to it: std / sqrt(2L).
-- Weight decay of all parameters. Megatron exempts biases and norms, by no flag.
+- Weight decay of all parameters. Megatron exempts biases and norms, without a flag for it.
 """
 
 import math
@@ -33,13 +33,13 @@ class OfficialSettings(Settings):
     )
 
     def check(self, args: Namespace) -> None:
-        """Refuse a second opinion on the initialisation."""
+        """Refuse two kinds of initialisation at once."""
         if self.official_init and args.use_mup:
             raise UsageError("--meap-official-init: contradicts --use-mup, which has an initialisation of its own")
 
 
 def initialise(config: Any, args: Namespace) -> None:
-    """Set the initialisation in Megatron's `TransformerConfig`, where it is asked for."""
+    """Set the initialisation in Megatron's `TransformerConfig`, if it is asked for."""
     if not getattr(args, "meap_official_init", False):  # a checkpoint's arguments may be older than the flag
         return
     hidden = config.hidden_size

@@ -1,4 +1,4 @@
-"""Optimizers beside Adam and SGD: what Megatron would only find out once the model is built, or not at all."""
+"""Optimizers other than Adam and SGD: errors that Megatron notices only after the model is built, or not at all."""
 
 from argparse import Namespace
 
@@ -8,10 +8,10 @@ _FAMILY = ("muon", "adaptive_muon")
 
 
 def check(args: Namespace) -> None:
-    """Refuse an optimizer whose package is missing, and options that it cannot have.
+    """Refuse an optimizer whose package is missing, and options that it does not support.
 
     Args:
-        args: validated by Megatron, which has made `muon` of `dist_muon`.
+        args: validated by Megatron, which has replaced `dist_muon` by `muon`.
 
     Raises:
         UsageError: names the flag.
@@ -57,6 +57,6 @@ def words(args: Namespace) -> str:
 
 
 def is_distributed(args: Namespace) -> bool:
-    """Whether the optimizer state of a run or checkpoint is shared out over ranks: by pieces, or Muon's by matrices."""
+    """Whether the optimizer state of a run or checkpoint is distributed over ranks, in pieces or (Muon) in matrices."""
     names = ("use_distributed_optimizer", "use_layer_wise_distributed_optimizer")
     return any(getattr(args, name, False) for name in names)

@@ -1,4 +1,4 @@
-"""What a run says: to the terminal for as long as there is one, and all of it to a log file beside the checkpoints."""
+"""The output of a run: to the terminal as long as there is one, and completely to a log file beside the checkpoints."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ _CLOSED = (errno.EPIPE, errno.EIO, errno.EBADF)
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _LIBRARIES = ("megatron.", "logging.", "warnings.", "torch.")
 _WARNING = re.compile(r"\s*warning\b", re.IGNORECASE)
-# For the log file alone, whenever it is said; no memory is allocated on a device that is not there.
+# Only for the log file, whenever it is printed; a CPU run has no device whose memory could be allocated.
 _NO_NEWS = re.compile(
     r"one_logger|RerunStateMachine|could not find the metadata file|rerun_state_machine|Result validation enabled"
     r"|memory \(MB\) \| allocated: 0\.00 |compute_activation_memory|async save is deprecated"
@@ -28,27 +28,27 @@ _NO_NEWS = re.compile(
 
 
 class Output:
-    """Takes the place of `sys.stdout` and `sys.stderr`.
+    """Replaces `sys.stdout` and `sys.stderr`.
 
-    A reader that goes away (`| head`, `| tee` at a Ctrl-C, a closed terminal) does not end a training: it continues
-    without one. What Megatron tells of itself before the first step, and what it estimates of memory (`plan_run.py`
-    counts it), is for the log file alone.
+    A reader that closes the output (`| head`, `| tee` at a Ctrl-C, a closed terminal) does not end a training, which
+    continues without one. Megatron's messages before the first step, and its estimates of memory (`plan_run.py` counts
+    it), go only to the log file.
     """
 
     def __init__(self) -> None:
         self.quiet = True
-        """Whether what Megatron and PyTorch say, warnings apart, goes to the log file only: until the first step."""
+        """Whether messages of Megatron and PyTorch, except warnings, go only to the log file: until the first step."""
 
         self.last_of_library = ""
-        """What Megatron or PyTorch has said last."""
+        """The last message of Megatron or PyTorch."""
 
         self._streams: dict[str, _Stream | None] = {"stdout": None, "stderr": None}
         self._log: int | None = None
-        self._failed = False  # what should stand in it could not be written
-        self._early: list[bytes] | None = []  # what was said before there was a log file
+        self._failed = False  # to write to it
+        self._early: list[bytes] | None = []  # output before there was a log file
 
     def install(self) -> "Output":
-        """Listen to all that is printed or logged from now on."""
+        """Capture everything that is printed or logged from now on."""
         for name in self._streams:
             old = getattr(sys, name)
             self._streams[name] = new = _Stream(old.terminal if isinstance(old, _Stream) else old, self)
@@ -59,9 +59,9 @@ class Output:
         return self
 
     def open_log(self, folder: str | None, heading: str | None) -> None:
-        """Append to the log file in a folder from now on, from what was said so far; None keeps none.
+        """Append to the log file in a folder from now on, beginning with the output so far; None keeps no log.
 
-        The ranks share the file: each writes whole lines at its end.
+        The ranks share the file: each appends whole lines.
         """
         early, self._early = self._early or [], None
         if folder is None:
@@ -76,7 +76,7 @@ class Output:
             self.record(text)
 
     def record(self, text: str | bytes) -> None:
-        """Write to the log file alone."""
+        """Write only to the log file."""
         raw = _ESCAPES.sub("", text).encode(errors="replace") if isinstance(text, str) else text
         if self._early is not None:
             self._early.append(raw)
@@ -87,13 +87,13 @@ class Output:
                 self._log_fails(error)
 
     def _log_fails(self, error: OSError) -> None:
-        """Say so once: a run that can save will not end for its log."""
+        """Report it once: a run must not end because of its log."""
         if not self._failed:
             self._failed = True
             self.say(f"warning: {LOG} in --save lacks lines from here on ({error.strerror}); the training continues")
 
     def say(self, text: str) -> None:
-        """Say what must not be lost: on standard error, where nobody reads the standard output any more."""
+        """Print what must not be lost: on standard error if standard output has been closed."""
         self.record(text + "\n")
         any(stream is not None and stream.show(text + "\n") for stream in self._streams.values())
 
@@ -131,7 +131,7 @@ class _Stream(io.TextIOBase):
         self.show(text)
 
     def show(self, text: str) -> bool:
-        """Write to the terminal, if it is open; whether it still is."""
+        """Write to the terminal, if it is open; returns whether it still is."""
         if text and self._open:
             try:
                 self.terminal.write(text)
@@ -144,7 +144,7 @@ class _Stream(io.TextIOBase):
         return self._open
 
     def _continue_without(self) -> None:
-        """Let what is still written to the descriptor go nowhere: by Python at its end, by child processes."""
+        """Discard what Python at its end, or child processes, still write to the descriptor."""
         self._open = False
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""What can be known to fail is refused before Megatron starts: looked at once, by rank 0, for the whole job."""
+"""Refuses what is known to fail before Megatron starts; rank 0 checks it once for the whole job."""
 
 import contextlib
 import fcntl
@@ -34,14 +34,14 @@ def check(args: Namespace, data_only: bool = False) -> torch.distributed.Store |
     """Check the data and the checkpoint that a run starts from, and settle in `args` which checkpoint that is.
 
     Args:
-        args: parsed and validated; `ckpt_step` is set where an older checkpoint than the newest is taken.
-        data_only: leave `--save` and `--load` alone, for tools that only look at the data.
+        args: parsed and validated; `ckpt_step` is set if an older checkpoint than the newest is used.
+        data_only: ignore `--save` and `--load`, for tools that only read the data.
 
     Returns:
-        The store over which the ranks met, for `init_process_group`; None where they need none or have one.
+        The store over which the ranks met, for `init_process_group`; None if they need none or have one.
 
     Raises:
-        UsageError: on every rank alike, with what rank 0 found.
+        UsageError: on every rank, with what rank 0 found.
     """
     args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
     found, store = meeting.on_rank_zero(args, lambda hash_files: look(args, data_only, hash_files))
@@ -61,14 +61,14 @@ def look(args: Namespace, data_only: bool = False, hash_files: HashFiles | None 
 
     Args:
         args: parsed and validated.
-        data_only: leave `--save` and `--load` alone.
+        data_only: ignore `--save` and `--load`.
         hash_files: shares the hashing of a checkpoint among ranks.
 
     Returns:
-        `iteration`, for `ckpt_step`, and `start`: the checkpoint that the run starts from, None where it starts anew;
-        `eval_iters`, 0 without validation data; `digests` and `train`, which name the conversations of a fine-tuning;
-        `date`, which its template writes.
-        `record`, of what decides the run; `warnings`, of what differs from the checkpoint, a line each.
+        `iteration`, for `ckpt_step`, and `start`, the checkpoint that the run starts from (None for a new run);
+        `eval_iters`, 0 without validation data; `digests` and `train`, which identify the conversations of fine-tuning;
+        `date`, which its template writes; `record`, of what determines the run; `warnings`, about differences from the
+        checkpoint, one per line.
     """
     if not data_only:
         schedule.check(args)
@@ -144,7 +144,7 @@ def _has_validation(args: Namespace) -> bool:
 
 
 def data_prefixes(args: Namespace) -> list[str]:
-    """The prefixes of all datasets that the flags name, each once."""
+    """The prefixes of all datasets given by flags, each once."""
     blend, per_split = blends(args)
     prefixes = [prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]]
     if not prefixes:
@@ -153,7 +153,7 @@ def data_prefixes(args: Namespace) -> list[str]:
 
 
 def data_facts(args: Namespace) -> dict[str, str]:
-    """What tells the datasets of one host from those of another, by prefix."""
+    """Facts, by prefix, by which the datasets of two hosts can be compared."""
     return {prefix: f"{read_index(prefix).tokens} tokens" for prefix in data_prefixes(args)}
 
 
@@ -182,7 +182,7 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
 
 
 def _check_split(prefix: str, args: Namespace) -> None:
-    """Refuse a split without a document: Megatron would look for samples of it without end, wanted or not."""
+    """Refuse a split without a document: Megatron would search for its samples forever, even if none are needed."""
     documents = len(read_index(prefix).lengths)
     for name, share in zip(("training", "validation", "test"), ranges(args), strict=True):
         if share is not None and round(share[0] * documents) == round(share[1] * documents):
@@ -213,7 +213,7 @@ def _lock_save_directory(args: Namespace) -> None:
 
 
 def _leave_save_directory(args: Namespace) -> None:
-    """Let nothing remind of a refused start; what others have left there stays."""
+    """Remove the traces of a refused start; what others have left there stays."""
     global _lock
     if _lock is None or args.dry_run:
         return
@@ -224,7 +224,7 @@ def _leave_save_directory(args: Namespace) -> None:
 
 
 def _take_lock(opened: Any, save: str) -> None:
-    """Lock an open file until it is closed, or refuse as another job has it."""
+    """Lock an open file until it is closed, or refuse because another job has locked it."""
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -236,7 +236,7 @@ def _take_lock(opened: Any, save: str) -> None:
 
 
 def _look_at_save_directory(args: Namespace) -> None:
-    """What `_lock_save_directory` would refuse, without leaving anything behind."""
+    """Refuse what `_lock_save_directory` would refuse, without leaving anything behind."""
     if args.save is None:
         return
     check_writable("--save", args.save)

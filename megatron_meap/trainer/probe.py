@@ -33,7 +33,7 @@ class ProbeSettings(Settings):
     )
 
     def check(self, args: Namespace) -> None:
-        """Refuse what the probe cannot work with, given Megatron's other arguments."""
+        """Refuse arguments with which the probe cannot work."""
         if self.probe_interval is None:
             return
         flag = f"--meap-probe-interval {self.probe_interval}"
@@ -48,7 +48,7 @@ class ProbeSettings(Settings):
 
 
 def ordinary_tokens(args: Namespace, special: tuple[int, ...]) -> np.ndarray:
-    """Ids that may stand in a probe: the tokenizer's without the special ones and the mask token."""
+    """Ids that may occur in a probe: the tokenizer's, without the special ones and the mask token."""
     ids = np.setdiff1d(np.arange(args.meap_tokenizer_vocab_size), [*special, args.meap_mask_token_id])
     if len(ids) < FEWEST_TOKENS:
         raise UsageError(
@@ -58,7 +58,7 @@ def ordinary_tokens(args: Namespace, special: tuple[int, ...]) -> np.ndarray:
 
 
 class RetrievalProbe:
-    """Takes the probe after every `--meap-probe-interval` steps, on all ranks; training continues as if it had not.
+    """Takes the probe after every `--meap-probe-interval` steps, on all ranks, without any effect on training.
 
     Args:
         args: Megatron's arguments, after parsing.
@@ -68,7 +68,7 @@ class RetrievalProbe:
     def __init__(self, args: Namespace, special: tuple[int, ...]) -> None:
         self.args = args
         self.probe: Probe = build(args.seq_length, ordinary_tokens(args, special))
-        self._since: tuple[int, float] | None = None  # step and time from which on training is counted
+        self._since: tuple[int, float] | None = None  # step and time since which training is counted
 
     def after_step(self, model: list[Any], optimizer: Any, iteration: int) -> None:
         """Called by the trainer after every step.
@@ -78,7 +78,7 @@ class RetrievalProbe:
             optimizer: Megatron's; it may hold parameters that are not gathered yet.
             iteration: steps done.
         """
-        if self._since is None:  # the first step of a process is no measure of the others
+        if self._since is None:  # the first step of a process is slower than the others
             self._since = iteration, time.perf_counter()
         if iteration % self.args.meap_probe_interval:
             return
@@ -137,9 +137,9 @@ class RetrievalProbe:
         )
 
     def _batches(self, multiple: int) -> list[dict[str, Tensor]]:
-        """This rank's micro batches: as many on every rank, and a multiple of what the pipeline schedule needs.
+        """This rank's micro batches: the same number on every rank, and a multiple of what the pipeline schedule needs.
 
-        Samples that fill them up have no questions.
+        Samples added for that have no questions.
         """
         from megatron.core import mpu
         from megatron.core.utils import get_batch_on_this_cp_rank
@@ -174,7 +174,7 @@ class RetrievalProbe:
         Args:
             batch: from `_batches`.
             logits: [b, s, rows], this rank's part of the sequence and of the vocabulary.
-            non_loss_data: always true, Megatron's word for values that are no loss.
+            non_loss_data: always true, Megatron's word for values other than a loss.
         """
         from megatron.core import mpu
 

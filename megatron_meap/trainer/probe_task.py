@@ -1,8 +1,8 @@
-"""A small, fixed retrieval probe that any language model can take: which token followed this one, far above?
+"""A small, fixed retrieval probe for any language model: which token followed this one, far above?
 
-A sample is a haystack of random tokens with a few pairs (key, value) hidden in it, one token each and each only once;
-at the end some of the keys come again, and the model is to name their values. It is made of token ids alone, so that it
-suits any tokenizer, and asks for nothing but retrieval: no text, no knowledge. (The multi-query associative recall of
+A sample is a haystack of random tokens with a few hidden pairs (key, value), one token each and each only once; at the
+end some of the keys are repeated, and the model has to name their values. It consists only of token ids, so that it
+suits any tokenizer, and tests nothing but retrieval: no text, no knowledge. (The multi-query associative recall of
 arXiv 2312.04927, in a haystack; what induction heads do, arXiv 2209.11895.)
 """
 
@@ -20,32 +20,32 @@ SAMPLES = 16
 PAIRS = 16
 """Pairs in a sample, spread evenly over it."""
 ASKED = 4
-"""Questions in a sample: one about each quarter of its pairs. Over the probe every place is asked for equally often."""
+"""Questions in a sample: one about each quarter of its pairs. Over the probe, every place is asked equally often."""
 SHORTEST = 2 * (PAIRS + ASKED)
 """Tokens of the shortest possible sample, without any hay."""
 FEWEST_TOKENS = 4 * PAIRS
 """Ordinary tokens that a vocabulary must have."""
 CHANCE = sum(1 / (PAIRS - given) for given in range(ASKED)) / ASKED
-"""Accuracy of a model that guesses among the values that it has not been told yet."""
+"""Accuracy of a model that guesses among the values that have not been named yet."""
 QUARTERS = 4
 _SEED = 250207490
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The samples and what is asked in them."""
+    """The samples and their questions."""
 
     tokens: npt.NDArray[np.int64]
     """[samples, s]."""
 
     question: npt.NDArray[np.int64]
-    """[samples, s]: the number of the question that the *next* token answers, -1 where there is none."""
+    """[samples, s]: the number of the question that the *next* token answers, -1 for none."""
 
     candidates: npt.NDArray[np.int64]
     """[samples, ASKED, PAIRS]: the right value first, then the others; -1 for those whose key was asked before."""
 
     quarter: npt.NDArray[np.int64]
-    """[samples, ASKED]: the quarter of the haystack that holds the answer, 0 is the beginning."""
+    """[samples, ASKED]: the quarter of the haystack that contains the answer, 0 is the first."""
 
 
 def build(seq_length: int, ordinary: npt.NDArray[np.int64], samples: int = SAMPLES) -> Probe:

@@ -1,4 +1,4 @@
-"""Numbers that no run can use and that Megatron does not check, or only in the middle of a run."""
+"""Numbers that no run can use, and that Megatron does not check or only in the middle of a run."""
 
 import math
 from argparse import Namespace
@@ -19,11 +19,11 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("moe_input_jitter_eps", lambda value: 0 < value < 1, "above 0 and below 1"),
     ("*_dropout adam_beta? lion_beta? muon_momentum sgd_momentum", lambda value: 0 <= value < 1, "from 0 to below 1"),
 )
-"""Patterns of arguments, whether a number is possible, and which are."""
+"""Patterns of arguments, whether a number is possible, and the range in words."""
 
 
 def check(given: dict[str, str], args: Namespace) -> None:
-    """Refuse what is no number or outside its range.
+    """Refuse numbers that are not finite or outside their range.
 
     Args:
         given: the arguments that differ from their defaults, and their flags (`without_effect.changed`).
@@ -44,7 +44,7 @@ def check(given: dict[str, str], args: Namespace) -> None:
 
 
 def check_heads(args: Namespace) -> None:
-    """Refuse numbers of heads, or lengths, of which Megatron could not make its attention or rotary positions.
+    """Refuse numbers of heads, or sizes, with which Megatron cannot build its attention or rotary positions.
 
     Args:
         args: validated by Megatron, which completes them.

@@ -1,6 +1,6 @@
-"""One record of what decides a run: written into every checkpoint, and compared before anything is loaded.
+"""One record of what determines a run: written into every checkpoint, and compared before anything is loaded.
 
-`describe` makes it, `differences` compares two. Every entry is refused, warned of or free when it differs; the tables
+`describe` creates it, `differences` compares two. If an entry differs, a run is refused, warned or goes on: the tables
 here say which (docs/training.md shows them).
 """
 
@@ -28,10 +28,10 @@ ALLOW = "--meap-allow-changed-settings"
 
 
 class Verdict(Enum):
-    """What becomes of a run whose setting differs from its checkpoint's."""
+    """What happens to a run with a setting that differs from its checkpoint's."""
 
     REFUSED = f"refused, unless {ALLOW}"
-    WARNED = "warned of"
+    WARNED = "warning"
     FREE = "free"
 
 
@@ -48,16 +48,16 @@ SAMPLES = (
     "phase_transition_iterations",
     "fim_*",
 )
-"""Megatron's settings that decide what a sample is and which of its labels count: refused."""
+"""Megatron's settings that determine what a sample is and which of its labels count: refused."""
 
 TRAINED = ("optimizer", "mtp_num_layers", "mtp_loss_scaling_factor", "moe_z_loss_coeff", "mup_*", "qk_clip*", "spec")
-"""Settings of what is learned and how, beside all of `MODEL_GROUPS`: refused."""
+"""Settings of what is learned and how, besides all of `MODEL_GROUPS`: refused."""
 
 BESIDE_THE_SCHEDULE = ("lr_warmup_init", "lr_wsd_*", "decoupled_*", "freeze_all_layers")
-"""Settings of learning rates that are not in the schedule's state, which is compared apart: warned of."""
+"""Settings of learning rates that are not in the schedule's state, which is compared separately: a warning."""
 
 BEGINS = ("--*-dropout", "--moe-*")
-"""Entries of which a run is told that begins with the weights of another and differs: how it trains the same model."""
+"""Entries that are compared when a run starts from the weights of another: how the same model is trained."""
 
 MODEL_GROUPS = ("network size", "moe", "mla", "experimental_attention_variant", "heterogeneous architecture")
 WARNED_GROUPS = (
@@ -70,7 +70,7 @@ WARNED_GROUPS = (
     "experimental",
     "data and dataloader",
 )
-"""Groups of Megatron's flags; of those in neither, nothing depends: where and how a run is logged, saved, laid out."""
+"""Groups of Megatron's flags; those in neither do not matter: where and how a run is logged, saved, laid out."""
 
 FREE = (
     # the layout, and how fast and in what memory the same is computed
@@ -96,14 +96,14 @@ FREE = (
     "transformer_impl", "is_hybrid_model", "hybrid_*_pattern", "group_query_attention", "train_iters", "train_samples",
     "weight_decay", "batch_size", "init_model_with_meta_device", "bf16", "fp16",
 )  # fmt: skip
-"""Patterns of settings that may change without a word."""
+"""Patterns of settings that may change without a message."""
 
 
 def describe(args: Namespace, tokenizer: Any = None) -> dict[str, Any]:
-    """The record: what decides the run that these arguments describe, under the names that people know, as JSON.
+    """The record: what determines the run that these arguments describe, under the names that people know, as JSON.
 
     Args:
-        args: parsed and checked; or those of a checkpoint that is older than the record, of which it finds a part.
+        args: parsed and checked; or those of a checkpoint older than the record, for which it is incomplete.
         tokenizer: the run's; its special tokens are recorded.
     """
     found: dict[str, Any] = {}
@@ -132,12 +132,12 @@ def describe(args: Namespace, tokenizer: Any = None) -> dict[str, Any]:
 
 
 def record_of(args: Namespace) -> dict[str, Any]:
-    """The record of a run or a checkpoint; of a checkpoint that has none what its arguments tell."""
+    """The record of a run or a checkpoint; for a checkpoint without one, what its arguments say."""
     return getattr(args, "meap_record", None) or describe(args)
 
 
 def verdict(entry: str, args: Namespace) -> Verdict:
-    """What becomes of the run of these arguments if this entry of the record differs."""
+    """What happens to the run of these arguments if this entry of the record differs."""
     if entry in _NAMED:
         return _NAMED[entry]
     if entry == "--global-batch-size":
@@ -150,15 +150,15 @@ def verdict(entry: str, args: Namespace) -> Verdict:
 
 
 def differences(saved: Namespace, args: Namespace, among: tuple[str, ...] = ("*",)) -> Iterator[tuple[Verdict, str]]:
-    """What differs between a checkpoint's arguments and a run's, a phrase each; free entries are left out.
+    """Differences between a checkpoint's arguments and a run's, a phrase each, without free entries.
 
     Args:
         saved: the checkpoint's.
         args: the run's.
         among: patterns of the entries that are compared.
 
-    An entry that one of them does not know is not compared: it is older than the flag. For what could not be done to
-    inputs before there was a flag for it, that is as if the flag had not been given.
+    An entry that one of them lacks is not compared: that one is older than the flag. The settings of the noise count as
+    not given if they are missing, because without the flag there was no such noise.
     """
     there, here = record_of(saved), record_of(args)
     if "--meap-mask-ratio" in there:  # a run of ours
@@ -180,13 +180,13 @@ _LATER = (
     "mask_warmup_shape",
     "mask_weights_sha256",
 )
-"""Settings of the noise that the first checkpoints do not know."""
+"""Settings of the noise that the first checkpoints lack."""
 
 PADDING = "rows of the padded vocabulary"
-"""Rows without a token are part of the softmax; how many they are may follow from the layout."""
+"""Rows without a token are part of the softmax; their number may depend on the layout."""
 
 BLOCKS = "the parts of each matrix that Muon takes by themselves (--muon-tp-mode blockwise)"
-"""They are the tensor-parallel ranks' parts, so that there the layout decides what is learned."""
+"""They are the parts of the tensor-parallel ranks, so that the layout determines what is learned."""
 
 KERNELS = "on the CPU"
 """Which kernels compute there: they round differently."""
@@ -206,7 +206,7 @@ _NAMED = {
 
 @functools.cache
 def _megatrons_flags() -> dict[str, tuple[str, str]]:
-    """Megatron's flags and the groups they stand in, by the name of their argument."""
+    """Megatron's flags and their groups, by the name of the argument."""
     from megatron.training.arguments import add_megatron_arguments
 
     parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
@@ -219,7 +219,7 @@ def _megatrons_flags() -> dict[str, tuple[str, str]]:
 
 
 def _verdict_of(name: str) -> Verdict:
-    """By the tables, for an argument of Megatron's."""
+    """The verdict on an argument of Megatron's, by the tables."""
     group = _megatrons_flags()[name][1]
     if _matches(name, (*SAMPLES, *TRAINED)):
         return Verdict.REFUSED
@@ -242,7 +242,7 @@ def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """The value as it is read back from JSON."""
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)

@@ -1,4 +1,4 @@
-"""What Megatron refuses, said in one line: its assertions are about flags, but speak of its own variables."""
+"""Megatron's refusals in one line: its assertions are about flags, but name its own variables."""
 
 import contextlib
 import re
@@ -14,13 +14,13 @@ from megatron_meap.errors import UsageError, one_line
 from megatron_meap.files import is_disk_full
 
 _UNCLEAR = (TypeError, LookupError, ArithmeticError, AttributeError, StopIteration)
-"""Errors whose words are about Python, not about flags."""
+"""Errors whose messages are about Python, not about flags."""
 
 _FAILURES = (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
-"""What the machine is to blame for: memory, a disk, a device, a connection."""
+"""Failures of the machine: memory, a disk, a device, a connection."""
 
 _PROCESSES = ("/torch/utils/data/", "/torch/_utils.py", "/multiprocessing/")
-"""Where it is said that another process, such as a data loader's worker, has failed."""
+"""Code that reports the failure of another process, such as a data loader's worker."""
 
 _OTHER_NAMES = {"num_moe_experts": "num_experts", "layernorm_epsilon": "norm_epsilon", "params_dtype": "bf16"}
 _NOT_FLAGS = {"world_size": "WORLD_SIZE", "data_parallel_size": "data-parallel ranks", "rank": "rank"}
@@ -30,7 +30,7 @@ _ABOUT = {
     "moe_layer_pattern": "--moe-layer-freq",
     "multi latent attention": "--multi-latent-attention, --group-query-attention",
 }
-"""Flags that the words of a refusal are about, where Megatron's names of variables do not tell."""
+"""Words of a refusal, and the flags that they are about, if Megatron's variable names do not show them."""
 
 _NAME = re.compile(r"(?<![-\w.])(?:(?:self|config|args)\.([a-z]\w*)|([a-z][a-z0-9]*(?:_[a-z0-9]+)+))(?![-\w(])")
 _MEGATRON = str(Path(megatron.core.__file__).parents[1])
@@ -38,10 +38,10 @@ _MEGATRON = str(Path(megatron.core.__file__).parents[1])
 
 @contextlib.contextmanager
 def explained(args: Namespace) -> Iterator[None]:
-    """Run a check of Megatron's, or what it builds; say what it refuses in one line that names flags.
+    """Run a check or a builder of Megatron's; report what it refuses in one line that names flags.
 
     Raises:
-        UsageError: in the place of an error that Megatron raised.
+        UsageError: instead of an error that Megatron raised.
     """
     try:
         yield
@@ -86,7 +86,7 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def refusal(error: BaseException, args: Namespace) -> UsageError:
-    """The one line; with the place in the code where the words alone would not tell what has failed."""
+    """The message in one line, with the place in the code if the words do not make clear what failed."""
     said = one_line(error, most=1000) if str(error).strip() else ""
     is_unclear = not said or isinstance(error, _UNCLEAR)
     if is_unclear:
@@ -103,20 +103,20 @@ def refusal(error: BaseException, args: Namespace) -> UsageError:
 
 
 def _spelled_out(said: str, args: Namespace) -> list[str]:
-    """Flags whose names a message writes as words: `number of experts`."""
+    """Flags whose names a message spells as words: `number of experts`."""
     words = re.sub(r"[^a-z0-9]+", "_", said.lower().replace("number of", "num"))
     names = [name for name in vars(args) if name.count("_") and name not in _NOT_FLAGS and f"_{name}_" in f"_{words}_"]
     return [f"--{name.replace('_', '-')}" for name in names if not name.startswith("meap_")]
 
 
 def _source_line(error: BaseException) -> str:
-    """The failed assertion itself, for those that Megatron leaves without a message."""
+    """The failed assertion itself, for those without a message."""
     frames = traceback.extract_tb(error.__traceback__)
     return frames[-1].line or type(error).__name__
 
 
 def _with_flags(reason: str, args: Namespace) -> str:
-    """Megatron's variables as the flags that set them, with the values that they have."""
+    """The message with Megatron's variables replaced by the flags that set them, and their values."""
     seen = set()
 
     def flag(match: re.Match) -> str:

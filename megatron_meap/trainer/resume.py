@@ -1,4 +1,4 @@
-"""From which checkpoint a run starts, and whether it may: its model, its tokenizer, and all that decides the run."""
+"""Which checkpoint a run starts from, and whether it may: its model, its tokenizer, and all that determines it."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -19,11 +19,11 @@ def choose_start(args: Namespace, hash_files: latest.HashFiles | None) -> dict[s
         hash_files: how the files of a checkpoint are hashed.
 
     Returns:
-        `iteration`, for `ckpt_step`, and `start`: the checkpoint that the run starts from, None where it starts anew;
-        `warnings`, a line each.
+        `iteration`, for `ckpt_step`, and `start`, the checkpoint that the run starts from (None for a new run);
+        `warnings`, one per line.
 
     Raises:
-        UsageError: there is none where there must be one, or this run cannot start from it.
+        UsageError: a required checkpoint does not exist, or this run cannot start from it.
     """
     _keep_checkpoints(args)
     if args.load is not None:
@@ -54,14 +54,14 @@ def _continues_in_place(args: Namespace) -> bool:
 
 
 def _hint(path: Path) -> str:
-    """What to do where a directory holds no checkpoint."""
+    """What to do if a directory holds no checkpoint."""
     if (step := latest.iteration_of(path)) is not None and path.is_dir():
         return f"give the directory around it: --load {path.parent} --ckpt-step {step}"
     return "check the path, or drop the flag to start anew"
 
 
 def _later_ones(choice: latest.Choice, args: Namespace) -> list[str]:
-    """A line where a run that goes back will replace checkpoints."""
+    """A line if a run that goes back will replace checkpoints."""
     later = [str(step) for step in latest.iterations(Path(args.load)) if step > choice.iteration]
     if not later or args.finetune or not _continues_in_place(args):
         return []
@@ -71,7 +71,7 @@ def _later_ones(choice: latest.Choice, args: Namespace) -> list[str]:
 
 
 def nothing_left(choice: latest.Choice, args: Namespace) -> list[str]:
-    """A line where the checkpoint has all the steps that are asked for."""
+    """A line if the checkpoint already has all the steps asked for."""
     steps = sum(phase.steps for phase in batch_sizes.phases(args))
     if args.finetune or args.skip_train or choice.iteration < steps:
         return []
@@ -81,7 +81,7 @@ def nothing_left(choice: latest.Choice, args: Namespace) -> list[str]:
 
 
 def _keep_checkpoints(args: Namespace) -> None:
-    """Refuse to start at iteration 0 where older checkpoints would be replaced one by one."""
+    """Refuse to start at iteration 0 if older checkpoints would be replaced one by one."""
     if args.save is None or args.meap_overwrite_checkpoints:
         return
     newest = latest.newest_saved(Path(args.save))
@@ -96,7 +96,7 @@ def _keep_checkpoints(args: Namespace) -> None:
 
 
 def _settle(choice: latest.Choice, args: Namespace) -> int | None:
-    """The iteration to ask for; where an older one is taken, the pointer follows if this job owns the directory."""
+    """The iteration to ask for; if it is an older one, the pointer is changed if this job owns the directory."""
     if choice.warning is None:
         return args.ckpt_step
     if not args.dry_run and _continues_in_place(args):
@@ -105,15 +105,15 @@ def _settle(choice: latest.Choice, args: Namespace) -> int | None:
 
 
 def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
-    """Refuse a checkpoint of another model or tokenizer; and, when resuming, of a run that was decided otherwise.
+    """Refuse a checkpoint of another model or tokenizer; and, when resuming, of a run with other settings.
 
     Returns:
-        What differs and is only said, a line each.
+        Differences that are only reported, one per line.
     """
     from megatron.core import dist_checkpointing
 
     if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-        return []  # a legacy checkpoint: Megatron's own checks must do
+        return []  # a legacy checkpoint: left to Megatron's own checks
     state = dist_checkpointing.load_common_state_dict(str(path))
     saved = state.get("args")
     if saved is None:
@@ -145,7 +145,7 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
 
 
 def _compare_model(flag: str, path: Path, saved: Namespace, args: Namespace, resumes: bool) -> list[str]:
-    """Refuse another model or tokenizer, which no flag allows; and one that computes something else, which one does."""
+    """Refuse another model or tokenizer, which no flag allows, and one that computes something else, unless allowed."""
     shape = set(model_arguments.SHAPE)
     if not resumes:
         shape.remove("rotary_base")  # no weight depends on it: contexts are extended by changing it
@@ -172,7 +172,7 @@ def _compare_model(flag: str, path: Path, saved: Namespace, args: Namespace, res
 
 
 def unusable_optimizer_state(path: Path, saved: Namespace, args: Namespace) -> str | None:
-    """Why a run cannot load a checkpoint's optimizer state: it would be lost, or land in other parameters than its own.
+    """Why a run cannot load a checkpoint's optimizer state: it would be lost, or be given to other parameters.
 
     Args:
         path: the checkpoint's directory.

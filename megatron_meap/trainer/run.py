@@ -1,4 +1,4 @@
-"""The seam to Megatron's trainer: the model's configuration, the forward step, the loss and its report."""
+"""The interface to Megatron's trainer: the model's configuration, the forward step, the loss and its report."""
 
 import atexit
 import contextlib
@@ -53,7 +53,7 @@ _HARDLY_ANYTHING = 2**20
 def run(remarks: Callable[[Namespace], list[str]] = lambda args: []) -> None:
     """Pretrain as the command line says; the exit statuses are in docs/training.md.
 
-    `remarks` are what others have to say of the run before it starts, a line each.
+    `remarks` returns further lines to print before the run starts.
     """
     output = Output().install()
     try:
@@ -63,7 +63,7 @@ def run(remarks: Callable[[Namespace], list[str]] = lambda args: []) -> None:
             raise
         raise _full_disk(error) from error
     finally:
-        output.quiet = False  # for what there is to say of a failure
+        output.quiet = False  # to show everything about a failure
 
 
 def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
@@ -118,7 +118,7 @@ def _heading(args: Namespace) -> str:
 
 
 def _announce(args: Namespace) -> None:
-    """Say in a few lines what is about to run."""
+    """Print in a few lines what is about to run."""
     print(*description.describe(args), *data_use.lines(args), *log_line.lines(args), sep="\n")
     loads = args.pretrained_checkpoint or (args.load and latest.pointer(Path(args.load)))
     if args.meap_sft and not loads:
@@ -132,7 +132,7 @@ def _announce(args: Namespace) -> None:
 def prepare(data_only: bool = False) -> tuple[Namespace, torch.distributed.Store | None]:
     """Parse and check the command line: the arguments, and the store over which the ranks met to do so.
 
-    `data_only` leaves `--save` and `--load` alone.
+    `data_only` ignores `--save` and `--load`.
     """
     _run_alone_without_launcher()
     megatron_patches.apply()
@@ -150,7 +150,7 @@ def prepare(data_only: bool = False) -> tuple[Namespace, torch.distributed.Store
 def _pretrain(
     args: Namespace, store: torch.distributed.Store | None, output: Output, heartbeat: Heartbeat | None
 ) -> None:
-    """Hand over to Megatron's trainer."""
+    """Run Megatron's trainer."""
 
     def step(*inputs: Any, **options: Any) -> Any:
         if heartbeat is not None:
@@ -180,12 +180,12 @@ def _pretrain(
             refusals.refuse(error, args)
         if problem is None:
             raise
-        traceback.print_exc()  # what is said below is concluded, and the error itself must not be lost
+        traceback.print_exc()  # the message below is a conclusion, and the error itself must not be lost
         raise UsageError(f"--save {args.save}: {problem}; free some space and run the same command again") from error
 
 
 def _full_disk(error: BaseException) -> UsageError:
-    """What to say of a disk that got full, but not while a checkpoint was saved; the error itself is printed."""
+    """The error for a full disk, other than while a checkpoint was saved; the original one is printed."""
     traceback.print_exception(error)
     args = global_vars._GLOBAL_ARGS
     flags = ("tensorboard-dir", "data-cache-path", "save")
@@ -198,16 +198,16 @@ def _full_disk(error: BaseException) -> UsageError:
 
 
 def _not_begun(args: Namespace) -> bool:
-    """Whether no step is done yet: what fails until then, Megatron cannot do with these flags."""
+    """Whether no step is done yet: a failure until then means that Megatron cannot run with these flags."""
     return getattr(args, "curr_iteration", None) in (None, getattr(args, "iteration", None))
 
 
 def _end_workers() -> None:
-    """End the data loader's worker processes: they ignore the SIGTERM by which Python would end them at exit.
+    """Kill the data loader's worker processes: they ignore the SIGTERM by which Python would end them at exit.
 
-    (It is also the signal to stop the job.) Python would wait for them without end.
+    (It is also the signal to stop the job.) Python would wait for them forever.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler takes every end of a worker for a failure
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler treats every end of a worker as a failure
     for child in multiprocessing.active_children():
         child.kill()
 
@@ -220,7 +220,7 @@ def _run_alone_without_launcher() -> None:
 
 
 def _cause(args: Namespace, stop: StopRequest) -> str | None:
-    """What has ended the training before its last step and is no end that the command line names by a step."""
+    """What ended the training before its last step, other than a step given on the command line."""
     if stop.stop_asked:
         return f"the file {Path(args.save) / STOP}"
     if stop.received is not None:
@@ -232,7 +232,7 @@ def _cause(args: Namespace, stop: StopRequest) -> str | None:
 
 
 def _how_it_stopped(args: Namespace, cause: str) -> str:
-    """What it has led to, and how to resume."""
+    """What was saved, and how to resume."""
     saved = "nothing saved: no --save"
     if args.save:
         same = args.load and Path(args.load).resolve() == Path(args.save).resolve()
@@ -278,8 +278,8 @@ def _packed_seq_params(batch: dict[str, Any], args: Namespace) -> PackedSeqParam
     padded = None if batch["cu_seqlens_padded"] is None else batch["cu_seqlens_padded"].squeeze(0)
     if not device.is_cpu():  # it names a CUDA device by its number; only the TFLOP/s in the log depend on it
         update_seqlen_stats_from_cu_seqlens(borders)
-    # A bound: the longest document's length, `max_seqlen`, would have to come from the GPU. It must not be the number
-    # of tokens in the pack, where Megatron's rotary positions run on from one document to the next.
+    # A bound: the length of the longest document, `max_seqlen`, would have to be copied from the GPU. The number of
+    # tokens in the pack will not do: Megatron's rotary positions would then continue from one document to the next.
     longest = args.seq_length + 1
     local_cp_size = batch["local_cp_size"]
     return PackedSeqParams(
@@ -308,14 +308,14 @@ def loss_func(
 
     Args:
         loss_mask: [b, s], 1 where the label counts.
-        noise: [b, s], as `get_batch` gives it; None for no such report.
+        noise: [b, s], as `get_batch` returns it; None for no such report.
         output_tensor: losses [b, s].
         copies: some samples are noised copies of others.
-        evaluated: labels [b, s] whose bits per byte are reported too.
+        evaluated: labels [b, s] whose bits per byte are also reported.
 
     Returns:
-        The summed loss, the number of tokens it is over, and the report: for each name [sum, count], which Megatron
-        sums over micro batches and data-parallel ranks before it divides. A name whose count is 0 is reported as NaN.
+        The summed loss, its number of tokens, and the report: for each name [sum, count], which Megatron sums over
+        micro batches and data-parallel ranks before it divides. A name whose count is 0 is reported as NaN.
     """
     noised = None if noise is None else (noise & NOISED).bool()
     copied = (noise & COPY).bool() if copies and noise is not None else None

@@ -1,4 +1,4 @@
-"""The schedule of learning rate and weight decay: what Megatron's scheduler refuses, and whose counts on a resume."""
+"""The schedule of learning rate and weight decay: what Megatron's scheduler refuses, and which one a resume uses."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -15,14 +15,14 @@ _WORDS = {
     "lr_decay_steps": "decay of the learning rate (samples)",
     "wd_incr_steps": "growth of the weight decay (samples)",
 }
-"""How people know what the scheduler's state holds."""
+"""Names, for people, of the entries of the scheduler's state."""
 
 
 def check(args: Namespace) -> None:
-    """Refuse a run without a length, or with a schedule that Megatron's scheduler cannot have.
+    """Refuse a run without a length, or with a schedule that Megatron's scheduler does not support.
 
     Args:
-        args: validated by Megatron; its global arguments too.
+        args: validated by Megatron, and its global arguments.
     """
     if not (args.train_iters or args.train_samples):
         raise UsageError("--train-iters: missing; how many steps does the run take (or --train-samples)?")
@@ -81,7 +81,7 @@ def state_of(args: Namespace) -> dict[str, Any]:
     """The scheduler's state before the first step, as Megatron's own would save it.
 
     Args:
-        args: Megatron's global arguments, which are left as they are.
+        args: Megatron's global arguments, which are not changed.
     """
     from megatron.training.training import get_optimizer_param_scheduler
 
@@ -94,7 +94,7 @@ def state_of(args: Namespace) -> dict[str, Any]:
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """In what two states of the scheduler differ, however far they have come; Megatron counts its steps in samples."""
+    """Differences between two states of the scheduler, apart from their progress; Megatron counts steps in samples."""
     return [
         f"{_WORDS.get(name, name)} {there[name]} there, {value} here"
         for name, value in here.items()
@@ -103,7 +103,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
 
 def compare(path: Path, state: dict[str, Any], args: Namespace) -> list[str]:
-    """Refuse another schedule than the checkpoint's, unless a flag says whose counts; then say it.
+    """Refuse another schedule than the checkpoint's, unless a flag chooses one of them, which is then reported.
 
     Args:
         path: of the checkpoint.

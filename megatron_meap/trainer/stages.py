@@ -1,7 +1,7 @@
-"""Blends that follow each other (`--meap-data-stages`): of each dataset one order, which the stages read on and on.
+"""Consecutive blends (`--meap-data-stages`): each dataset has one order, which every stage continues.
 
-So what an earlier stage has read comes again only once its dataset has been read to its end. A sample is a function of
-its index alone, as everywhere: nothing is kept beside the number of consumed samples.
+So samples of an earlier stage are repeated only after the end of their dataset. As everywhere, a sample depends only on
+its index: no state is kept except the number of consumed samples.
 """
 
 import bisect
@@ -35,7 +35,7 @@ class Stage:
     """A blend, and how long it lasts."""
 
     end: int | None
-    """Sample of the data before which it ends; None: it lasts as long as the run."""
+    """Sample of the data before which it ends; None if it lasts to the end of the run."""
     blend: dict[str, float]
     """Weights by the prefix of the dataset; they sum to 1."""
 
@@ -44,7 +44,7 @@ def read(args: Namespace) -> list[Stage]:
     """The stages that the run's file describes.
 
     Raises:
-        UsageError: it cannot be read, or says what cannot be.
+        UsageError: it cannot be read, or is invalid.
     """
     path = Path(args.meap_data_stages)
     try:
@@ -87,12 +87,12 @@ def _stage(given: Any, args: Namespace) -> Stage:
 
 
 def of_run(args: Namespace) -> tuple[list[Stage], int]:
-    """The stages, and the samples of the data that the run reads of them."""
+    """The stages, and the number of samples that the run reads from them."""
     return read(args), of_the_data(args, run_samples(args))
 
 
 def sizes(stages: list[Stage], total: int) -> list[int]:
-    """Samples of each stage of a run that reads `total` of the data; 0 for those that it does not reach.
+    """Samples of each stage of a run that reads `total` samples; 0 for stages that it does not reach.
 
     Raises:
         UsageError: the stages end before it.
@@ -112,7 +112,7 @@ def prefixes(stages: list[Stage]) -> list[str]:
 
 
 def samples(stages: list[Stage], total: int) -> dict[str, int]:
-    """Samples of each dataset that a run of `total` may read; Megatron's blends exceed their shares by one at most."""
+    """Samples of each dataset that a run of `total` may read; Megatron's blends exceed their shares by at most one."""
     each = list(zip(stages, sizes(stages, total), strict=True))
     return {
         prefix: sum(math.ceil(size * stage.blend[prefix]) + 1 for stage, size in each if size and prefix in stage.blend)
@@ -121,12 +121,12 @@ def samples(stages: list[Stage], total: int) -> dict[str, int]:
 
 
 def lines(stages: list[Stage], total: int, tokens: int) -> Iterator[str]:
-    """What each stage reads, a line each.
+    """What each stage reads, one per line.
 
     Args:
         stages: all of them.
         total: samples of the data that the run reads.
-        tokens: that each of them makes the run train on.
+        tokens: training tokens per sample.
     """
     begin = 0
     for number, (stage, size) in enumerate(zip(stages, sizes(stages, total), strict=True), start=1):
@@ -159,7 +159,7 @@ class StagedDataset(torch.utils.data.Dataset):
 
 
 class _Rest:
-    """A dataset from one of its samples on."""
+    """A dataset without its first samples."""
 
     def __init__(self, dataset: Any, first: int) -> None:
         self.dataset, self.first = dataset, first
@@ -178,8 +178,8 @@ def build(kind: type, stages: list[Stage], total: int, config: Any, loads_here: 
     Args:
         kind: Megatron's class of datasets.
         stages: of the run.
-        total: samples that the data is laid out for.
-        config: Megatron's, whose blends are not looked at.
+        total: samples for which the data is laid out.
+        config: Megatron's, whose blends are ignored.
         loads_here: whether this rank loads data.
     """
     datasets = {}

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: found, built, and given its mask token and a vocabulary that holds both."""
+"""The tokenizer of a run: found, built, and given its mask token and a vocabulary for both."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from megatron_meap.trainer import carried, fim
 
 
 def set_tokenizer(args: Namespace) -> Any:
-    """Build and return the tokenizer, find or append the mask token, and pad the vocabulary that holds them both."""
+    """Build and return the tokenizer, find or append the mask token, and pad the vocabulary of both."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer, vocab_size_with_padding
 
     if args.make_vocab_size_divisible_by < 1:

@@ -1,4 +1,4 @@
-"""A run on Weights & Biases that goes on where its training does: one, however often the job is requeued."""
+"""A run on Weights & Biases that resumes with its training: only one, however often the job is requeued."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ from megatron_meap.trainer.log_names import WANDB_ID
 
 
 def check(args: Namespace) -> None:
-    """Refuse what Megatron would fail over on its last rank alone.
+    """Refuse what would make Megatron fail only on its last rank.
 
     Raises:
         UsageError: names the flag.
@@ -30,16 +30,16 @@ def check(args: Namespace) -> None:
 
 
 def begin(args: Namespace) -> None:
-    """Begin the run, on the last rank as Megatron does, or continue the one whose id lies in `--save`.
+    """Start the run, on the last rank as in Megatron, or continue the one whose id is in `--save`.
 
-    `WANDB_RUN_ID` and `WANDB_RESUME`, where they are set, say it otherwise.
+    `WANDB_RUN_ID` and `WANDB_RESUME` take precedence if they are set.
     """
     if not args.wandb_project or args.rank != args.world_size - 1:
         return
     if args.save:
         os.environ.setdefault("WANDB_RUN_ID", _id(Path(args.save) / WANDB_ID, _starts_anew(args)))
         os.environ.setdefault("WANDB_RESUME", "allow")
-    # Megatron sets it in W&B's configuration later, which refuses another value than that of the run that it continues
+    # Megatron sets it in W&B's configuration later, which refuses a value that differs from the continued run's.
     args.slurm_job_name = os.environ.get("SLURM_JOB_NAME", "N/A")
     import wandb
 

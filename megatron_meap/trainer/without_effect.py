@@ -1,4 +1,4 @@
-"""Flags that would change nothing: refused, for whoever gives one believes that it does."""
+"""Flags that would change nothing: refused, because whoever gives one expects an effect."""
 
 import argparse
 from argparse import Namespace
@@ -37,7 +37,7 @@ _NOWHERE = (
 
 
 def _given(name: str, *chosen: Any) -> Callable[[Namespace], bool]:
-    """Whether an argument is set, or has one of some values."""
+    """Whether an argument is set, or has one of these values."""
     return lambda args: getattr(args, name) in chosen if chosen else bool(getattr(args, name))
 
 
@@ -52,7 +52,7 @@ def _is_rotary(args: Namespace) -> bool:
 
 
 def _has_yarn(args: Namespace) -> bool:
-    """Whether multi-latent attention has its rotary positions by YaRN, Megatron's default there."""
+    """Whether multi-latent attention uses YaRN for its rotary positions, Megatron's default there."""
     return args.multi_latent_attention and args.rope_type != "rope"
 
 
@@ -122,7 +122,7 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("window_attn_skip_freq", "--window-size", _given("window_size")),
     ("yarn_*", "--position-embedding-type yarn", _given("position_embedding_type", "yarn")),
 )  # fmt: skip
-"""Patterns of arguments, the flag that makes them count, and whether it is there."""
+"""Patterns of arguments, the flag that they need, and whether it is given."""
 
 _NOT_WITH: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("add_qkv_bias no_rope_freq rotary_seq_len_* use_rope_scaling", "--multi-latent-attention",
@@ -140,11 +140,11 @@ _NOT_WITH: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("use_mup", "--multi-latent-attention but with --mup-base-hidden-size",
      lambda args: args.multi_latent_attention and not args.mup_base_hidden_size),
 )  # fmt: skip
-"""Patterns of arguments, what makes them of no effect, and whether it is there."""
+"""Patterns of arguments, what disables them, and whether it is given."""
 
 
 def changed(parser: argparse.ArgumentParser, args: Namespace) -> dict[str, str]:
-    """The arguments that have another value than their default, and the flags that set them."""
+    """The arguments whose value is not their default, and the flags that set them."""
     actions: dict[str, list[argparse.Action]] = {}
     for action in parser._actions:
         if action.option_strings:
@@ -161,7 +161,7 @@ def changed(parser: argparse.ArgumentParser, args: Namespace) -> dict[str, str]:
 
 
 def refuse_unread(given: dict[str, str]) -> None:
-    """Refuse flags that nothing reads; `given` is as `changed` gives it, of the command line alone."""
+    """Refuse flags that nothing reads; `given` is the result of `changed` for only the command line."""
     for name, flag in given.items():
         for patterns, way_out in _NOWHERE:
             if _matches(name, patterns.split()):
@@ -169,7 +169,7 @@ def refuse_unread(given: dict[str, str]) -> None:
 
 
 def refuse_unaccompanied(given: dict[str, str], args: Namespace) -> None:
-    """Refuse flags that change nothing without another one, which is not there, or with another one, which is.
+    """Refuse flags that change nothing because another flag is missing, or because another one is given.
 
     Args:
         given: as for `refuse_unread`.

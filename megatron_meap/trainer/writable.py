@@ -1,4 +1,4 @@
-"""What a run writes to: known to be writable before anything is written."""
+"""Directories and files that a run writes to: known to be writable before anything is written."""
 
 import os
 import tempfile
@@ -33,10 +33,10 @@ def check(args: Namespace) -> None:
 
 
 def check_writable(flag: str, directory: str | Path) -> None:
-    """Refuse a directory that is not to be written or made, without making it."""
+    """Refuse a directory that cannot be written or created, without creating it."""
     path = Path(directory).absolute()
     existing = next(each for each in (path, *path.parents) if os.path.lexists(each))
-    try:  # permissions do not tell: to root all are open, and a file server may think otherwise
+    try:  # permissions are not enough: root has all of them, and a file server may still refuse
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:

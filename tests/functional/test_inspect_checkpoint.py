@@ -20,7 +20,7 @@ from tests.sft import prepare
 
 @pytest.fixture(scope="module")
 def folder(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of runs that differ in what is free, warned of and refused, and in the model."""
+    """Checkpoints of runs that differ in free settings, in settings with a warning or a refusal, and in the model."""
     folder = tmp_path_factory.mktemp("inspect")
     changes = {
         "one": [],
@@ -58,7 +58,7 @@ def test_the_record_is_shown(folder: Path, tool, corpus: Corpus) -> None:
     assert status == 0
     assert "iter_0000002: iteration 0, 151,872 parameters" in said
     assert f"carries the tokenizer {folder / 'one/run/iter_0000002/tokenizer/tokenizer.model'}" in said
-    refused, warned = said.split("\nwarned of")
+    refused, warned = said.split("\nwarning")
     for line in (r"--seed +1234", r"--meap-mask-ratio +0.15", r"the blend's weights +0.9, 0.1", r"--split +90,10,0"):
         assert re.search(line, refused), line
     assert re.search(r"--clip-grad +1.0", warned)
@@ -70,13 +70,13 @@ def test_the_record_is_shown(folder: Path, tool, corpus: Corpus) -> None:
     ("other", "status", "lines"),
     [
         ("free", 0, ["no setting that determines a run differs"]),
-        ("warned", 0, ["warned of: --clip-grad 2.0 there, 1.0 here"]),
+        ("warned", 0, ["warning: --clip-grad 2.0 there, 1.0 here"]),
         (
             "refused",
             1,
             [
                 "refused, unless --meap-allow-changed-settings: --seed 5 there, 1234 here",
-                "warned of: --clip-grad 2.0 there, 1.0 here",
+                "warning: --clip-grad 2.0 there, 1.0 here",
             ],
         ),
         ("model", 1, ["another model: ffn_hidden_size 96 there, 160 here"]),

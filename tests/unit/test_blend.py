@@ -49,7 +49,7 @@ def test_lists_of_datasets_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="only some of the datasets have a weight"):
         blend.blends(Namespace(**NONE | {"data_path": ["a", "b", "0.5", "c"]}))
     for words in (["0.5", "a", "b"], ["a", "b", "1e-3"], ["0.5", "a", "0.5", "b", "c"], ["0.5"], ["1", "2", "a"]):
-        with pytest.raises(UsageError, match="in the blend is no dataset: only some of the datasets have a weight"):
+        with pytest.raises(UsageError, match="in the blend is not a dataset: only some of the datasets have a weight"):
             blend.blends(Namespace(**NONE | {"data_path": words}))
     for content in ("[]", "null", '{"train": "a"}', '{"train": [1, 2], "valid": 3, "test": {}}', '"a"', "", "{"):
         (tmp_path / "lists").write_text(content)
