@@ -166,7 +166,7 @@ def test_every_llama_argument_survives(megatron: Path) -> None:
         ({"tie_word_embeddings": True}, "lm_head.weight is another matrix"),
         ({"attention_bias": True}, "q_proj.bias is missing"),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "layer_types .*sliding"),
-        ({"model_type": "olmo2"}, "'olmo2' is not supported: its norms stand behind .*; supported are llama"),
+        ({"model_type": "olmo2"}, "'olmo2' is not supported: its norms come after .*; supported are llama"),
         ({"model_type": "gemma2"}, "'gemma2' is not supported"),
         ({"model_type": "phi3"}, "'phi3' is not supported"),
     ],

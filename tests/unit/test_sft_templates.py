@@ -81,7 +81,7 @@ def test_the_model_learns_all_that_it_must_write(tokenizer, name: str, kind: str
     for before in ([], [USER, PLAIN if name != "r1" else INLINE], [USER, ANSWERS["on"]] if kind == "on" else []):
         messages = [*before, USER, ANSWERS[kind]]
         if isinstance(expected, BadConversation):
-            with pytest.raises(BadConversation, match="rendered otherwise than the model is asked") as refusal:
+            with pytest.raises(BadConversation, match="rendered differently from the model's prompt") as refusal:
                 encoder.turn(messages)
             assert str(expected) in str(refusal.value)
             continue
