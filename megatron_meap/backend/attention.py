@@ -1,10 +1,11 @@
 """Causal attention as blocked matrix products in bf16, for processors that multiply it much faster than 32-bit floats.
 
-PyTorch's own CPU attention works in 32-bit floats between two small products. Here a block of queries, the heads that
-share a key side by side, meets all the keys that it may see in one large product; the backward pass is five of them a
-block. A product of bf16 matrices is rounded to bf16, so what is exponentiated must be small where it matters: a row's
-shift (in three bf16 parts) is three more columns of the product, which sums in 32 bits. Then an error of 2^-9 of a
-logarithm p of a probability changes that by |p| exp(p) 2^-9 at most: less than its own rounding.
+PyTorch's own CPU attention works in 32-bit floats between two small products. Here a block of queries, with the heads
+that share a key next to each other, is multiplied with all the keys that it may see in one large product; the backward
+pass has five of them per block. A product of bf16 matrices is rounded to bf16, so what is exponentiated must be small
+where it matters: the shift of a row (in three bf16 parts) is three more columns of the product, which is summed in 32
+bits. Then an error of 2^-9 of a log-probability p changes the probability by at most |p| exp(p) 2^-9: less than its own
+rounding.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from torch.autograd import Function
 from megatron_meap.backend import native
 
 _COLUMNS = 8
-"""More columns of queries and keys, of which three hold a shift: a number that keeps rows aligned."""
+"""Additional columns of queries and keys: three hold a shift, the others keep rows aligned."""
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -77,7 +78,7 @@ class _CausalAttention(Function):
 
 
 def _blocks(length: int) -> list[slice]:
-    """Blocks of queries: larger ones waste more of the triangle, smaller ones more of the products' speed."""
+    """Blocks of queries: larger ones compute more than the triangle needs, smaller ones make the products slower."""
     size = 128 if length <= 1024 else 256
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
@@ -91,7 +92,7 @@ def _with_ones(x: Tensor) -> Tensor:
 
 
 def _with_zeros(x: Tensor, groups: int) -> Tensor:
-    """Queries [b, n, m, d] as [b g, n/g m, d + columns]: those that see the same keys below each other."""
+    """Queries [b, n, m, d] as [b g, n/g m, d + columns]: those with the same keys below each other."""
     b, n, m, d = x.shape
     wide = x.new_zeros(b, n, m, d + _COLUMNS)
     wide[..., :d] = x
@@ -99,7 +100,7 @@ def _with_zeros(x: Tensor, groups: int) -> Tensor:
 
 
 def _shift(rows: Tensor, by: Tensor) -> None:
-    """Have the products of these rows [b g, m, d + columns] come out less by a number [b g, m] each."""
+    """Reduce the products of these rows [b g, m, d + columns] by a number [b g, m] each."""
     for column in range(3):
         part = by.to(rows.dtype)
         torch.neg(part, out=rows[..., column - _COLUMNS])
@@ -137,7 +138,7 @@ def _rows(scores: Tensor, part: slice) -> tuple[int, int, int, int]:
 
 
 def _hide_later(scores: Tensor, part: slice, value: float) -> None:
-    """Fill what lies after a query's own position."""
+    """Fill the scores after a query's own position."""
     m = part.stop - part.start
     own = scores.unflatten(1, (-1, m))[..., part]
     own.masked_fill_(torch.ones(m, m, dtype=torch.bool).triu_(1), value)

@@ -51,7 +51,7 @@ _TENSOR_TYPES = ("FloatTensor", "DoubleTensor", "HalfTensor", "BFloat16Tensor", 
 
 
 def install() -> None:
-    """Put the CPU in the accelerator's place; doing it twice is doing it once."""
+    """Put the CPU in the accelerator's place; a second call has no effect."""
     if getattr(torch.cuda, "meap_cpu_adaptation", False):
         return
     version = metadata.version("megatron-core")
@@ -81,14 +81,14 @@ def describe() -> str:
 
 @functools.cache
 def has_bf16_units() -> bool:
-    """Whether the processor multiplies bf16 matrices natively (AVX512_BF16 or AMX): there bf16 is the faster type."""
+    """Whether the processor multiplies bf16 matrices natively (AVX512_BF16 or AMX), so that bf16 is faster."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _hide_transformer_engine() -> None:
-    """Megatron takes its fused optimizer wherever it is installed, but that is made of CUDA kernels alone.
+    """Hide it: Megatron uses its fused optimizer wherever it is installed, but that has only CUDA kernels.
 
-    It stays where it has been imported before, by who only builds a model with it.
+    If it has been imported before, only to build a model, it stays.
     """
     sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]  # an import of it fails now
 
@@ -103,7 +103,7 @@ def _use_threads() -> None:
 
 
 class _Stream:
-    """A stream that is always in order: on a CPU every operation is finished when it returns."""
+    """A stream without pending work: on a CPU every operation is finished when it returns."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.cuda_stream = 0
@@ -156,7 +156,7 @@ class _Event:
 
 
 def _answer_for_the_device() -> None:
-    """Answer what Megatron asks of `torch.cuda`: one device, no memory of its own, streams that never wait."""
+    """Let `torch.cuda` answer Megatron: one device, no memory of its own, streams that never wait."""
 
     def returning(value: Any) -> Callable:  # one function object a name: torch.compile keeps a table of them
         return lambda *_, **__: value
@@ -173,11 +173,11 @@ def _answer_for_the_device() -> None:
     )
     stats: dict[str, int] = _Zeros()
     answers: dict[str, Any] = {
-        "is_available": lambda: True,  # initialize_megatron insists
-        "device_count": lambda: 1,  # without one, no model-parallel group is made
+        "is_available": lambda: True,  # required by initialize_megatron
+        "device_count": lambda: 1,  # without one, no model-parallel groups are created
         "current_device": lambda: CPU,  # used as device=...
         "get_device_properties": lambda *_: properties,
-        "get_device_capability": lambda *_: (0, 0),  # no kernel written for some GPU is chosen
+        "get_device_capability": lambda *_: (0, 0),  # so that no kernel for a GPU is chosen
         "get_device_name": lambda *_: "CPU",
         "get_rng_state": get_rng_state,
         "set_rng_state": set_rng_state,
@@ -268,17 +268,17 @@ def _present_cpu_types_as_cuda() -> None:
 
 
 def _switch_off_what_needs_an_accelerator() -> None:
-    """Compilation, pinned memory and the warnings about their absence."""
+    """Switch off compilation, pinned memory and the warnings about them."""
 
     torch.compile = deferred.not_compiled  # type: ignore[assignment]
     deferred.do_without_compiler()
     torch.accelerator.is_available = lambda: False  # DataLoader asks before it pins memory
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists on it for tensor parallelism
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # required by Megatron for tensor parallelism
 
 
 def adapt_megatron() -> None:
-    """Patch what only shows on a CPU inside Megatron (0.19), once it can be imported.
+    """Patch what matters only on a CPU inside Megatron (0.19), once it can be imported.
 
     `tests/unit/test_megatron_patches.py` shows why each is needed.
     """
@@ -288,16 +288,16 @@ def adapt_megatron() -> None:
     def as_asked(tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    # The original turns a tensor into an array while it copies it from the GPU, and only then.
+    # The original turns a tensor into an array only when it copies it from a GPU.
     replace(token_dispatcher, "maybe_move_tensor_to_cpu", lambda _: as_asked)
-    # It compiles nothing here, but draws its inputs from the generator that the CPU's weights are drawn from next.
+    # It compiles nothing here, but draws its inputs from the generator from which the weights are drawn next.
     replace(initialize, "_warmup_jit_function", lambda _: lambda tp_size=None: None)
     # The process that saves in the background: a new one would import everything anew before its first save.
     replace(initialize, "init_persistent_async_worker", lambda start: lambda rank, mp_mode: start(rank, "fork"))
 
 
 def unsupported(args: Any) -> list[tuple[str, str]]:
-    """Flags that ask for what a CPU does not have: pairs of the flag and the reason."""
+    """Flags for something that a CPU does not have: pairs of the flag and the reason."""
     te = "it needs Transformer Engine's CUDA kernels"
     asked = [
         ("--fp8-format", args.fp8 is not None, te),
@@ -326,6 +326,6 @@ def unsupported(args: Any) -> list[tuple[str, str]]:
         ("--log-device-memory-used", args.log_device_memory_used, "it asks NVIDIA's driver"),
         ("--record-memory-history", args.record_memory_history, "it asks NVIDIA's driver"),
         ("--use-nccl-ub", args.nccl_ub, "only gloo communicates between CPU processes"),
-        ("--fp16", args.fp16, "half precision is not made for it; use --bf16 or --fp32"),
+        ("--fp16", args.fp16, "half precision is not supported there; use --bf16 or --fp32"),
     ]
     return [(flag, reason) for flag, is_asked, reason in asked if is_asked]

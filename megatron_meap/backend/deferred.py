@@ -1,8 +1,8 @@
-"""Packages that Megatron and PyTorch import wherever they are installed, for what most runs never do.
+"""Packages that Megatron and PyTorch import if they are installed, although most runs never need them.
 
-transformers is for tokenizers of Hugging Face's kind, Weights & Biases for its own log, PyTorch's compiler for a GPU.
-Together they took a third of the time from the command to the first step (`benchmarks/startup.py`); now each is
-imported once it is used.
+transformers is for Hugging Face tokenizers, Weights & Biases for its own log, PyTorch's compiler for a GPU. Together
+they took a third of the time from the command to the first step (`benchmarks/startup.py`); now each is imported when it
+is used.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _COMPILER = "torch._dynamo"
 
 
 def import_megatron() -> None:
-    """Import the parts of Megatron that would bring the packages along; those which are imported already stay."""
+    """Import the parts of Megatron that import these packages, without them; those already imported stay."""
     there = {top for top in map(_top, _PACKAGES) if top not in sys.modules and importlib.util.find_spec(top)}
     with _standing_in([name for name in _PACKAGES if _top(name) in there]):
         for name in _IMPORTERS:
@@ -29,7 +29,7 @@ def import_megatron() -> None:
 
 
 def do_without_compiler() -> None:
-    """PyTorch's optimizers import its compiler to tell it what not to compile; where nothing compiles, that is all."""
+    """Replace PyTorch's compiler, which its optimizers import only to tell it what not to compile."""
     if _COMPILER not in sys.modules:
         rules = types.SimpleNamespace(clear_lru_cache=lambda: None)
         answers = {"graph_break": lambda: None, "disable": not_compiled, "trace_rules": rules}
@@ -37,7 +37,7 @@ def do_without_compiler() -> None:
 
 
 def not_compiled(function: Callable | None = None, *_: Any, **__: Any) -> Callable:
-    """`torch.compile` and the decorators around it where nothing is compiled."""
+    """`torch.compile` and its decorators, if nothing is compiled."""
     return function if function is not None else (lambda decorated: decorated)
 
 
@@ -47,7 +47,7 @@ def _top(name: str) -> str:
 
 @contextlib.contextmanager
 def _standing_in(names: list[str]) -> Iterator[None]:
-    """Let `from NAME import x` give Megatron something that will import it."""
+    """Let `from NAME import x` in Megatron return something that imports it later."""
     modules = {name: _Later(name) for name in names}
     sys.modules.update(modules)
     try:
@@ -59,15 +59,15 @@ def _standing_in(names: list[str]) -> Iterator[None]:
 
 
 class _Later(types.ModuleType):
-    """Stands in for a module, which it imports where anything else than the given answers is asked of it."""
+    """Stands in for a module, and imports it if anything other than the given answers is used."""
 
     def __init__(self, name: str, answers: dict[str, Any] | None = None) -> None:
         super().__init__(name)
-        self.__spec__ = importlib.machinery.ModuleSpec(name, None)  # who asks whether it is installed looks for one
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)  # by which others see that it is installed
         self.__dict__.update(answers or {})
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__path__":  # who looks through all modules uses none
+        if name.startswith("__") and name != "__path__":  # code that inspects all modules does not use this one
             raise AttributeError(name)
         if self.__name__ in _PACKAGES and sys.modules.get(self.__name__) is self and _asked_by_megatron():
             return _Name(self, name)
@@ -90,7 +90,7 @@ class _Later(types.ModuleType):
 
 
 def _asked_by_megatron() -> bool:
-    """Whether what asks a stand-in for a name is a module of Megatron's; to others it gives the package itself."""
+    """Whether a stand-in is used by a module of Megatron's; others get the package itself."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame and _top(frame.f_globals.get("__name__", "")) in ("importlib", "_frozen_importlib"):
         frame = frame.f_back
@@ -98,7 +98,7 @@ def _asked_by_megatron() -> bool:
 
 
 class _Name:
-    """Stands in for what was imported from a module that stands in."""
+    """Stands in for an attribute of a stand-in for a module."""
 
     def __init__(self, module: _Later, name: str) -> None:
         self._module, self._name = module, name

@@ -1,4 +1,4 @@
-"""What a run is made of, said at its start: what is not installed is replaced by something slower, never silently."""
+"""The components of a run, reported at its start: what is not installed is replaced, but never silently."""
 
 from argparse import Namespace
 from importlib import metadata, util
@@ -16,7 +16,7 @@ def has_fused_optimizer() -> bool:
 
 
 def describe(args: Namespace) -> list[str]:
-    """Lines for the user: the device where it is a CPU; layers, attention, optimizer and precision."""
+    """Lines for the user: the device, if it is a CPU; layers, attention, optimizer and precision."""
     lines = []
     if device.is_cpu():
         from megatron_meap.backend import cpu

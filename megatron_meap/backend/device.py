@@ -1,4 +1,4 @@
-"""Which device trains: CUDA where there is one, else the CPU presented to Megatron as its accelerator."""
+"""The device for training: CUDA if there is one, otherwise the CPU, presented to Megatron as its accelerator."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ def prepare() -> bool:
         True where the CPU trains.
 
     Raises:
-        UsageError: `MEAP_DEVICE=cuda`, as the recipes set it, where PyTorch can use no GPU.
+        UsageError: `MEAP_DEVICE=cuda`, as set by the recipes, but PyTorch can use no GPU.
     """
     megatron_patches.silence_known_warnings()
     choice = _choice()
@@ -36,11 +36,11 @@ def prepare() -> bool:
 
 
 def prepare_to_look(here: bool = False) -> None:
-    """Make Megatron importable without using a GPU, to look at a run rather than to do it.
+    """Make Megatron importable without using a GPU, to examine a run instead of running it.
 
     Args:
-        here: the run is what this machine would do, as in training: on a CPU where there is no GPU. Otherwise it is one
-            for GPUs, whatever this machine has. `MEAP_DEVICE=cpu` and `=cuda` settle it in both cases.
+        here: examine the run that this machine would do: on a CPU if there is no GPU. Otherwise a run on GPUs, whatever
+            this machine has. `MEAP_DEVICE=cpu` and `=cuda` take precedence in both cases.
     """
     global _plans_for_gpu
     megatron_patches.silence_known_warnings()
@@ -60,19 +60,19 @@ def _choice() -> str:
 
 
 def gpu_problem() -> str | None:
-    """Why PyTorch can use no GPU here, in its own words; None where it can."""
+    """Why PyTorch can use no GPU here, in its own words; None if it can."""
     if not torch.backends.cuda.is_built():
         return f"PyTorch {torch.__version__} is built without CUDA"
     try:
         torch.cuda.init()
-    except Exception as error:  # PyTorch has no class of errors for it
+    except Exception as error:  # PyTorch has no error class for it
         said = " ".join(str(error).split()).partition(". ")[0]
         return f"PyTorch {torch.__version__} for CUDA {torch.version.cuda} can use no GPU ({said})"
     return None
 
 
 def plans_for_gpu() -> bool:
-    """Whether this process only looks at a run that is meant for GPUs."""
+    """Whether this process only examines a run that is meant for GPUs."""
     return _plans_for_gpu
 
 

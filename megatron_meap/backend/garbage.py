@@ -1,4 +1,4 @@
-"""Python's looking for garbage, kept away from what stays as long as the process."""
+"""Garbage collection without objects that live as long as the process."""
 
 import contextlib
 import gc
@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def nothing_is_garbage() -> Iterator[None]:
-    """While imports and vocabularies make half a million objects that stay: looking through them costs a sixth more.
+    """No garbage collection during imports and the loading of vocabularies, which create half a million objects.
 
-    Nor are they ever looked through later, here or in a forked process, whose copies of them it would make.
+    Scanning them would cost a sixth more time. They are not scanned later either, here or in a forked process, where
+    that would copy them.
     """
     gc.disable()
     try:

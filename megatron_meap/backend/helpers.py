@@ -1,4 +1,4 @@
-"""Megatron's helper processes, as the one that writes checkpoints, end with their rank; light, for they import this."""
+"""Megatron's helper processes, such as the writer of checkpoints, end with their rank: they import this module."""
 
 import multiprocessing
 import os
@@ -13,9 +13,9 @@ from megatron_meap.backend.patching import replace
 
 
 def end_with_this_process() -> None:
-    """Let all processes of `multiprocessing` that this one starts from now on end with it, even where it is killed.
+    """Let all `multiprocessing` processes that this one starts from now on end with it, even if it is killed.
 
-    By itself each waits for work without end, and holds hundreds of megabytes.
+    Otherwise each would wait for work forever, with hundreds of megabytes.
     """
 
     def watched(start: Callable) -> Callable:
@@ -57,7 +57,7 @@ def say_results_in_bytes() -> None:
 
 
 def _beside_the_parent(target: Callable, *args: Any, **kwargs: Any) -> None:
-    """In the new process: what it is for."""
+    """In the new process: its target, and a thread that watches the parent."""
     threading.Thread(target=_end_after_the_parent, daemon=True, name="parent").start()
     target(*args, **kwargs)
 

@@ -1,9 +1,9 @@
 """Local transformer layers: PyTorch only, no Transformer Engine and no Apex, on CPU and GPU alike.
 
 Megatron's own local layers materialise the [b, n, s, s] attention scores, refuse packed sequences and refuse
-`--sequence-parallel`. These do neither: attention goes through PyTorch's `scaled_dot_product_attention`, and the norms
-carry the mark by which Megatron reduces their gradients over the sequence-parallel ranks. Module names and checkpoint
-keys are Megatron's.
+`--sequence-parallel`. These do not: attention uses PyTorch's `scaled_dot_product_attention`, and the norms have the
+mark by which Megatron reduces their gradients over the sequence-parallel ranks. Module names and checkpoint keys are
+Megatron's.
 
 Shapes, in Megatron's terms: s sequence, b micro batch, n heads, g query groups, d head dimension.
 """
@@ -63,7 +63,7 @@ class Norm(torch.nn.Module):
         if config.normalization == "LayerNorm":
             self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
-            # Each rank sees its part of the sequence only: Megatron sums the gradients of parameters so marked.
+            # Each rank sees only its part of the sequence: Megatron sums the gradients of parameters with this mark.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,9 +87,9 @@ class CPUNorm(Norm):
 class SDPAttention(MegatronModule):
     """Causal attention by PyTorch's `scaled_dot_product_attention`, in memory linear in the sequence length.
 
-    Arguments as in Megatron's `DotProductAttention`; multi-latent attention names its head dimensions besides. Packed
-    sequences (`cu_seqlens`) attend within themselves. A window (`--window-size`) narrows what a mask or the borders
-    allow; Megatron's own local attention puts it in their place.
+    Arguments as in Megatron's `DotProductAttention`; multi-latent attention also gives its head dimensions. Packed
+    sequences (`cu_seqlens`) attend only to themselves. A window (`--window-size`) further restricts what a mask or the
+    borders allow; Megatron's own local attention replaces them by it.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class SDPAttention(MegatronModule):
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        """Within each packed sequence: on a GPU by FlashAttention's kernel for that, else one after the other."""
+        """Attend within each packed sequence: on a GPU with FlashAttention's kernel, otherwise one after the other."""
         if self._has_kernel_for_packed(query):
             from torch.nn.attention import varlen  # it brings the whole compiler along
 
@@ -237,13 +237,13 @@ _named: ContextVar[Modules | None] = ContextVar("modules", default=None)
 
 
 def local_modules() -> Modules:
-    """The modules that suit this device, or that `made_of` names."""
+    """The modules for this device, or those given by `made_of`."""
     return _named.get() or (_CPU_MODULES if device.is_cpu() else _MODULES)
 
 
 @contextlib.contextmanager
 def made_of(modules: Modules) -> Iterator[None]:
-    """Layers that are specified within the block are made of these modules."""
+    """Within the block, layers are specified with these modules."""
     token = _named.set(modules)
     try:
         yield
@@ -285,7 +285,7 @@ def local_layer_spec(config: TransformerConfig, moe: bool = False) -> ModuleSpec
 
 
 def _wants_megatrons_attention(config: TransformerConfig) -> bool:
-    """Whether the user asks for something that only Megatron's unfused attention does."""
+    """Whether the user asks for something that only Megatron's unfused attention can do."""
     return (
         config.attention_backend == AttnBackend.local
         or config.softmax_type != "vanilla"
@@ -294,7 +294,7 @@ def _wants_megatrons_attention(config: TransformerConfig) -> bool:
 
 
 def _with_local_modules(spec: ModuleSpec, config: TransformerConfig, modules: Modules) -> ModuleSpec:
-    """A copy of a layer spec with our modules in the places of the norms, the core attention and the dense MLP."""
+    """A copy of a layer spec with our modules for the norms, the core attention and the dense MLP."""
     layer = spec.submodules
     attention, mlp = layer.self_attention, layer.mlp
     inner: dict[str, Any] = {} if _wants_megatrons_attention(config) else {"core_attention": modules.attention}

@@ -1,4 +1,4 @@
-"""A patch of Megatron's log, see megatron_patches.py: losses that not every step has."""
+"""A patch of Megatron's log (see megatron_patches.py): losses that not every step has."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +9,8 @@ import torch
 def over_steps_that_have_it(log: Callable) -> Callable:
     """Megatron's `training_log`, which averages each loss of an interval over the steps that have it.
 
-    Its own average is over all steps, and a loss over no token in one of them, a NaN, is not logged for the whole
-    interval. (Not of `lm loss` itself: there a NaN is one.) Where all steps are skipped it logs zeros.
+    Megatron averages over all steps, and if a loss is over no token in one of them (a NaN), it is not logged for the
+    whole interval. (This does not concern `lm loss`, where a NaN is an error.) If all steps are skipped, it logs zeros.
     """
     steps = "advanced iterations"
     found: dict[str, list[Any]] = {}

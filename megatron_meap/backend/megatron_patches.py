@@ -1,8 +1,8 @@
 """Patches of megatron-core itself, for CPU and GPU users alike: each function names the defect that it fixes.
 
-All are for 0.19 (written for 0.19.2); where no upstream issue is named, none is known.
-`tests/unit/test_megatron_patches.py` shows each defect in the installed Megatron: where such a test fails, a release no
-longer needs the patch, which is deleted here and nowhere else.
+All are for 0.19 (written for 0.19.2); if no upstream issue is named, none is known.
+`tests/unit/test_megatron_patches.py` shows each defect in the installed Megatron: if such a test fails, that release no
+longer needs the patch, which then is deleted only here.
 """
 
 import contextlib
@@ -37,14 +37,14 @@ _verified: set[str] = set()
 
 
 def silence_known_warnings() -> None:
-    """Leave out what Megatron warns of while it is imported and what its users can do nothing about."""
+    """Silence warnings of Megatron's imports that its users can do nothing about."""
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(lambda record: "DEPRECATED" not in record.msg)
 
 
 def apply() -> None:
-    """Apply all patches; doing it twice is doing it once. Megatron must be importable (`device.prepare`)."""
+    """Apply all patches; a second call has no effect. Megatron must be importable (`device.prepare`)."""
     _use_shipped_dataset_helpers()
     helpers.end_with_this_process()
     helpers.say_results_in_bytes()
@@ -60,7 +60,7 @@ def apply() -> None:
 def _use_shipped_dataset_helpers() -> None:
     """`compile_helpers` runs `make` in the installed package, which has no Makefile, and ends the job.
 
-    The compiled helpers are in the wheel: building them is needed in a source checkout only.
+    The compiled helpers are in the wheel: only a source checkout has to build them.
     """
     from megatron.core.datasets import utils
 
@@ -74,9 +74,9 @@ def _use_shipped_dataset_helpers() -> None:
 def verified(checkpoint: str) -> None:
     """Let Megatron load this checkpoint without another `--verify-integrity`.
 
-    Megatron hashes it on rank 0 while the others wait, and refuses one that was saved without hashes. Our preflight
-    has verified it by then, with all ranks, and chosen another one where it was damaged. Any other checkpoint is
-    verified by Megatron.
+    Megatron hashes it on rank 0 while the others wait, and refuses one that was saved without hashes. By then our
+    preflight has verified it with all ranks, and chosen another one if it was damaged. Megatron verifies any other
+    checkpoint.
     """
     from megatron.core.dist_checkpointing import serialization
 
@@ -91,8 +91,8 @@ def verified(checkpoint: str) -> None:
 def _load_weights_or_fail() -> None:
     """`--dist-ckpt-strictness log_unexpected` (our default) starts weights that a checkpoint lacks at random values.
 
-    It is meant for the extra state of Transformer Engine's layers, which those of other layers' checkpoints lack; only
-    that is done without. What else is missing is refused; `log_all` keeps Megatron's way.
+    It is for the extra state of Transformer Engine's layers, which checkpoints of other layers lack; only that may
+    be missing. Anything else is refused; `log_all` keeps Megatron's behaviour.
     """
     from megatron.core.dist_checkpointing import validation
     from megatron.training import get_args
@@ -115,7 +115,7 @@ def _load_weights_or_fail() -> None:
 
 
 def _decay_all_parameters_on_request() -> None:
-    """Which parameters have no weight decay is fixed in a function that takes no flags (`official`)."""
+    """A function without flags determines which parameters have no weight decay (see `official`)."""
     from megatron.training import training
 
     configure = original_of(training, "get_megatron_optimizer_config")
@@ -130,9 +130,9 @@ def _decay_all_parameters_on_request() -> None:
 
 
 def _fuse_weight_gradients_where_possible() -> None:
-    """A GPT's output layer, Megatron's own beside Transformer Engine too, refuses to be made without Apex's kernel.
+    """A GPT's output layer is Megatron's own even with Transformer Engine: it cannot be built without Apex's kernel.
 
-    Transformer Engine's layers have a kernel of their own: `--no-gradient-accumulation-fusion` would take it from them.
+    Transformer Engine's layers have their own kernel, which `--no-gradient-accumulation-fusion` would disable.
     Upstream: https://github.com/NVIDIA/Megatron-LM/issues/1885.
     """
     from megatron.core.tensor_parallel import layers
@@ -151,9 +151,9 @@ def _fuse_weight_gradients_where_possible() -> None:
 
 
 def _evaluate_whole_sets_in_any_pipeline() -> None:
-    """Pipeline stages that load no data count None batches of a whole validation set, of which no tensor is made.
+    """Pipeline stages that load no data have None as the number of batches of a whole validation set, which fails.
 
-    (They are told the number before each evaluation.)
+    (They receive the number before each evaluation.)
     """
     from megatron.training import get_args, training
 
@@ -170,7 +170,7 @@ def _evaluate_whole_sets_in_any_pipeline() -> None:
 
 
 def _save_only_where_asked() -> None:
-    """At a loss that is NaN the trainer saves for a rerun, without `--save` to the directory None: a TypeError."""
+    """At a loss that is NaN the trainer saves for a rerun; without `--save` that is a TypeError."""
     from megatron.training import get_args, training
 
     save = original_of(training, "save_checkpoint_and_time")
@@ -183,26 +183,26 @@ def _save_only_where_asked() -> None:
 
 
 def _read_no_sources_for_help() -> None:
-    """Each parser, three at a start, reads and parses the sources of 13 classes for a help that is not asked for."""
+    """Each parser (three per start) reads and parses the sources of 13 classes for help texts that are not needed."""
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     replace(ArgumentGroupFactory, "_get_field_docstrings", lambda _: lambda factory, settings: {})
 
 
 def outside_the_job() -> AbstractContextManager[None]:
-    """Megatron's dataset classes build their caches on rank 0 alone, or where there is no job: let there be none."""
+    """Within the block there is no job: Megatron's datasets build their caches only on rank 0, or without a job."""
     return replaced(torch.distributed, "is_initialized", lambda: False)
 
 
 def save_checkpoints_by(wrap: Callable[[Callable], Callable]) -> None:
-    """Put `wrap` around Megatron's saving of distributed checkpoints, where rank 0 alone does `verify_integrity`."""
+    """Wrap Megatron's saving of distributed checkpoints, in which only rank 0 does `verify_integrity`."""
     from megatron.core import dist_checkpointing
 
     replace(dist_checkpointing, "save", wrap)
 
 
 def after_each_save(follow_up: Callable[[], object]) -> None:
-    """Call `follow_up` on rank 0 whenever a checkpoint is whole, also one that was saved in the background.
+    """Call `follow_up` on rank 0 whenever a checkpoint is complete, also one that was saved in the background.
 
     Megatron has no hook there.
     """
@@ -231,7 +231,7 @@ def after_each_save(follow_up: Callable[[], object]) -> None:
 def save_on_request(poll: Callable[[], bool], done: Callable[[], None]) -> None:
     """After each step let `poll`, which all ranks call, decide whether to save a checkpoint; then call `done`.
 
-    Megatron has no hook there, and knows checkpoints at fixed intervals alone.
+    Megatron has no hook there, and saves checkpoints only at fixed intervals.
     """
     from megatron.training import get_args, training
 
@@ -250,8 +250,8 @@ def after_each_step(*follow_ups: Callable[[Any, Any, int], None]) -> None:
     """Call each `follow_up(model chunks, optimizer, iteration)` on every rank after each training step.
 
     Megatron has no hook there. It comes after the step's log and evaluation, and before its checkpoint. (The hook
-    `non_loss_data_func` of `pretrain` is called within evaluations alone: at their interval, with validation data, once
-    for each validation set, and it is not told the step.)
+    `non_loss_data_func` of `pretrain` is called only within evaluations: at their interval, with validation data, once
+    for each validation set, and without the step.)
     """
     from megatron.training import training
 
@@ -268,16 +268,16 @@ def after_each_step(*follow_ups: Callable[[Any, Any, int], None]) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step that is done."""
+    """A finished training step."""
 
     model: list[Any]
     """The chunks of this rank."""
     optimizer: Any
     iteration: int
     losses: dict[str, Tensor]
-    """The report of the loss function; on the last pipeline stage alone."""
+    """The report of the loss function; only on the last pipeline stage."""
     skipped: bool
-    """Whether it changed nothing, for its gradients are not finite."""
+    """Whether it changed nothing, because its gradients are not finite."""
     loss_scale: float
     lengths: dict[str, float | None]
     """Of packed documents, as `num_floating_point_operations` takes them."""
@@ -289,12 +289,12 @@ def around_log(
     rewrite: Callable[[str, Step | None], str],
     left_out: Collection[int] = (),
 ) -> None:
-    """Let the lines that Megatron logs of steps and evaluations say more: it has no hook there.
+    """Extend the lines that Megatron logs for steps and evaluations: it has no hook there.
 
     Args:
         begin: called on every rank before the first step.
-        see: called on every rank with each step, after its line where it has one.
-        rewrite: called on every rank, with a line and the last step; what it returns is logged by the last rank.
+        see: called on every rank with each step, after its line, if it has one.
+        rewrite: called on every rank, with a line and the last step; the last rank logs the result.
         left_out: steps that count as skipped (left_out.py).
     """
     from megatron.training import training

@@ -1,4 +1,4 @@
-"""Fixes for the optimizers of megatron-core 0.19: what their state is saved as, and what it is loaded into."""
+"""Fixes for the optimizers of megatron-core 0.19: how their state is saved and loaded."""
 
 import functools
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ _FROM_FLAGS = ("betas", "eps", "momentum")
 
 
 def apply() -> None:
-    """Apply all of them; doing it twice is doing it once."""
+    """Apply all of them; a second call has no effect."""
     _resume_distributed_optimizer_without_te()
     _leave_bucket_padding_out()
     _pair_parameter_groups()
 
 
 def _resume_distributed_optimizer_without_te() -> None:
-    """Resuming with `--use-distributed-optimizer` and PyTorch's AdamW fails, and once that is fixed counts wrong steps.
+    """Resuming with `--use-distributed-optimizer` and PyTorch's AdamW fails, and with that fixed, counts steps wrongly.
 
     - `state_dict` asserts that the optimiser has stepped, but is also called to load into a fresh one.
     - `load_state_dict` gives all parameters one shared step tensor, which AdamW increments once per parameter, and
-      then overwrites it with the step of the fresh optimiser, 0: the bias correction starts anew.
+      then overwrites it with the step of the fresh optimiser, 0: the bias correction restarts.
     - With `--dist-ckpt-optim-fully-reshardable` it asks the checkpoint for a step of every parameter.
     - In fp32 it copies into views of parameters that require a gradient, which PyTorch refuses.
 
@@ -86,7 +86,7 @@ def _leave_bucket_padding_out() -> None:
 
 @contextmanager
 def _without_padding(buffers: list[Any]) -> Iterator[None]:
-    """Let the buffers say where their parameters are when the padding at the ends of buckets is left out."""
+    """Let the buffers give the places of their parameters without the padding at the ends of buckets."""
     original = [buffer.param_index_map for buffer in buffers]
     try:
         for buffer in buffers:
@@ -158,7 +158,7 @@ def adopt_groups(current: list[dict], loaded: list[dict]) -> list[dict]:
 
 
 def _identity(group: dict) -> tuple:
-    """What tells a parameter group from another, whatever the schedule."""
+    """What distinguishes parameter groups, apart from the schedule."""
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
     return tuple(
@@ -171,7 +171,7 @@ def _schedule(group: dict) -> tuple:
 
 
 def _convert_steps(optimizer: Any, loaded: dict) -> None:
-    """Put the number of steps where this class of optimizer keeps it: in every parameter's state, or in the groups."""
+    """Put the number of steps where this class of optimizers has it: in every parameter's state, or in the groups."""
     common = loaded["state"].get("common_step")
     in_groups = next((group["step"] for group in loaded["param_groups"] if group.get("step") is not None), None)
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):

@@ -9,7 +9,7 @@ from torch import Tensor
 def fuse() -> None:
     """AdamW, gradient norm and clipping: one pass over memory each, instead of a dozen per parameter.
 
-    Megatron's stand-in for the gradient norm asks the GPU for one number a parameter as well, and waits for each.
+    Megatron's substitute for the gradient norm also fetches one number per parameter from the GPU, and waits for each.
     """
     from megatron.core.optimizer import clip_grads
 
@@ -17,7 +17,7 @@ def fuse() -> None:
         return
 
     class AdamW(torch.optim.AdamW):
-        """PyTorch's AdamW with its fused kernel, which PyTorch does not choose by itself."""
+        """PyTorch's AdamW with its fused kernel, which is not PyTorch's default."""
 
         meap_fused = True
 

@@ -1,4 +1,4 @@
-"""How anything of Megatron is replaced: once, the original kept, and only for calls that the replacement knows."""
+"""How functions of Megatron are replaced: once, keeping the original, and only for calls that the replacement knows."""
 
 import contextlib
 import functools
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def original_of(owner: Any, name: str) -> Any:
-    """The attribute as Megatron made it, whether it is replaced or not."""
+    """Megatron's original attribute, whether it has been replaced or not."""
     current = getattr(owner, name)
     return getattr(current, "meap_original", current)
 
 
 def replace(owner: Any, name: str, make: Callable[[Any], Callable]) -> None:
-    """Put the function `make(original)` in the place of an attribute; doing it twice is doing it once."""
+    """Replace an attribute by the function `make(original)`; a second call replaces the first replacement."""
     original = original_of(owner, name)
     replacement = functools.wraps(original)(make(original))
     replacement.meap_original = original  # type: ignore[attr-defined]
@@ -33,10 +33,10 @@ def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 
 def where_possible(fast: Callable) -> Callable[[Callable], Callable]:
-    """For `replace`: calls go to `fast` as long as they only use what it has parameters for, else to the original.
+    """For `replace`: calls go to `fast` if they only use parameters that it has, otherwise to the original.
 
-    The parameters that `fast` lacks are unused while they have the original's defaults. So what a later Megatron adds
-    to the original reaches the original, as soon as somebody uses it.
+    Parameters that `fast` lacks count as unused if they have the original's defaults. So a call that uses a parameter
+    added by a later Megatron reaches the original.
     """
 
     def make(original: Callable) -> Callable:

@@ -1,8 +1,8 @@
-"""SHA-256 of a checkpoint's files: every rank hashes what it wrote, and a share of what is to be verified.
+"""SHA-256 of a checkpoint's files: every rank hashes what it wrote, and a share of what has to be verified.
 
-Megatron hashes the whole checkpoint on rank 0 while the others wait in a collective, at every save and on the training
-loop's thread: the 920 GiB of a 70B model take it nine minutes, and a collective waits for ten. What is recorded, and
-where (`integrity.json`), is Megatron's.
+Megatron hashes the whole checkpoint on rank 0 while the others wait in a collective, at every save and on the thread of
+the training loop: the 920 GiB of a 70B model take nine minutes, and a collective times out after ten. The record
+(`integrity.json`) is Megatron's.
 """
 
 import functools
@@ -24,15 +24,15 @@ from megatron_meap.records import parsed
 
 FILE = validation.INTEGRITY_FNAME
 Hashes = dict[str, str]
-"""SHA-256 by path, in the record by path below the directory; what follows UNREADABLE is why there is none."""
+"""SHA-256 by path (in the record, relative to the directory); a value that begins with UNREADABLE is an error."""
 
 UNREADABLE = "!"
-_MOST_THREADS = 8  # more gain nothing on the disks that checkpoints are on
+_MOST_THREADS = 8  # more do not help on the disks that checkpoints are on
 _WRITTEN_BY = re.compile(r".*__(\d+)_\d+\.distcp")
 
 
 def hash_files(paths: Sequence[Path]) -> Hashes:
-    """Hash files, several at a time: hashing leaves Python's lock to others."""
+    """Hash several files at a time: hashing releases Python's lock."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     with ThreadPoolExecutor(min(_MOST_THREADS, max(1, cores))) as pool:
         return dict(zip(map(str, paths), pool.map(_hash, paths), strict=True))
@@ -46,7 +46,7 @@ def _hash(path: Path) -> str:
 
 
 def damage(folder: Path, hash_files: Callable[[Sequence[Path]], Hashes] = hash_files) -> str | None:
-    """What differs from the recorded hashes, in one line that names the files; None where nothing does.
+    """What differs from the recorded hashes, in one line that names the files; None if nothing does.
 
     Args:
         folder: a checkpoint directory that has `integrity.json`.
@@ -72,10 +72,10 @@ def _difference(name: str, expected: str, found: str) -> str:
 
 
 def recorded_by_all_ranks(save: Callable) -> Callable:
-    """Megatron's `dist_checkpointing.save`, whose `verify_integrity` is done by all ranks together.
+    """Megatron's `dist_checkpointing.save`, with `verify_integrity` done by all ranks together.
 
-    With an asynchronous save each rank's files are hashed by the process that writes them, and what is left for the
-    training loop's thread is to gather the hashes.
+    In an asynchronous save each rank's files are hashed by the process that writes them; the thread of the training
+    loop only gathers the hashes.
     """
 
     @functools.wraps(save)
@@ -97,7 +97,7 @@ def recorded_by_all_ranks(save: Callable) -> Callable:
 
 
 class _WriteAndHash:
-    """Runs in the process that saves in the background: writes this rank's files, then leaves their hashes."""
+    """Runs in the process that saves in the background: writes this rank's files, then stores their hashes."""
 
     def __init__(self, write: Callable, folder: str, handed_over: Path, ranks: tuple[int, int]) -> None:
         self.write, self.folder, self.handed_over, self.ranks = write, folder, handed_over, ranks
@@ -110,7 +110,7 @@ class _WriteAndHash:
 
 
 def _take_over(folder: str, handed_over: Path) -> None:
-    """Add the hashes that the saving process left to those of what this one wrote beside it, the metadata."""
+    """Combine the hashes from the saving process with those of the metadata, which this process wrote."""
     known = json.loads(handed_over.read_text()) if handed_over.exists() else {}
     handed_over.unlink(missing_ok=True)
     handed_over.parent.rmdir()
@@ -146,9 +146,9 @@ def _is_data(path: Path) -> bool:
 
 
 def _writer(path: Path, world_size: int) -> int:
-    """Rank that hashes a file: its writer, whose machine has it in memory still; rank 0 writes the metadata.
+    """Rank that hashes a file: its writer, whose machine still has it in memory; rank 0 writes the metadata.
 
-    A file that an interrupted save of a larger job left there is some rank's, too.
+    A file left by an interrupted save of a larger job is also assigned to a rank.
     """
     match = _WRITTEN_BY.fullmatch(path.name)
     return int(match[1]) % world_size if match else 0

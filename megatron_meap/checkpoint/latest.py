@@ -2,7 +2,7 @@
 
 Megatron writes `latest_checkpointed_iteration.txt` after a save has finished, and with `--verify-integrity` (our
 default) a SHA-256 of every file beside it. Here both are read *before* Megatron loads: a torn or corrupted checkpoint
-is named, and the newest good one is taken instead, or the start is refused.
+is reported, and the newest intact one is used instead, or the start is refused.
 """
 
 import contextlib
@@ -87,13 +87,13 @@ class Choice:
 
 
 def iterations(folder: Path) -> list[int]:
-    """Iterations that have a directory in a checkpoint folder, ascending; complete or not."""
+    """Iterations with a directory in a checkpoint folder, complete or not, ascending."""
     found = (iteration_of(entry) for entry in folder.iterdir() if entry.is_dir())
     return sorted(iteration for iteration in found if iteration is not None)
 
 
 def iteration_of(path: Path) -> int | None:
-    """The iteration whose directory is named so; None for another name."""
+    """The iteration of a directory, by its name; None for another name."""
     match = _DIRECTORY.fullmatch(path.name)
     return int(match[1]) if match else None
 
@@ -104,7 +104,7 @@ def directory(folder: Path, iteration: int) -> Path:
 
 
 def pointer(folder: Path) -> str | None:
-    """What the pointer file says: an iteration or `release`; None where there is none or it is torn."""
+    """The content of the pointer file: an iteration or `release`; None if it is missing or torn."""
     try:
         text = (folder / POINTER).read_text(errors="replace").strip()
     except FileNotFoundError:
@@ -113,9 +113,10 @@ def pointer(folder: Path) -> str | None:
 
 
 def damage(path: Path, hash_files: HashFiles | None = None) -> str | None:
-    """What is wrong with a checkpoint directory, in a few words that name the file; None where nothing is known to be.
+    """What is wrong with a checkpoint directory, in a few words that name the file; None if no fault is found.
 
-    A checkpoint without recorded hashes (made by Megatron without `--verify-integrity`) is checked for its parts only.
+    Of a checkpoint without recorded hashes (saved without `--verify-integrity`) only the presence of its parts is
+    checked.
 
     Args:
         path: the directory.
@@ -134,12 +135,12 @@ def damage(path: Path, hash_files: HashFiles | None = None) -> str | None:
 
 
 def choose(folder: Path, step: int | None, refuse_damaged: bool, hash_files: HashFiles | None = None) -> Choice | None:
-    """The checkpoint to load from a folder, or None where the folder holds none.
+    """The checkpoint to load from a folder, or None if the folder holds none.
 
     Args:
         folder: what `--load` names.
-        step: the iteration asked for by `--ckpt-step`; it is taken or refused, never replaced.
-        refuse_damaged: refuse to start where the newest checkpoint is damaged, instead of taking an older one.
+        step: the iteration asked for by `--ckpt-step`; it is used or refused, never replaced by another.
+        refuse_damaged: refuse to start if the newest checkpoint is damaged, instead of using an older one.
         hash_files: as in `damage`.
 
     Raises:
@@ -182,16 +183,16 @@ def choose(folder: Path, step: int | None, refuse_damaged: bool, hash_files: Has
 
 
 def newest_saved(folder: Path) -> int | None:
-    """The newest iteration that a folder has a complete checkpoint of; None where there is none."""
+    """The newest iteration with a complete checkpoint in a folder; None if there is none."""
     last = pointer(folder)
     return int(last) if last is not None and last.isdigit() else None
 
 
 def full_disk(folder: Path, error: BaseException) -> str | None:
-    """Whether an error came from saving to a full disk, and what is left then; None where nothing says so.
+    """A message if an error was caused by saving to a full disk, with what is left; None if that cannot be told.
 
     It must have been raised while saving. Megatron writes in worker processes and may lose the reason of their failure:
-    where the causes do not say "no space left", a checkpoint was begun, and there is less space than one takes.
+    if the causes do not say "no space left", a checkpoint must have been begun, and less space be left than one needs.
     """
     chain = list(causes(error))
     certain = any(isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT) for each in chain)
@@ -218,7 +219,7 @@ def _raised_while_saving(chain: list[BaseException]) -> bool:
 
 
 def set_pointer(folder: Path, iteration: int) -> None:
-    """Let the pointer name this iteration: whole or not at all, whatever happens meanwhile."""
+    """Let the pointer name this iteration; the file is replaced atomically."""
     with whole_file(folder / POINTER, "w") as file:
         file.write(str(iteration))
 
@@ -226,7 +227,7 @@ def set_pointer(folder: Path, iteration: int) -> None:
 def prune(folder: Path, keep_last: int, keep_every: int | None) -> list[int]:
     """Delete old checkpoints: all but the last `keep_last` complete ones and those at multiples of `keep_every`.
 
-    What lies beyond the pointer (a save in progress, or a torn one) is left alone.
+    Anything newer than the pointer (a save in progress, or a torn one) is kept.
 
     Returns:
         The iterations deleted.
@@ -241,6 +242,6 @@ def prune(folder: Path, keep_last: int, keep_every: int | None) -> list[int]:
     for iteration in old:
         doomed = folder / f"{_DOOMED}{iteration}"
         with contextlib.suppress(OSError):
-            directory(folder, iteration).rename(doomed)  # so that nobody finds half of it
+            directory(folder, iteration).rename(doomed)  # so that it is never seen half deleted
         shutil.rmtree(doomed, ignore_errors=True)
     return old

@@ -1,4 +1,4 @@
-"""What makes a run's model the one in a checkpoint: the arguments that its weights, or what it computes, need."""
+"""What makes a run's model the same as in a checkpoint: the arguments on which weights or computation depend."""
 
 from argparse import Namespace
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ FUNCTION = (  # noqa: SIM905
     "yarn_correction_range_round_to_int use_mup mup_base_hidden_size mup_embedding_mult mup_output_mult "
     "mup_base_head_dim mup_attn_scale_power"
 ).split()
-"""Arguments that the weights do not show, but that change what is computed with them."""
+"""Arguments that do not affect the weights, but change what is computed with them."""
 
 _ONLY_WITH = {
     "rope_scaling_factor": "use_rope_scaling",
@@ -36,9 +36,9 @@ _ONLY_WITH = {
 
 
 def differences(saved: Namespace, args: Namespace, names: Iterable[str]) -> list[str]:
-    """Those arguments that differ between a checkpoint and a run, a phrase each.
+    """Arguments that differ between a checkpoint and a run, a phrase each.
 
-    An argument that the checkpoint does not know, and one without effect in both, is not compared.
+    An argument that the checkpoint lacks, or that has no effect in both, is not compared.
     """
     found = []
     for name in names:
@@ -50,13 +50,13 @@ def differences(saved: Namespace, args: Namespace, names: Iterable[str]) -> list
 
 
 def _value(args: Namespace, name: str) -> Any:
-    """An argument as it takes effect: without `--group-query-attention` each head has a key and a value of its own."""
+    """The effective value of an argument: without `--group-query-attention` each head has its own key and value."""
     grouped = name != "num_query_groups" or getattr(args, "group_query_attention", True)
     return getattr(args, name if grouped else "num_attention_heads")
 
 
 def take_over(saved: Namespace, args: Namespace) -> None:
-    """Set what Megatron's own `--use-checkpoint-args` leaves out of what the weights need, or what they compute."""
+    """Set the arguments for weights and computation that Megatron's own `--use-checkpoint-args` leaves out."""
     for name in (*SHAPE, *FUNCTION):
         if hasattr(saved, name) and name != "num_layers":  # which may follow a pattern of this run's own
             setattr(args, name, getattr(saved, name))

@@ -1,4 +1,4 @@
-"""Reads a torch_dist checkpoint tensor by tensor, in one process, without Megatron and whatever layout wrote it.
+"""Reads a torch_dist checkpoint of any layout tensor by tensor, in one process, without Megatron.
 
 Only what is asked for is read, a layer at a time: optimizer states are never touched. (The index of a torch_dist
 checkpoint is a pickle, as PyTorch writes it: open only checkpoints whose origin you trust.)
@@ -35,7 +35,7 @@ class Checkpoint:
     """The arguments of the run that saved it."""
     metadata: Metadata
     scheduler: dict[str, Any]
-    """State of the scheduler of learning rate and weight decay; empty where none was saved."""
+    """State of the scheduler of learning rate and weight decay; empty if none was saved."""
 
     def weights(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the model's own tensors, as they are stored (layers may be stacked)."""
@@ -58,7 +58,7 @@ class Checkpoint:
         return not {f"{LAYERS}0.{name}", LAYERS + name}.isdisjoint(self.metadata.state_dict_metadata)
 
     def read_layer(self, name: str, layer: int, row: tuple[int, ...] = ()) -> torch.Tensor:
-        """A layer's tensor, named as in `decoder.layers.<layer>.<name>`; layers are stored apart or stacked.
+        """A layer's tensor, named as in `decoder.layers.<layer>.<name>`; layers are stored separately or stacked.
 
         Args:
             name: of the tensor.
@@ -76,7 +76,7 @@ class Checkpoint:
         return found
 
     def _assemble(self, name: str, row: tuple[int, ...]) -> torch.Tensor:
-        """Put a tensor together from its pieces, or only the part of it at index `row` of the leading dimension."""
+        """Assemble a tensor from its pieces, or only the part of it at index `row` of the leading dimensions."""
         info = self._tensor(name)
         shape = info.size[len(row) :]
         whole = torch.empty(shape, dtype=info.properties.dtype)
@@ -108,10 +108,10 @@ def open_checkpoint(path: str | Path, iteration: int | None = None) -> Checkpoin
 
     Args:
         path: what was given to `--save`, or an `iter_...` or `release` directory in it.
-        iteration: which one; the latest where not given.
+        iteration: which one; the latest if not given.
 
     Raises:
-        UsageError: nothing there is a complete torch_dist checkpoint.
+        UsageError: there is no complete torch_dist checkpoint.
     """
     directory = directory_of(Path(path), iteration)
     if not (directory / ".metadata").is_file():
@@ -184,7 +184,7 @@ def _load_without_megatron(stored: bytes) -> Any:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Takes containers, `Namespace` and PyTorch's own types; describes all others instead of importing them."""
+    """Accepts containers, `Namespace` and PyTorch's own types; describes all others instead of importing them."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The class, or a function that makes a string of what the class would have been called with."""

@@ -16,7 +16,7 @@ NOISED, COPY = 1, 2
 def noise_of(sample: Mapping[str, torch.Tensor], mask_token_id: int) -> torch.Tensor:
     """What was done to the inputs of a sample or a batch, uint8 in the shape of its tokens: `NOISED` and `COPY`.
 
-    The mask token cannot come from text, so it marks itself; where more is to be told, samples carry `noise`.
+    The mask token cannot come from text, so it is its own mark; if that is not enough, samples carry `noise`.
     """
     noise = sample.get("noise")
     return (sample["tokens"] == mask_token_id).to(torch.uint8) if noise is None else noise
@@ -35,15 +35,15 @@ class Samples(Protocol):
 class MaskedInputDataset(torch.utils.data.Dataset):
     """Noises `tokens` of the wrapped dataset's samples; what else they hold passes through untouched.
 
-    `noise_of` tells what was done to a sample; those that random tokens replace, and copies, carry it as `noise`, uint8
+    `noise_of` tells what was done to a sample; with random replacement or copies, samples carry it as `noise`, uint8
     [sequence length].
 
-    It wraps the *top-level* dataset of a split (the blend, where there is one). Megatron's sampler walks that
-    dataset's index in order, so the index is the consumed-sample count: noise does not depend on the parallel layout,
-    the data workers or the point of resumption, and every epoch draws anew.
+    It wraps the *top-level* dataset of a split (the blend, if there is one). Megatron's sampler walks that dataset's
+    index in order, so the index is the consumed-sample count: noise does not depend on the parallel layout, the data
+    workers or the point of resumption, and differs in every epoch.
 
     With a `copy_weight` every sample comes twice, clean at an even index and noised at the odd one after it, whose
-    loss mask is multiplied by the weight: as long as the global batch size is even, both are in one global batch.
+    loss mask is multiplied by the weight: if the global batch size is even, both are in the same global batch.
 
     Args:
         dataset: the top-level dataset of the split, as Megatron's builder returns it.
@@ -53,7 +53,7 @@ class MaskedInputDataset(torch.utils.data.Dataset):
         vocab_size: ids at or above it cannot come from the model's tokenizer.
         protected_ids: tokens that are never noised (EOD, BOS); when empty, padding may be noised too.
         first_index: number of samples consumed before index 0 (Megatron's training phases restart the index).
-        copy_weight: weight of the noised copies' loss; None where samples are noised themselves.
+        copy_weight: weight of the loss of noised copies; None if the samples themselves are noised.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class MaskedInputDataset(torch.utils.data.Dataset):
         self.first_index = first_index
         self.copy_weight = copy_weight
         self._tells = copy_weight is not None or masking.replacement.random_share > 0
-        self._stays = np.zeros(vocab_size, bool)  # by token id; looking up also finds ids that are none
+        self._stays = np.zeros(vocab_size, bool)  # by token id; the lookup also finds invalid ids
         self._stays[[each for each in protected_ids if each < vocab_size]] = True
 
     def __len__(self) -> int:
@@ -109,13 +109,13 @@ class MaskedInputDataset(torch.utils.data.Dataset):
         return {**sample, **changed}
 
     def _told(self, sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A clean sample, with the keys of the others: they are batched together."""
+        """A clean sample, with the keys of the others, with which it is batched."""
         return {**sample, "noise": torch.zeros_like(sample["tokens"], dtype=torch.uint8)} if self._tells else sample
 
     def _protected(self, tokens: np.ndarray, loss_mask: torch.Tensor, index: int = 0) -> np.ndarray | None:
-        """Positions that must stay, bool [sequence length], or None where nothing is protected.
+        """Positions that must stay, bool [sequence length], or None if nothing is protected.
 
-        Ids that the model has no row for are refused: vocabulary-parallel layers would take them silently.
+        Ids without a row in the model are refused: vocabulary-parallel layers would accept them silently.
         """
         try:
             protected = self._stays[tokens]
@@ -126,7 +126,7 @@ class MaskedInputDataset(torch.utils.data.Dataset):
             ) from None
         if not self.protected_ids:
             return None
-        # GPTDataset rewrites padding to id 0 and takes it out of the loss: that pair is what tells it apart.
+        # GPTDataset rewrites padding to id 0 and removes it from the loss, which together identify it.
         padding = tokens == 0
         if padding.any():
             protected |= padding & (loss_mask.numpy() == 0)

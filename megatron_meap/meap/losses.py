@@ -1,4 +1,4 @@
-"""The loss at noised and at clean inputs, reported apart: plain next-token prediction is what is trained on."""
+"""The loss at noised and at clean inputs, reported separately; the training loss is plain next-token prediction."""
 
 import math
 
@@ -26,29 +26,29 @@ def next_token_loss(
     answers: bool = False,
     copies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the next-token losses over all positions that count, and its parts for the report.
+    """The sum of the next-token losses over all positions that count, and its parts for the report.
 
     Args:
         losses: cross-entropies [b, s].
-        loss_mask: [b, s], how much a label counts: 1 or 0, and the weight of the copy in copies.
-        input_masked: bool [b, s], where the input is noised (in fine-tuning, where a label is one that is noised as
-            an input); None for no such report.
+        loss_mask: [b, s], weight of a label: 1 or 0, and in copies the weight of the copy.
+        input_masked: bool [b, s], where the input is noised (in fine-tuning, where the label is noised as an input);
+            None for no such report.
         answers: name the parts for fine-tuning, whose loss is over answers.
-        copies: bool [b, s], what belongs to noised copies; None where there are none.
+        copies: bool [b, s], whether a position belongs to a noised copy; None without copies.
 
     Returns:
-        The summed loss; the number of tokens that it is divided by, of which copies have none: over a global batch
-        the result is mean(clean) + weight * mean(copies); and for each reported name [sum, count].
+        The summed loss; the number of tokens to divide it by, without those of copies: over a global batch the result
+        is mean(clean) + weight * mean(copies); and for each reported name [sum, count].
     """
     flat = losses.view(-1).float()
     weights = loss_mask.view(-1).float()
     weighted = flat * weights
     loss, counted, each = weighted.sum(), weights, weighted.detach()
-    if copies is not None:  # the report does not weigh
+    if copies is not None:  # the report has no weights
         counted = (weights > 0).float()
         each = flat.detach() * counted
 
-    def part(chosen: Tensor) -> Tensor:  # selecting by it would make the host wait for the device
+    def part(chosen: Tensor) -> Tensor:  # indexing with it would make the host wait for the device
         return torch.stack([(each * chosen).sum(), (counted * chosen).sum()])
 
     whole = torch.stack([each.sum(), counted.sum()])
@@ -67,13 +67,13 @@ def next_token_loss(
 
 
 def bits_per_byte(losses: Tensor, loss_mask: Tensor, labels: Tensor, text_bytes: Tensor) -> Tensor:
-    """The bits and the bytes [2] of the labels that stand for text; the others, as EOD, count in neither.
+    """The bits and the bytes [2] of the labels that represent text; others, such as EOD, do not count.
 
     Args:
         losses: cross-entropies [b, s] in nats.
         loss_mask: [b, s], 1 where the label counts.
-        labels: [b, s], token ids; where they do not count they may be anything.
-        text_bytes: [ids], how many bytes of text each stands for.
+        labels: [b, s], token ids; arbitrary where they do not count.
+        text_bytes: [ids], how many bytes of text each represents.
     """
     known = (labels >= 0) & (labels < len(text_bytes))
     sizes = text_bytes[torch.where(known, labels, 0)].reshape(-1) * (known & (loss_mask > 0)).reshape(-1)

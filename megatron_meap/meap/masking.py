@@ -2,8 +2,8 @@
 
 Equation (arXiv 2502.07490): with a set M of masked positions, x~[i] = [MASK] for i in M and x[i] otherwise, the loss
 is -sum_i log p(x[i+1] | x~[0..i]) over *all* positions i: labels and loss mask stay those of next-token prediction.
-What has been published since differs in how M is drawn, in what x~[i] becomes, and in whether the clean sample is
-trained on beside it (docs/objectives.md); the rest is the same.
+Later publications differ in how M is drawn, in what x~[i] becomes, and in whether the clean sample is also trained on
+(docs/objectives.md); the rest is the same.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ _RATIO, _SHARE = 0, 1  # places in the sample's own stream
 
 @dataclass(frozen=True)
 class Masking:
-    """Everything that decides the noise of one split of a run."""
+    """Everything that determines the noise of one split of a run."""
 
     schedule: RatioSchedule
     strategy: str = "random"
@@ -64,13 +64,13 @@ class Masking:
             tokens: int64 [seq_length], the clean inputs; strategy `weighted` needs them.
 
         Returns:
-            Distinct positions. Of the strategies with an exact number, `num_masks` of them; fewer where too few are
-            unprotected, or where the strategy `official` loses protected ones from its fixed columns.
+            Distinct positions. For the strategies with an exact number, `num_masks` of them; fewer if too few are
+            unprotected, or if some of the fixed columns of the strategy `official` are protected.
         """
         stream = Stream(self.seed, self.split, index)
         if self.noised_share < 1 and stream.fraction(_SHARE) >= self.noised_share:
             return _NONE
-        # All samples of an optimiser step share one column set in the official code, hence one ratio.
+        # In the official code all samples of an optimiser step share one set of columns, and so one ratio.
         step = index // self.global_batch_size
         scheduled = step * self.global_batch_size if self.strategy == "official" else index
         draw = 1.0 if self.schedule.lowest is None else stream.fraction(_RATIO)

@@ -1,4 +1,4 @@
-"""Published objectives by name: each is a set of single flags, and flags that are given win (docs/objectives.md)."""
+"""Published objectives by name: each sets several flags, and flags that are given take precedence."""
 
 from types import MappingProxyType
 from typing import Any, NamedTuple

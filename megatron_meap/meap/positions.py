@@ -1,4 +1,4 @@
-"""Which input positions are noised: the strategies, pure functions of what a sample asks."""
+"""Which input positions are noised: the strategies, pure functions of a request for one sample."""
 
 import math
 import random
@@ -18,14 +18,14 @@ _OFFICIAL_SEEDS = 51  # the official code cycles through 51 seeds, 50..100, so o
 
 
 class Request(NamedTuple):
-    """What one sample asks of a strategy."""
+    """The request of one sample to a strategy."""
 
     stream: Stream
     seq_length: int
     ratio: float
     """Share of the positions to noise, above 0."""
     protected: npt.NDArray[np.bool_] | None
-    """bool [seq_length], True where a token must stay; None where none must."""
+    """bool [seq_length], True where a token must stay; None if none must."""
     weights: npt.NDArray[np.int64] | None
     """Non-negative weight of every position, int64 [seq_length], strategy `weighted` only."""
     span_length: int
@@ -51,11 +51,11 @@ def _orders(count: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
 
 
 def _distinct(stream: Stream, below: int, count: int, rejected: npt.NDArray[np.bool_] | None = None) -> Positions:
-    """First `count` distinct numbers of the sample's stream below `below` that are not rejected: a uniform subset.
+    """The first `count` distinct numbers below `below` in the sample's stream that are not rejected: a uniform subset.
 
-    How many words are drawn at once does not matter: a longer draw begins with the shorter one.
+    The number of words drawn at once does not matter: a longer draw begins with the shorter one.
     """
-    # Draws until `count` of `below` have been seen, and what hardly ever is not enough beyond.
+    # The expected number of draws until `count` of `below` have been seen, and a margin that is nearly always enough.
     words = int(-1.05 * below * math.log1p(-count / (below + 1))) + 32
     power = below & (below - 1) == 0
     while True:
@@ -82,7 +82,7 @@ def random_positions(ask: Request) -> Positions:
 
 
 def span_positions(ask: Request) -> Positions:
-    """Strategy `span`: spans of `span_length` tokens, the last one shorter where the count is no multiple of it."""
+    """Strategy `span`: spans of `span_length` tokens; the last one is shorter if the count is not a multiple of it."""
     spans = -(-ask.number // ask.span_length)
     lengths = np.full(spans, ask.span_length)
     lengths[-1] -= spans * ask.span_length - ask.number
@@ -92,10 +92,10 @@ def span_positions(ask: Request) -> Positions:
 def geometric_positions(ask: Request) -> Positions:
     """Strategy `geometric`: the same number in spans whose lengths are geometric, of mean `span_length`.
 
-    Lengths are drawn until they reach the number; the last one is cut to it.
+    Lengths are drawn until they reach the number; the last one is cut.
     """
     table, mean, number = _survival(ask.span_length), ask.span_length, ask.number
-    words = int((number + 6 * math.sqrt(number * mean)) / mean) + 16  # hardly ever not enough
+    words = int((number + 6 * math.sqrt(number * mean)) / mean) + 16  # nearly always enough
     while True:
         lengths = table.searchsorted(ask.stream.words(words, LENGTHS)) + 1
         ends = lengths.cumsum()
@@ -109,7 +109,7 @@ def geometric_positions(ask: Request) -> Positions:
 
 @lru_cache(maxsize=8)
 def _survival(mean: int) -> npt.NDArray[np.uint64]:
-    """2**64 times the probability that a span has at most 1, 2, ... tokens, by which a word gives a length."""
+    """2**64 times the probability that a span has at most 1, 2, ... tokens, to turn words into lengths."""
     table, alive = [], 1.0
     while alive > 2.0**-60:
         alive *= 1 - 1 / mean
@@ -121,7 +121,7 @@ def _place(ask: Request, lengths: npt.NDArray[np.int64]) -> Positions:
     """Spans of these lengths, uniform over all placements in which they do not overlap.
 
     Choosing the places of m spans among the unmasked positions is choosing m of (unmasked + m) slots, and the order of
-    the choice says which span has which length. Protected positions are left out, as if they were not in the sequence.
+    the choice determines which span has which length. Protected positions are skipped, as if the sequence lacked them.
     """
     count, spans = ask.number, len(lengths)
     available = np.arange(ask.seq_length) if ask.protected is None else (~ask.protected).nonzero()[0]
@@ -134,7 +134,7 @@ def _place(ask: Request, lengths: npt.NDArray[np.int64]) -> Positions:
 
 
 def bernoulli_positions(ask: Request) -> Positions:
-    """Strategy `bernoulli`: every unprotected position by itself, with the ratio as its probability."""
+    """Strategy `bernoulli`: every unprotected position independently, with the ratio as its probability."""
     chosen = ask.stream.halves(ask.seq_length) < np.uint32(ask.ratio * 2**32)
     if ask.protected is not None:
         chosen &= ~ask.protected
@@ -142,10 +142,10 @@ def bernoulli_positions(ask: Request) -> Positions:
 
 
 def weighted_positions(ask: Request) -> Positions:
-    """Strategy `weighted`: every unprotected position by itself, with a probability proportional to its weight.
+    """Strategy `weighted`: every unprotected position independently, with a probability proportional to its weight.
 
     The probability is ratio * weight / (mean weight of the sample's unprotected positions), at most 1: the expected
-    share of the sample is the ratio, as long as none reaches 1.
+    share of the sample is the ratio, unless a probability reaches 1.
     """
     assert ask.weights is not None
     weights = ask.weights if ask.protected is None else np.where(ask.protected, 0, ask.weights)
@@ -185,6 +185,6 @@ INDEPENDENT: dict[str, Callable[[Request], Positions]] = {
     "bernoulli": bernoulli_positions,
     "weighted": weighted_positions,
 }
-"""The strategies that decide every position by itself: the number varies from sample to sample."""
+"""The strategies that decide every position independently: the number varies from sample to sample."""
 
 ALL = STRATEGIES | INDEPENDENT

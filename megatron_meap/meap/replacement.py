@@ -1,4 +1,4 @@
-"""What a noised position becomes: the mask token, a random other token, or (as BERT has it) what it was."""
+"""What a noised position becomes: the mask token, a random other token, or (as in BERT) what it was."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,21 +16,21 @@ class Replacement:
     """The shares of what the chosen positions become; the rest becomes the mask token."""
 
     random_share: float = 0.0
-    """A token drawn uniformly from `candidates`, never the one that stood there."""
+    """A token drawn uniformly from `candidates`, never the original one."""
 
     kept_share: float = 0.0
-    """The token that stood there: chosen, but not noised."""
+    """The original token: chosen, but not noised."""
 
     candidates: Ids = field(default_factory=lambda: np.empty(0, np.int64), repr=False, compare=False)
     """Ids that may be drawn, int64 [n], ascending: ordinary tokens of the tokenizer."""
 
     rank: Ids = field(init=False, repr=False, compare=False)
-    """Place of an id among the candidates, n where it is none of them; the last entry is for all larger ids."""
+    """Place of an id among the candidates, n if it is not one of them; the last entry is for all larger ids."""
 
     def __post_init__(self) -> None:
-        """Refuse shares that are none, and a vocabulary with nothing to draw."""
+        """Refuse invalid shares, and a vocabulary with nothing to draw."""
         if not (self.random_share >= 0 and self.kept_share >= 0 and self.random_share + self.kept_share <= 1):
-            raise ValueError(f"shares {self.random_share} and {self.kept_share} are no parts of 1")
+            raise ValueError(f"shares {self.random_share} and {self.kept_share} are not parts of 1")
         if self.random_share > 0 and len(self.candidates) < 2:
             raise ValueError("random replacement needs at least 2 ordinary tokens")
         rank = np.full(int(self.candidates[-1]) + 2 if len(self.candidates) else 1, len(self.candidates))
@@ -47,7 +47,7 @@ class Replacement:
             mask_id: the mask token.
 
         Returns:
-            int64 [n], or the mask token alone where it stands at all of them.
+            int64 [n], or only the mask token's id if all of them become it.
         """
         if self.random_share == 0 and self.kept_share == 0:
             return mask_id
@@ -55,7 +55,7 @@ class Replacement:
         words = stream.words(len(tokens), REPLACEMENTS)
         if self.random_share == 1:
             return self._drawn(words, tokens)
-        # Which of the three is a matter of the upper bits; which token, of the whole word modulo their number.
+        # The upper bits determine which of the three; the whole word modulo their number, which token.
         result = np.where(words < _border(1 - self.kept_share), mask_id, tokens)
         drawn = np.flatnonzero(words < _border(self.random_share))
         result[drawn] = self._drawn(words[drawn], tokens[drawn])
@@ -70,5 +70,5 @@ class Replacement:
 
 
 def _border(share: float) -> int:
-    """The least 64-bit word whose upper 53 bits, taken for a number in [0, 1), are not below the share."""
+    """The smallest 64-bit word whose upper 53 bits, as a number in [0, 1), are not below the share."""
     return math.ceil(share * 2**53) << 11

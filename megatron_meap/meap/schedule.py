@@ -1,4 +1,4 @@
-"""How much noise: the ratio as a function of the consumed samples, and of one draw of the sample's own."""
+"""How much noise: the ratio as a function of the consumed samples, and of one random number of the sample."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 SHAPES = ("linear", "sigmoid")
 """How the ratio rises while it warms up."""
 
-_STEEP = 12.0  # the sigmoid's argument runs over this range, in which it goes from 0.0025 to 0.9975
+_STEEP = 12.0  # range of the sigmoid's argument, over which it rises from 0.0025 to 0.9975
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class RatioSchedule:
 
         Args:
             index: of the sample.
-            draw: where in the interval it is, in [0, 1]; of no effect without `lowest`.
+            draw: place in the interval, in [0, 1]; without effect unless `lowest` is set.
         """
         if self.clean_from is not None and index >= self.clean_from:
             return 0.0

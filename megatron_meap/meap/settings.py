@@ -24,7 +24,7 @@ RATIO, SFT_RATIO = 0.15, 0.10
 
 @dataclass(frozen=True)
 class MaskSettings(Settings):
-    """What decides the noise of a run's inputs, beside its length and batch size."""
+    """What determines the noise of a run's inputs, besides its length and batch size."""
 
     objective: str = flag(
         "meap",
@@ -125,13 +125,13 @@ class MaskSettings(Settings):
 
     @property
     def is_meap(self) -> bool:
-        """Whether all that is done to the inputs is what MEAP does: the mask token, at one ratio, in every sample."""
+        """Whether the noise is exactly MEAP's: the mask token, at one ratio, in every sample."""
         plain = (self.mask_ratio_min, self.random_share, self.kept_share, self.noised_share, self.copy_weight)
         return plain == (None, 0, 0, 1, None) and self.mask_weights is None
 
     @classmethod
     def add_arguments(cls, group: Any) -> None:
-        """Add the flags; the objective asked for sets their defaults, so that given ones win."""
+        """Add the flags; the objective asked for sets their defaults, so that given flags take precedence."""
         super().add_arguments(group)
         asked = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         asked.add_argument(cls.flag_of("objective"), dest="name", default="meap")
@@ -222,13 +222,13 @@ class MaskSettings(Settings):
         return f"{strategy}, {of}{much} of the {what} become {' or '.join(names)}{copies}"
 
     def said(self, flag: str) -> str:
-        """A flag as the user has it from: by the objective that stands for it, where that set it."""
+        """The name of a flag in a message: with the objective in front, if that set it."""
         settings = OBJECTIVES[self.objective].settings
         set_by_it = any(self.flag_of(name) == flag and getattr(self, name) == value for name, value in settings.items())
         return f"--meap-objective {self.objective} ({flag})" if set_by_it else flag
 
     def expanded(self) -> str:
-        """The single flags that the objective stands for, and this run's values of them where they differ."""
+        """The flags that the objective sets, with this run's values if they differ."""
         parts = []
         for name, value in OBJECTIVES[self.objective].settings.items():
             own = getattr(self, name)
@@ -238,9 +238,9 @@ class MaskSettings(Settings):
     def masking(
         self, split: str, total_samples: int, global_batch_size: int, vocab_size: int = 0, special: tuple[int, ...] = ()
     ) -> Masking | None:
-        """The masking of a split, or None where its inputs stay clean.
+        """The masking of a split, or None if its inputs stay clean.
 
-        The schedule follows the training samples; masked validation uses the final ratio throughout.
+        The schedule follows the training samples; masked validation always uses the final ratio.
 
         Args:
             split: `train`, `valid` or `test`.
@@ -327,7 +327,7 @@ def check_batches(args: Namespace) -> None:
 
 
 def masking_of(args: Namespace, split: str) -> Masking | None:
-    """The masking of a split of the run that these arguments describe; None where its inputs stay clean."""
+    """The masking of a split of the run that these arguments describe; None if its inputs stay clean."""
     total = args.train_samples or (args.train_iters or 0) * args.global_batch_size
     if args.step_batch_size_schedule is None:
         total -= total % args.global_batch_size  # what makes no whole batch is not trained on

@@ -1,8 +1,8 @@
 """Random numbers of a sample: pure functions of (seed, split, sample index, purpose), never of a running generator.
 
-So the noise of a run is the same whatever the parallel layout, the number of data workers, the prefetch depth or the
-point at which the run was resumed. NumPy is the only dependency, and only its integers: no function whose last bit
-depends on the processor decides anything.
+So the noise of a run does not depend on the parallel layout, the number of data workers, the prefetch depth or the
+point at which the run was resumed. NumPy is the only dependency, and only its integers: nothing depends on a function
+whose last bit may differ between processors.
 """
 
 import threading
@@ -16,14 +16,14 @@ Words = npt.NDArray[np.uint64]
 """Uniform 64-bit numbers."""
 
 SPLITS = MappingProxyType({"train": 0, "valid": 1, "test": 2})
-"""Split names and their code in the random key: each split draws noise of its own."""
+"""Split names and their code in the random key: each split has its own noise."""
 
 POSITIONS, SAMPLE, REPLACEMENTS, LENGTHS = range(4)
-"""What a sample draws numbers for: its noised positions, how much of it, what stands there, how long spans are."""
+"""Purposes of a sample's numbers: the noised positions, how many of them, their replacements, the lengths of spans."""
 
 
 class _Generators(threading.local):
-    """One generator for each seed and split, set to a sample rather than made anew: that costs a quarter."""
+    """One generator for each seed and split, set to a sample instead of created for it, which would cost four times."""
 
     def __init__(self) -> None:
         self.made: dict[tuple[int, int], tuple[np.random.Philox, Any]] = {}
@@ -51,8 +51,8 @@ class Stream(NamedTuple):
     def words(self, count: int, purpose: int = POSITIONS) -> Words:
         """The first `count` numbers for a purpose, uint64 [count].
 
-        Philox's raw stream is fixed for good by NumPy, unlike what `Generator` methods make of it. The index sits in
-        the third word of the 256-bit counter and the purpose in the fourth, so that no two streams can overlap.
+        NumPy guarantees that Philox's raw stream never changes, unlike the output of `Generator` methods. The index is
+        the third word of the 256-bit counter and the purpose the fourth, so that no two streams can overlap.
         """
         return _generators.at(self.seed, SPLITS[self.split], self.sample, purpose).random_raw(count)
 

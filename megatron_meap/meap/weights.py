@@ -1,4 +1,4 @@
-"""Weights of token ids from a file: which tokens are noised rather than others (strategy `weighted`)."""
+"""Weights of token ids from a file: which tokens are noised more often than others (strategy `weighted`)."""
 
 import hashlib
 from functools import lru_cache
@@ -17,7 +17,7 @@ def read_weights(path: Path, vocab_size: int) -> npt.NDArray[np.int64]:
     """Weights of the token ids, int64 [vocab size], the largest being 2**24: sums of integers are exact everywhere.
 
     Args:
-        path: a `.npy` file, float [vocab size], or text with one weight a line; negative ones are refused.
+        path: a `.npy` file, float [vocab size], or text with one weight per line; negative ones are refused.
         vocab_size: tokens of the tokenizer.
 
     Raises:
@@ -35,7 +35,7 @@ def read_weights(path: Path, vocab_size: int) -> npt.NDArray[np.int64]:
 
 
 def digest_of(path: Path) -> str:
-    """sha256 of the file, by which a resumed run knows it.
+    """sha256 of the file, by which a resumed run recognises it.
 
     Raises:
         UsageError: it cannot be read.
