@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import IO
 
 from tests import warm as start_warm
 
@@ -172,6 +174,11 @@ def launch_killed(processes: int, flags: list[str], step: int, timeout: float = 
     run = parse(done.stdout, done.returncode)
     assert run.steps, errors(done.stdout)  # a rank that fails has the others killed as well
     return run
+
+
+def start_ranks(processes: int, command: list[str], output: IO[str]) -> list[BaseProcess]:
+    """Start a script in several ranks, as `run_ranks` does, for a test that does something to them as they run."""
+    return [start_warm.start(command, rank, REPOSITORY, [output, output]) for rank in _environments(processes)]
 
 
 def _environments(processes: int) -> list[dict[str, str]]:

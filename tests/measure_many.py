@@ -16,9 +16,9 @@ device.prepare()
 
 import torch  # noqa: E402
 from megatron.training import training as megatrons  # noqa: E402
-from megatron.training.training import destroy_global_state  # noqa: E402
 
 from megatron_meap.trainer import run  # noqa: E402
+from tests.run_many import forget  # noqa: E402
 
 
 class Saved:
@@ -102,8 +102,7 @@ def main() -> None:
             run.run()
         measured[name] = measure(**built)
         built.clear()
-        torch.distributed.barrier()
-        destroy_global_state()
+        forget()
     rank = os.environ["RANK"]
     (listing.parent / f"measured-{rank}.json").write_text(json.dumps(measured))
 

@@ -71,6 +71,15 @@ FEATURES: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
 }
+INITIAL = {
+    "deep": "deep",
+    "tied": "tied",
+    "moe-alltoall": "moe",
+    "moe-allgather": "moe",
+    "fim": "fim",
+    "hybrid": "hybrid",
+}
+"""Whose initial weights: those of the other features are the same "dense" model's."""
 WITHOUT_UNTIED = [flag for flag in MODEL if flag != "--untie-embeddings-and-output-weights"]
 WITHOUT_LAYERS = MODEL[2:]
 
@@ -101,9 +110,10 @@ def runs(corpus: Corpus, huggingface_folder: Path, tmp_path_factory: pytest.Temp
             place = data.index("--data-path")
             data = [*data[:place], *data[place + 4 :], "--meap-data-stages", str(folder / "stages.yaml")]
         common = [*model, *schedule, *data, *flags.split(), "--data-cache-path", str(folder / "cache")]
-        initial = str(folder / name)
+        initial = str(folder / INITIAL.get(name, "dense"))
         start = [*common, "--load", initial, "--finetune"]
-        one[f"{name}-initial"] = [*common, "--train-iters", "1", "--save", initial, "--save-interval", "1"]
+        first = [*common, "--train-iters", "1", "--save", initial, "--save-interval", "1"]
+        one.setdefault(f"{INITIAL.get(name, 'dense')}-initial", first)
         one[name] = start
         two |= {f"{name}-{layout}": [*start, *extra.split()] for layout, extra in layouts.items()}
         if name == "deep":

@@ -19,10 +19,19 @@ from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.cluster import run_files
 from megatron_meap.errors import UsageError
 from tests.conftest import Corpus
-from tests.launch import ENTRY, MODEL, REPOSITORY, TRAINING, environment, launch, parse, torchrun
+from tests.launch import ENTRY, MODEL, REPOSITORY, TRAINING, environment, errors, launch, parse, start_ranks, torchrun
 from tests.processes import children, ended
 
 STOPPED = 75  # the ranks' exit status, as documented
+
+
+def wait_for_step(log: Path, step: int, goes_on: Callable[[], bool], said: Path | None = None) -> None:
+    """Until a step stands in a log, as long as the job goes on; what it has said tells why it does not."""
+    deadline = time.monotonic() + 120
+    while not (log.exists() and any(reached >= step for reached in parse(log.read_text()).steps)):
+        assert goes_on(), (said or log).read_text()[-3000:]
+        assert time.monotonic() < deadline, (said or log).read_text()[-3000:]
+        time.sleep(0.05)
 
 
 class Job:
@@ -42,12 +51,8 @@ class Job:
             self.reader = subprocess.Popen(["cat"], stdin=self.process.stdout, stdout=subprocess.DEVNULL)
             self.process.stdout.close()
 
-    def wait_for_step(self, step: int, timeout: float = 120, log: Path | None = None) -> None:
-        deadline, log = time.monotonic() + timeout, log or self.log
-        while not (log.exists() and any(reached >= step for reached in parse(log.read_text()).steps)):
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.05)
+    def wait_for_step(self, step: int, log: Path | None = None) -> None:
+        wait_for_step(log or self.log, step, lambda: self.process.poll() is None, self.log)
 
     def ranks(self) -> list[int]:
         """Process ids of the ranks: the launcher's children."""
@@ -221,6 +226,20 @@ def test_a_second_signal_ends_it_at_once(flags: list[str], tmp_path: Path) -> No
     assert latest.pointer(tmp_path / "run") is None
 
 
+def kill_at_random(rng: random.Random, step: int, processes: int, flags: list[str], log: Path) -> None:
+    """SIGKILL to all ranks of a job within the twelve steps after one; what they have started ends with them."""
+    with open(log, "w") as output:
+        ranks = start_ranks(processes, [str(ENTRY), *flags], output)
+    try:
+        wait_for_step(log, step + rng.randint(3, 12), lambda: all(rank.is_alive() for rank in ranks))
+        time.sleep(rng.uniform(0, 0.3))
+        pids = [pid for rank in ranks for pid in [rank.pid, *children(rank.pid)]]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert ended(pids)
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", [pytest.param("one", marks=pytest.mark.slow), "tp2"])
 def test_killed_and_resumed_ends_with_the_same_bits(corpus: Corpus, tmp_path: Path, layout: str, kills: int) -> None:
@@ -234,22 +253,14 @@ def test_killed_and_resumed_ends_with_the_same_bits(corpus: Corpus, tmp_path: Pa
         "--tensor-model-parallel-size", str(processes),
     ]  # fmt: skip
 
-    def start(name: str) -> Job:
-        save = str(tmp_path / name)
-        return Job(torchrun(processes, str(ENTRY), *common, "--save", save, "--load", save), tmp_path / f"{name}.log")
+    def flags_of(name: str) -> list[str]:
+        return [*common, "--save", str(tmp_path / name), "--load", str(tmp_path / name)]
 
-    assert start("whole").end(200) == 0
+    assert launch(processes, flags_of("whole")).returncode == 0
     for kill in range(kills):
-        job = start("killed")
-        job.wait_for_step(12 * kill + rng.randint(3, 12))
-        time.sleep(rng.uniform(0, 0.3))
-        job.process.send_signal(signal.SIGSTOP)  # torchrun would end the others in its own way
-        helpers = [pid for rank in job.ranks() for pid in [rank, *children(rank)]]
-        for rank in job.ranks():
-            os.kill(rank, signal.SIGKILL)
-        assert ended(helpers)
-        job.kill()
-    assert start("killed").end(200) == 0, (tmp_path / "killed.log").read_text()[-3000:]
+        kill_at_random(rng, 12 * kill, processes, flags_of("killed"), tmp_path / f"{kill}.log")
+    done = launch(processes, flags_of("killed"))
+    assert done.returncode == 0, errors(done.output)
     whole, killed = (open_checkpoint(tmp_path / name) for name in ("whole", "killed"))
     assert whole.iteration == killed.iteration == steps
     assert whole.weights().keys() == killed.weights().keys()
