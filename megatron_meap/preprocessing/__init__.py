@@ -1,14 +1,14 @@
 """From text to Megatron datasets: fast, in bounded memory, all or nothing.
 
-The rooms, in the order in which a document walks through them:
+The modules, in the order in which a document passes through them:
 
-- `readers`: finds the input files, recognises what they are, cuts them into blocks;
-- `documents`: takes the documents out of a block;
-- `reference`, `encoders`: the tokenizer that training uses, and the fastest library that gives the same ids;
-- `workers`: processes that encode blocks, in order, and whose death is noticed;
-- `writer`: `.bin` and `.idx` under temporary names until they are complete;
-- `manifest`: what a dataset is made of, and the check that it fits a training run;
-- `pipeline`: all of it together (`preprocess`), with resuming and progress.
+- `inputs`, `sources`, `readers`, `recognition`: find the input files, recognise their format, split them into blocks;
+- `documents`: parses the documents of a block;
+- `blocks`: encodes a block, with the encoder that `tokenization` chose;
+- `workers`: processes that encode blocks and return them in order; if one dies, the job stops;
+- `outputs`, `writer`, `index`: `.bin` and `.idx`, under temporary names until they are complete;
+- `manifest`: what a dataset was made from, and the check that it fits a training run;
+- `pipeline`: all of these together (`preprocess`), with resuming (`journal`) and `progress`.
 
-Beside them: `merge`, `inspection` (verify a dataset, statistics) and `tokenizer_training`.
+Separate from these: `merge`, `statistics` (verify a dataset), `corpus` and `tokenizer_training`.
 """

@@ -1,4 +1,4 @@
-"""What `--split` and the weights of a blend may say: Megatron skips what it cannot read, or fails without a word."""
+"""Checks `--split` and the weights of a blend: Megatron ignores what it cannot read, or fails without a message."""
 
 import math
 import re
@@ -10,10 +10,10 @@ _NUMBER = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*", re.ASCII)
 
 
 def shares(split: str) -> list[float]:
-    """Shares of training, validation and test by `--split`; they sum to 1.
+    """Shares of training, validation and test according to `--split`; they sum to 1.
 
     Raises:
-        UsageError: not up to three numbers, one of them negative, or all of them 0.
+        UsageError: there are more than three numbers, a negative one, or only zeros.
     """
     parts = split.split(",")
     numbers = [float(part) for part in parts if _NUMBER.fullmatch(part)]
@@ -23,7 +23,7 @@ def shares(split: str) -> list[float]:
 
 
 def is_number(word: str) -> bool:
-    """Whether Megatron takes a word of a blend for a weight, where one belongs."""
+    """Whether Megatron takes a word of a blend, at the place of a weight, for one."""
     try:
         float(word)
     except ValueError:
@@ -32,7 +32,7 @@ def is_number(word: str) -> bool:
 
 
 def check_weights(prefixes: Sequence[str], weights: Sequence[float]) -> None:
-    """Refuse weights that are no shares: with 0 a dataset would be named and not read.
+    """Refuse weights that are not shares: with 0, a dataset would be named but not read.
 
     Raises:
         UsageError: one that is not positive and finite.

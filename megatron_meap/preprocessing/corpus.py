@@ -1,6 +1,6 @@
-"""Real text from the machine itself: a training corpus without a network.
+"""Real text from this machine: a training corpus without network access.
 
-Every Python installation carries some megabytes of English and of code. Three sources are gathered, in this order,
+Every Python installation contains some megabytes of English and of code. Three sources are gathered, in this order,
 until the size limit is reached: the documentation topics of `help()`, the docstrings of the standard library and of
 the installed packages, and their source code. The same installation always gives the same corpus, byte for byte.
 """
@@ -22,7 +22,7 @@ MIN_CHARACTERS = 200
 MAX_CHARACTERS = 200_000
 """Longer files are nearly always generated tables."""
 
-# Triple-quoted strings; a docstring is one that begins its line. Parsing every file instead takes a minute.
+# Triple-quoted strings; one that begins its line is taken for a docstring. Parsing every file would take a minute.
 _TRIPLE_QUOTED = re.compile(r'(^[ \t]*[rRuU]?)?("""|\'\'\')(.*?)\2', re.DOTALL | re.MULTILINE)
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "encodings", "pydoc_data", "__pycache__", "_vendor"}
 
@@ -46,19 +46,19 @@ def build_corpus(
     valid_share: float = 0.02,
     overwrite: bool = False,
 ) -> CorpusSummary:
-    """Write the corpus as two JSON Lines files, one object with `text` and `source` a line.
+    """Write the corpus as two JSON Lines files, with one object with `text` and `source` per line.
 
-    A module's docstrings and its source always fall on the same side of the split, and no text is written twice.
+    A module's docstrings and source are always on the same side of the split, and no text is written twice.
 
     Args:
         train: path of the training file.
         valid: path of the validation file.
         max_bytes: upper limit of the text of both together, in bytes of UTF-8.
         valid_share: share of the modules (and topics) that go to validation.
-        overwrite: replace files that are there.
+        overwrite: replace existing files.
 
     Raises:
-        UsageError: a limit that leaves one of the two files empty, or a path that is there or cannot be written.
+        UsageError: the limit leaves one of the two files empty, or a path exists or cannot be written.
     """
     if not 0 < valid_share < 1:
         raise UsageError(f"valid_share {valid_share}: give a number between 0 and 1")
@@ -85,12 +85,12 @@ def build_corpus(
 
 
 def _share_of(source: str) -> float:
-    """A number in [0, 1) that depends on the name of the module or topic only."""
+    """A number in [0, 1) that depends only on the name of the module or topic."""
     return int.from_bytes(hashlib.sha256(source.encode()).digest()[:8]) / 2**64
 
 
 def documents() -> Iterator[tuple[str, str]]:
-    """Pairs of (topic or module, text), in the order that this file's docstring tells."""
+    """Pairs of (topic or module, text), in the order given at the top of this file."""
     from pydoc_data.topics import topics  # 0.7 MB, needed here only
 
     for name in sorted(topics):
@@ -117,12 +117,12 @@ def _modules() -> Iterator[tuple[str, Path]]:
             inside_other_root = root == standard and "site-packages" in parts
             if not inside_other_root and not _SKIPPED_FOLDERS.intersection(parts):
                 found.append((".".join(parts)[: -len(".py")], path))
-        # Mixed by name, so that a size limit takes a bit of every package and not all of the first.
+        # Mixed by name, so that a size limit takes some of every package instead of all of the first.
         yield from sorted(found, key=lambda item: (_share_of(item[0]), item[0]))
 
 
 def _read(path: Path) -> str:
-    """A file's text; nothing where it is not UTF-8 or cannot be read."""
+    """A file's text; empty if it is not UTF-8 or cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

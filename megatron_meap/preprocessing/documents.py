@@ -1,4 +1,4 @@
-"""Documents out of a block of input: parsed, checked, and each bad one with its line and reason."""
+"""Parses and checks the documents of a block of input; each bad one is reported with its line and the reason."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ class BadDocumentError(Exception):
 
 
 def documents(kind: Kind, block: bytes, options: InputOptions) -> Iterator[Texts | BadDocumentError | None]:
-    """What stands at each position of a block, in order: a document, what is wrong with it, or nothing (a blank line).
+    """What is at each position of a block, in order: a document, what is wrong with it, or nothing (a blank line).
 
     Positions are lines of JSON, rows of Parquet, or pieces of text.
     """
@@ -52,9 +52,9 @@ def _from_json(line: bytes, options: InputOptions) -> Texts | None:
 
 
 def _lenient_json(line: bytes, error: orjson.JSONDecodeError) -> Any:
-    """Python's own parser, which reads the NaN and Infinity that Python's own writer puts into other fields."""
+    """Parse with Python's parser, which accepts the NaN and Infinity that Python's writer puts into other fields."""
     try:
-        return json.loads(line.decode())  # given bytes, it would guess at UTF-16 and UTF-32 where there are zeros
+        return json.loads(line.decode())  # given bytes that contain zeros, it would guess UTF-16 or UTF-32
     except UnicodeDecodeError:
         raise BadDocumentError("not UTF-8") from None
     except (ValueError, RecursionError):
@@ -72,7 +72,7 @@ def _checked(data: dict[str, Any], key: str) -> str:
 
 
 def _checked_unicode(data: dict[str, Any], key: str) -> str:
-    """The same for Python's parser, which takes what orjson refuses."""
+    """The same for Python's parser, which accepts what orjson refuses."""
     value = _checked(data, key)
     try:
         value.encode()

@@ -1,8 +1,8 @@
 """The `.idx` file of Megatron's indexed dataset, written and read in bounded memory.
 
 After a header come the lengths of all sequences in tokens (int32), their offsets in the `.bin` file in bytes (int64),
-and the document boundaries: the number of the first sequence of every document, and at the end the number of sequences
-(int64). What preprocessing writes has one sequence a document.
+and the document boundaries (int64): the index of the first sequence of every document, and finally the number of
+sequences. Preprocessing writes one sequence per document.
 """
 
 import difflib
@@ -16,7 +16,7 @@ import numpy as np
 from megatron_meap.errors import UsageError
 
 CHUNK = 1 << 18
-"""Numbers that are handled at a time."""
+"""Numbers handled at a time."""
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, boundaries
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -24,7 +24,7 @@ _DTYPES: dict[int, type[np.number]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: 
 
 
 def token_dtype(vocab_size: int) -> type[np.number]:
-    """The type that Megatron takes for a vocabulary: uint16 below 65,500 ids, else int32."""
+    """The type that Megatron uses for a vocabulary: uint16 below 65,500 ids, else int32."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
@@ -39,10 +39,10 @@ def index_bytes(
 
     Args:
         dtype: type of the ids in the `.bin` file.
-        sequences: how many there are.
-        lengths: gives their lengths in tokens, in pieces; called twice.
-        boundaries: document boundaries, in pieces, the last one included; None: one sequence a document.
-        documents: how many documents there are, with `boundaries`.
+        sequences: number of sequences.
+        lengths: returns their lengths in tokens, in pieces; called twice.
+        boundaries: document boundaries, in pieces, including the last one; None: one sequence per document.
+        documents: number of documents, with `boundaries`.
     """
     code = next(code for code, known in _DTYPES.items() if known == dtype)
     yield _HEADER.pack(_MAGIC, 1, code, sequences, (sequences if documents is None else documents) + 1)
@@ -83,7 +83,7 @@ class Index:
 
 
 def _hint(prefix: str) -> str:
-    """What to say where a dataset is not: which one may be meant."""
+    """The hint for a missing dataset: which one may be meant."""
     place = Path(prefix)
     there = {path.stem for path in place.parent.glob("*.idx")} - {place.name}
     likely = [place.name.removesuffix(".bin").removesuffix(".idx"), f"{place.name}_text_document"]
@@ -96,7 +96,7 @@ def _hint(prefix: str) -> str:
 
 
 def read_index(prefix: str) -> Index:
-    """Open `PREFIX.idx` and make sure that it is whole and belongs to `PREFIX.bin`.
+    """Open `PREFIX.idx` and check that it is complete and belongs to `PREFIX.bin`.
 
     Raises:
         UsageError: a file is missing or damaged, or the two do not belong together.
@@ -121,7 +121,7 @@ def read_index(prefix: str) -> Index:
         view[12 * sequences :].view(np.int64),
     )
     stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_ino) for file in (path, data))
-    if stamps not in _consistent:  # a start asks for each index half a dozen times
+    if stamps not in _consistent:  # a start opens each index half a dozen times
         problem = _inconsistency(index, data.stat().st_size)
         if problem:
             raise UsageError(f"{prefix}: {problem}; make the dataset again")
@@ -134,7 +134,7 @@ _consistent: set[tuple[tuple[str, int, int], ...]] = set()
 
 
 def _inconsistency(index: Index, bin_bytes: int) -> str | None:
-    """What does not fit together; None where everything does."""
+    """What does not fit together; None if everything does."""
     offset = 0
     for first in range(0, len(index.lengths), CHUNK):
         lengths = index.lengths[first : first + CHUNK].astype(np.int64)

@@ -10,8 +10,8 @@ from megatron_meap.errors import UsageError
 
 STDIN = "-"
 
-# What a job leaves beside its inputs when its prefix lies among them, finished or not; and what Spark writes beside the
-# parts, of which `_metadata` even is a Parquet file.
+# What a job, finished or not, leaves among its inputs if its prefix is there; and what Spark writes beside its parts
+# (`_metadata` even is a Parquet file).
 _OUTPUTS = re.compile(
     r".*(\.(bin|idx|lengths|journal|manifest|bad_lines\.jsonl)\.partial|\.manifest\.json|\.bad_lines\.jsonl)"
 )
@@ -20,10 +20,10 @@ _SPARKS = re.compile(r"_(SUCCESS|metadata|common_metadata|(started|committed)_.*
 
 @dataclass
 class Found:
-    """The input files, in order, and what was left out of folders and globs."""
+    """The input files, in order, and what was left out from folders and globs."""
 
     flag: str = "--input"
-    """That named the inputs, for errors."""
+    """The flag that named the inputs, for errors."""
     paths: list[str] = field(default_factory=list)
     hidden: int = 0
     outputs: int = 0
@@ -31,10 +31,10 @@ class Found:
 
     sparks: int = 0
     repeated: int = 0
-    """Files that another name stands for, too: a link, or a glob that matches a folder and what is in it."""
+    """Files found under another name too: through a link, or a glob that matches a folder and its contents."""
 
     def left_out(self) -> str:
-        """In words, for people; empty where nothing was."""
+        """What was left out, in words; empty if nothing was."""
         counts = {
             "hidden": self.hidden,
             "of a dataset or an unfinished job": self.outputs,
@@ -52,12 +52,12 @@ def find_inputs(patterns: list[str], flag: str = "--input") -> list[str]:
 def find(patterns: list[str], flag: str = "--input") -> Found:
     """The input files: files, globs, folders (all files below, links followed, hidden ones aside), or `-`.
 
-    The order is that of the patterns, and by name within a glob or a folder. A file that a folder or a glob holds
-    twice, through a link, is read once. Errors name the `flag`.
+    Files are in the order of the patterns, and sorted by name within a glob or folder. A file that a folder or glob
+    contains twice, through a link, is read once. Errors name the `flag`.
 
     Raises:
-        UsageError: a pattern that matches nothing, a file named by two patterns, `-` beside other inputs, an output of
-            a job that is named itself, or what is no file and no folder.
+        UsageError: a pattern that matches nothing, a file named by two patterns, `-` together with other inputs, an
+            explicitly named output of a job, or something that is neither a file nor a folder.
     """
     found = Found(flag)
     if STDIN in patterns:
@@ -87,7 +87,7 @@ def find(patterns: list[str], flag: str = "--input") -> Found:
 
 
 def _matches(pattern: str, found: Found) -> Iterator[str]:
-    """Paths of the files that one pattern stands for."""
+    """Paths of the files that a pattern matches."""
     if os.path.isdir(pattern):
         yield from sorted(_files_under(pattern, found, set()))
     elif os.path.exists(pattern):
@@ -99,11 +99,11 @@ def _matches(pattern: str, found: Found) -> Iterator[str]:
             if os.path.isdir(match):
                 yield from sorted(_files_under(match, found, set()))
             elif _is_read(match, found):
-                yield match  # a hidden one too, where the glob asks for it
+                yield match  # a hidden one too, if the glob asks for it
 
 
 def _files_under(folder: str, found: Found, entered: set[tuple[int, int]]) -> Iterator[str]:
-    """Files of a folder and of those below, each folder once: a link may lead to one that is read, or back up."""
+    """Files of a folder and its subfolders, each folder once: a link may lead to another of them, or back up."""
     identity = _identity(folder, found.flag, folder=True)
     if identity in entered:
         return
@@ -130,7 +130,7 @@ def _is_read(path: str, found: Found) -> bool:
 
 
 def _is_output(path: str) -> bool:
-    """Whether a job wrote this file: by its name, and of a dataset's two files by the other one."""
+    """Whether a job wrote this file: by its name, and for a dataset's two files, by the presence of the other."""
     stem, suffix = os.path.splitext(path)
     pair = {".bin": ".idx", ".idx": ".bin"}.get(suffix)
     paired = pair is not None and (os.path.exists(stem + pair) or os.path.exists(f"{stem}{pair}.partial"))
@@ -139,7 +139,9 @@ def _is_output(path: str) -> bool:
 
 def _identity(path: str, flag: str, *, folder: bool = False) -> tuple[int, int]:
     """Device and inode of a file."""
-    if not folder and not os.path.isfile(path):  # a pipe could be read only once, and the job looks at its files before
+    if not folder and not os.path.isfile(
+        path
+    ):  # a pipe could be read only once, but a job checks its files before it reads them
         raise UsageError(f"{flag} {path}: not a file; leave it out, or pipe it into standard input ({flag} -)")
     stat = os.stat(path)
     return stat.st_dev, stat.st_ino

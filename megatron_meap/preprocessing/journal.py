@@ -1,4 +1,4 @@
-"""The journal of a running job: what an interrupted one has finished, and the lock that keeps two jobs apart."""
+"""The journal of a job: what it has finished, in case it is interrupted, and the lock against a second job."""
 
 import contextlib
 import fcntl
@@ -13,33 +13,33 @@ from megatron_meap.records import parsed
 
 
 class Journal:
-    """`PREFIX.journal.partial`: one JSON line with the job's settings, then one each time input files are finished.
+    """`PREFIX.journal.partial`: a JSON line with the job's settings, then one each time input files are finished.
 
-    The lock is the operating system's and goes with the process, however it ends.
+    The operating system holds the lock, and releases it when the process ends, however it ends.
     """
 
     def __init__(
         self, prefix: str, settings: dict[str, Any], files: list[Any], *, resume: bool, state_shape: Any = dict
     ) -> None:
-        """Open and lock the journal, and with `resume` read what an earlier run wrote.
+        """Open and lock the journal; with `resume`, read what an earlier run wrote.
 
         Args:
             prefix: of the job's outputs.
             settings: what determines the ids.
-            files: for each input file, in order, what tells whether it is still the same.
-            resume: continue the earlier run; without one, begin.
+            files: for each input file, in order, what shows whether it is still the same.
+            resume: continue the earlier run, or begin if there is none.
             state_shape: what a state looks like (`records.misfit`).
 
         Raises:
-            UsageError: another process is writing here, or the earlier run had other settings or files, or left no
-                journal that can be read.
+            UsageError: another process is writing here, the earlier run had other settings or files, or its journal
+                cannot be read.
         """
         self.path = f"{prefix}.journal.partial"
         self._files = files
         self.finished = 0
         """How many input files are finished."""
         self.state: dict[str, Any] | None = None
-        """The state of the outputs after them; None where there are none."""
+        """The state of the outputs after them; None if there are none."""
         try:
             self._file = open(self.path, "a+b")  # noqa: SIM115 - closed by close()
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,7 +77,7 @@ class Journal:
         self.finished, self.state = len(finished), records[-1]["state"]
 
     def record(self, finished: int, state: dict[str, Any]) -> None:
-        """Note that all files before number `finished` are finished, and the state of the outputs."""
+        """Write that all files before number `finished` are finished, and the state of the outputs."""
         self._append({"files": self._files[self.finished : finished], "state": state})
         self.finished, self.state = finished, state
 
@@ -86,8 +86,8 @@ class Journal:
         self._file.flush()
 
     def close(self, *, remove: bool) -> None:
-        """Unlock; `remove` when there is nothing to continue."""
+        """Release the lock; with `remove`, delete the journal because there is nothing to continue."""
         if remove:
             os.unlink(self.path)
-        with contextlib.suppress(OSError):  # what did not fit on a full disk does not fit now either
+        with contextlib.suppress(OSError):  # a disk that was full before is still full
             self._file.close()

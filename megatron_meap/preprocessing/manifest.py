@@ -22,14 +22,14 @@ SHAPE = {
     "inputs": [{"path": str, "files?": _FILES}],
     "files": _FILES,
 }
-"""What is read of it; there is more in it for people."""
+"""The entries that are read; the others are for people."""
 
 
 def read_manifest(prefix: str) -> dict[str, Any] | None:
-    """The manifest of the dataset `prefix`; None where it has none.
+    """The manifest of the dataset `prefix`; None if it has none.
 
     Raises:
-        UsageError: the file is damaged, or none of ours; the line says where.
+        UsageError: the file is damaged, or is not such a manifest; the message says where.
     """
     path = Path(prefix + MANIFEST_SUFFIX)
     try:
@@ -58,13 +58,13 @@ def _named(name: str, id: int | None) -> str:
 def check_manifest(
     prefix: str, *, tokenizer_sha256: str | None, vocab_size: int, special: dict[str, int | None] | None = None
 ) -> None:
-    """Refuse a dataset that does not fit a training run; without a manifest nothing is known, and nothing refused.
+    """Refuse a dataset that does not fit a training run; without a manifest, nothing is known and nothing is refused.
 
     Args:
         prefix: as in `--data-path`, without `.bin` or `.idx`.
         tokenizer_sha256: `tokenizer_fingerprint` of the run's arguments; None does not compare.
-        vocab_size: rows of the model's embedding that have a meaning (mask token included, padding not).
-        special: ids of `bos` and `eod` in the run's tokenizer, None for those that it has not; None does not compare.
+        vocab_size: rows of the model's embedding in use (including the mask token, without padding).
+        special: ids of `bos` and `eod` in the run's tokenizer, None for those it lacks; None does not compare.
 
     Raises:
         UsageError: another tokenizer, ids outside the vocabulary, or a `.bin` that is not the manifest's.

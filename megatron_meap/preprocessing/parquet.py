@@ -1,4 +1,4 @@
-"""Parquet files: blocks of rows as Arrow streams, which a worker takes apart."""
+"""Parquet files: blocks of rows as Arrow streams, which a worker decodes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
@@ -7,7 +7,7 @@ from megatron_meap.errors import UsageError
 
 
 def open_parquet(name: str, raw: BinaryIO, keys: tuple[str, ...]) -> Any:
-    """The file, its columns checked.
+    """Open the file and check its columns.
 
     Raises:
         UsageError: damaged, or without a column of strings for every key.
@@ -31,10 +31,10 @@ def blocks(
 
     Args:
         name: of the file, for errors.
-        file: as `open_parquet` gives it.
+        file: as returned by `open_parquet`.
         keys: the columns.
         block_bytes: size of a block.
-        progress: told after each row group which share of them is read.
+        progress: called after each row group with the share of them that is read.
     """
     import pyarrow as pa
 
@@ -50,7 +50,7 @@ def blocks(
 
 
 def rows(block: bytes, keys: tuple[str, ...]) -> Iterable[tuple[bytes | None, ...]]:
-    """Rows of a block, as bytes: Arrow does not promise that its strings are UTF-8."""
+    """Rows of a block, as bytes: Arrow does not guarantee that its strings are UTF-8."""
     import pyarrow as pa
 
     table = pa.ipc.open_stream(block).read_all()

@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""The progress of a job: a bar on a terminal, elsewhere a plain line every few seconds."""
 
 import sys
 import time
@@ -15,7 +15,7 @@ class Counts:
     """Bytes of the input files."""
 
     text_bytes: int = 0
-    """Bytes of text (UTF-8) that were encoded."""
+    """Bytes of text (UTF-8) encoded so far."""
 
     documents: int = 0
     tokens: int = 0
@@ -29,7 +29,7 @@ class Progress:
 
         Args:
             total: size of the input files in bytes; 0: unknown.
-            before: what an earlier run has done already, which does not count for the rates.
+            before: what an earlier run did already, which does not count in the rates.
             every_documents: documents between plain lines; None: one every few seconds.
         """
         self._total = total
@@ -45,7 +45,7 @@ class Progress:
             self._bar = tqdm(total=total or None, bar_format=shape, dynamic_ncols=True, leave=False)
 
     def update(self, now: Counts) -> None:
-        """Show where the job is, if it is time."""
+        """Show the progress, if it is time to."""
         elapsed = time.monotonic() - self._shown
         if self._bar is not None:
             if elapsed >= _BAR_SECONDS:
@@ -62,7 +62,7 @@ class Progress:
             self._shown, self._shown_documents = time.monotonic(), now.documents
 
     def close(self) -> None:
-        """Leave the terminal in order."""
+        """End the bar, so that the next line of the terminal begins at its left."""
         if self._bar is not None:
             self._bar.close()
 

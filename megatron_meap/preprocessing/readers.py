@@ -1,7 +1,7 @@
-"""One input file: opened, recognised by its content, and cut into blocks of whole documents.
+"""One input file: opened, recognised by its content, and split into blocks of whole documents.
 
-A block is the unit of work: about 2 MB of JSON lines, of text or of Parquet rows, as bytes that travel to a worker
-unparsed. Never more than a block is read ahead, or than the one document that does not fit in it.
+A block is the unit of work: about 2 MB of JSON lines, text or Parquet rows, as bytes that a worker will parse. At most
+one block is read ahead, or one document if it is longer than a block.
 """
 
 import io
@@ -19,31 +19,31 @@ from megatron_meap.preprocessing.recognition import BYTE_ORDER_MARK, HEAD_BYTES,
 from megatron_meap.preprocessing.streams import CountingReader, DamagedError, cut, decompressed
 
 BLOCK_BYTES = 2 << 20
-"""Size of a block: large enough that its overhead is nothing, small enough that many fit into memory."""
+"""Size of a block: large enough for its overhead to be negligible, small enough for many to fit into memory."""
 
 
 @dataclass(frozen=True)
 class InputOptions:
-    """How inputs are read, the same for all files of a job."""
+    """How inputs are read; the same for all files of a job."""
 
     keys: tuple[str, ...] = ("text",)
-    """JSON keys or Parquet columns, each of which becomes a dataset of its own."""
+    """JSON keys or Parquet columns; each becomes a separate dataset."""
 
     kind: Kind | None = None
-    """What the files are; None recognises each by its content."""
+    """Format of the files; None recognises each by its content."""
 
     separator: str | None = None
-    """What stands between the documents of a plain text file; None makes each file one document."""
+    """What separates the documents of a plain text file; None makes each file one document."""
 
 
 class InputFile:
     """One input, opened and recognised; iterate over `blocks()` once, then `close()`."""
 
     def __init__(self, path: str, options: InputOptions) -> None:
-        """Open the file and look at its first bytes (of Parquet, at its columns too).
+        """Open the file and check its first bytes (and the columns of Parquet).
 
         Raises:
-            UsageError: it cannot be read, is neither JSON lines, Parquet nor text, or is not what its name says.
+            UsageError: it cannot be read, is not JSON lines, Parquet or text, or is not what its name says.
         """
         self.name = "standard input" if path == STDIN else path
         self._options = options
@@ -68,12 +68,12 @@ class InputFile:
 
     @property
     def size(self) -> int:
-        """Bytes of the file when it was opened; 0 for standard input."""
+        """Size of the file in bytes when it was opened; 0 for standard input."""
         return self._stat.st_size if self._stat else 0
 
     @property
     def changed_ns(self) -> int:
-        """When the file was last changed, as of its opening, in nanoseconds; 0 for standard input."""
+        """When the file was last changed before it was opened, in nanoseconds; 0 for standard input."""
         return self._stat.st_mtime_ns if self._stat else 0
 
     @property
@@ -82,7 +82,7 @@ class InputFile:
         return self._counted.position
 
     def first_block(self) -> bytes:
-        """The first block, which `blocks` gives once more; empty where the file is."""
+        """The first block, which `blocks` returns again; empty if the file is."""
         blocks = self._read_blocks()
         first = next(blocks, b"")
         self._blocks = chain([first] if first else [], blocks)
@@ -92,7 +92,7 @@ class InputFile:
         """The file's blocks in order: lines, text, or Arrow record batches (IPC stream format).
 
         Raises:
-            UsageError: damaged data, or a file that changed while it was read.
+            UsageError: the data is damaged, or the file changed while it was read.
         """
         return self._blocks or self._read_blocks()
 
@@ -117,7 +117,7 @@ class InputFile:
             raise self._unreadable(error) from error
 
     def _separated(self, blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
-        """The blocks of a text, of which a file with Windows line ends would be one where a separator has newlines."""
+        """The blocks of a text. In one with Windows line ends a separator with newlines does not match: refuse that."""
         windows = separator.replace(b"\n", b"\r\n")
         found, elsewhere = False, 0
         for block in blocks:

@@ -1,4 +1,4 @@
-"""What an input file is: seen from its first bytes, and held against what its name claims."""
+"""What an input file is, judged by its first bytes and compared with what its name claims."""
 
 import json
 import re
@@ -10,10 +10,10 @@ from megatron_meap.preprocessing.streams import COMPRESSIONS
 Kind = Literal["jsonl", "text", "parquet"]
 
 KINDS: dict[Kind, str] = {"jsonl": "JSON lines", "parquet": "Parquet", "text": "plain text"}
-"""How people call them."""
+"""Their names in messages."""
 
 HEAD_BYTES = 1 << 16
-"""How much of a file is looked at."""
+"""Bytes of a file that are examined."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _WIDE_BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16 and UTF-32
@@ -25,9 +25,11 @@ _UNREADABLE = {
     (".zip", ".7z", ".tar", ".lz4", ".lzma", ".lzo", ".br", ".z", ".snappy"): "not unpacked here: unpack it, or "
     "compress it with gzip, zstd, xz or bzip2",
 }
-_WEB_PAGE = re.compile(rb"(<\?xml[^>]*>\s*)?<(!doctype\s+html|html|error)\b", re.IGNORECASE)  # `error`: object storage
+_WEB_PAGE = re.compile(
+    rb"(<\?xml[^>]*>\s*)?<(!doctype\s+html|html|error)\b", re.IGNORECASE
+)  # `error`: of object storage
 _PAGE_SUFFIXES = (".html", ".htm", ".xhtml", ".xml")
-_POINTERS = {  # what stands in a checkout in place of a large file, and how to fetch that
+_POINTERS = {  # what a checkout contains in place of a large file, and how to fetch that
     b"version https://git-lfs.github.com/spec/": "Git LFS leaves, not the file; fetch it with `git lfs pull`",
     b"/annex/objects/": "git-annex leaves, not the file; fetch it with `git annex get`",
     b"# xet version": "Git Xet leaves, not the file; fetch it with `git xet checkout`",
@@ -36,7 +38,7 @@ _PAGES = (b"%PDF-", b"%!PS", b"{\\rtf")
 
 
 def check_compression(name: str, compression: str | None, empty: bool) -> None:
-    """Refuse a file whose name says how it is compressed, and that is not."""
+    """Refuse a file that is not compressed as its name says."""
     for known in COMPRESSIONS:
         if name.lower().endswith(known.suffix) and compression != known.name:
             found = "empty" if empty else f"{compression}" if compression else "not compressed"
@@ -50,7 +52,7 @@ def recognise(name: str, head: bytes, *, asked: Kind | None = None, default: Kin
         name: its path.
         head: its first bytes, decompressed; empty for an empty file.
         asked: what the user says it is.
-        default: what it is taken for where its first bytes do not tell; None: plain text.
+        default: what to assume if its first bytes do not tell; None: plain text.
 
     Raises:
         UsageError: it is not what its name claims, or cannot be read at all.
@@ -63,7 +65,7 @@ def recognise(name: str, head: bytes, *, asked: Kind | None = None, default: Kin
 
 
 def refuse_pointer(name: str, head: bytes) -> None:
-    """Refuse what stands in a checkout in place of a large file."""
+    """Refuse what a checkout contains in place of a large file."""
     for beginning, left in _POINTERS.items():
         if head.startswith(beginning):
             raise UsageError(f"{name}: the pointer that {left}")
@@ -83,7 +85,7 @@ def _recognise(name: str, head: bytes, default: Kind | None) -> Kind:
             raise UsageError(f"{name}: {reason}")
     if head.startswith(_WIDE_BYTE_ORDER_MARKS):
         raise UsageError(f"{name}: binary data, UTF-16 or UTF-32; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
-    # Under any other name, what begins as an object with a quoted key is JSON lines: a text may begin with a brace.
+    # Under any other name, only an object with a quoted key is taken for JSON lines: a text may begin with a brace.
     first = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     if stem.endswith(_JSON_SUFFIXES) or re.match(rb'(\[\s*)?\{\s*"', first):
         return "jsonl"
@@ -102,7 +104,7 @@ def _recognise(name: str, head: bytes, default: Kind | None) -> Kind:
 
 
 def _check_json_lines(name: str, head: bytes) -> None:
-    """Refuse JSON that is not one object a line: every line of it would be a bad one."""
+    """Refuse JSON that does not have one object per line: all its lines would be bad ones."""
     first = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     if re.match(rb'\[\s*\{\s*"', first):
         raise UsageError(f"{name}: a JSON array, not JSON lines; make a line of each entry: jq -c '.[]' IN > OUT")
@@ -110,7 +112,7 @@ def _check_json_lines(name: str, head: bytes) -> None:
 
 
 def refuse_printed(name: str, first: bytes) -> None:
-    """Refuse JSON whose first object or list takes several lines."""
+    """Refuse JSON whose first object or list spans several lines."""
     text = first.decode(errors="ignore")
     try:
         spans_lines = "\n" in text[: json.JSONDecoder().raw_decode(text)[1]]

@@ -1,4 +1,4 @@
-"""The inputs of a job: all looked at before any work is done, then opened one after the other."""
+"""The inputs of a job: all are checked before any work is done, then opened one after the other."""
 
 import sys
 from collections import Counter
@@ -18,7 +18,7 @@ _NAMED_FILES = 3
 
 @dataclass(frozen=True)
 class _Look:
-    """What is known of a file from opening it."""
+    """What is known about a file from opening it."""
 
     kind: Kind
     compression: str | None
@@ -30,10 +30,10 @@ class Sources:
     """The input files, in order."""
 
     def __init__(self, found: Found, options: InputOptions) -> None:
-        """Look at each file.
+        """Check each file.
 
         Raises:
-            UsageError: one that cannot be read, or is not what its name claims.
+            UsageError: one cannot be read, or is not what its name claims.
         """
         self.paths = found.paths
         self._options = options
@@ -49,7 +49,7 @@ class Sources:
             file.close()
 
     def describe(self, left_out: str) -> None:
-        """Say what is read, and warn where it is a mixture of kinds."""
+        """Print what is read, and warn if it is a mixture of kinds."""
         kinds = Counter(look.kind for look in self._looks)
         parts = []
         for kind, count in kinds.most_common():
@@ -75,7 +75,7 @@ class Sources:
             print(shown(line), file=sys.stderr)
 
     def of_kind(self, kind: Kind) -> list[str]:
-        """Paths of the files of a kind that hold anything."""
+        """Paths of the files of a kind that are not empty."""
         looks = zip(self.paths, self._looks, strict=True)
         return [path for path, look in looks if look.kind == kind and (look.size or self._stdin)]
 
@@ -84,11 +84,11 @@ class Sources:
         return sum(look.size for look in self._looks[:index])
 
     def identities(self) -> list[list[Any]]:
-        """What tells whether a file is still the one that was read: path, bytes, time of change (ns)."""
+        """What identifies a file and its state: path, bytes, and time of its last change (ns)."""
         return [[path, look.size, look.changed_ns] for path, look in zip(self.paths, self._looks, strict=True)]
 
     def described(self) -> list[dict[str, Any]]:
-        """The inputs as a manifest names them."""
+        """The inputs as a manifest lists them."""
         return [
             {
                 "path": path,
@@ -100,7 +100,7 @@ class Sources:
         ]
 
     def sample(self) -> list[str]:
-        """Texts from the beginnings of some of the files, spread over all of them."""
+        """Texts from the beginnings of some files, which are spread over all of them."""
         texts: list[str] = []
         step = -(-len(self.paths) // _SAMPLED_FILES)
         share = max(1, _SAMPLED_DOCUMENTS // len(self.paths[::step]))

@@ -1,4 +1,4 @@
-"""Byte streams: decompressed by what they begin with, stream after stream, and cut into blocks at a separator."""
+"""Byte streams: decompressed according to their first bytes, and split into blocks at a separator."""
 
 import bz2
 import io
@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 _READ_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 14
-"""Compressed bytes that are decompressed at a time: small, as each may hold a thousand times as much text."""
+"""Compressed bytes to decompress at a time: few, because they may become a thousand times as much text."""
 
 
 class DamagedError(Exception):
@@ -18,7 +18,7 @@ class DamagedError(Exception):
 
 
 class CountingReader(io.RawIOBase):
-    """A raw stream that knows how many bytes were taken from it."""
+    """A raw stream that counts the bytes read from it."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self.position = 0
@@ -29,7 +29,7 @@ class CountingReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        """Fill the buffer as far as one read of the stream below does."""
+        """Fill the buffer with one read of the underlying stream."""
         count = self._raw.readinto(buffer)  # type: ignore[attr-defined]
         self.position += count
         return count
@@ -49,7 +49,7 @@ class Compression:
     name: str
     suffix: str
     decompressor: Callable[[], Any]
-    """Makes what decompresses one stream: `decompress(data)`, `eof`, and `unused_data` after its end."""
+    """Makes a decompressor of one stream, with `decompress(data)`, `eof`, and `unused_data` after its end."""
 
     magics: tuple[bytes, ...]
     """What a file begins with."""
@@ -60,12 +60,12 @@ class Compression:
 
 COMPRESSIONS = (
     Compression("gzip", ".gz", lambda: zlib.decompressobj(31), (b"\x1f\x8b\x08",)),
-    # The second kind are frames that carry no data, as pzstd writes.
+    # The second kind are frames without data, which pzstd writes.
     Compression(
         "zstd", ".zst", _zstd_decompressor, (b"\x28\xb5\x2f\xfd", *(b"%c\x2a\x4d\x18" % n for n in range(0x50, 0x60)))
     ),
     Compression("xz", ".xz", lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), (b"\xfd7zXZ\x00",), padding=True),
-    # "BZh" alone may begin a text: the level and the first block's (or the end's) mark belong to it.
+    # A text may begin with "BZh", so the level and the marker of the first block (or of the end) are checked too.
     Compression(
         "bzip2",
         ".bz2",
@@ -87,7 +87,7 @@ class _Decompressed(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        """Fill the buffer, to its end unless the stream ends before."""
+        """Fill the whole buffer, unless the stream ends first."""
         filled = 0
         while filled < len(buffer):
             self._ready = self._ready or memoryview(next(self._pieces, b""))
@@ -100,7 +100,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def _pieces(source: io.BufferedReader, compression: Compression) -> Iterator[bytes]:
-    """Decompressed bytes of every stream. Python's own readers end quietly at whatever follows the first stream."""
+    """Decompressed bytes of every stream. Python's own readers stop silently at what follows the first stream."""
     position = 0  # in the file, of the first byte of `data`
     data = source.read(_PIECE_BYTES)
     while data:
@@ -110,7 +110,7 @@ def _pieces(source: io.BufferedReader, compression: Compression) -> Iterator[byt
                 raise DamagedError(f"the file ends within the stream that begins at byte {begun}")
             try:
                 piece = stream.decompress(data)
-            except Exception as error:  # each library has errors of its own; none is of ours, and OSError is bz2's
+            except Exception as error:  # each library has its own errors, of which bz2's is OSError
                 if position == begun:
                     raise DamagedError(f"neither a stream nor the end of the file at byte {begun} ({error})") from error
                 raise DamagedError(f"the stream that begins at byte {begun}: {error}") from error
@@ -134,8 +134,8 @@ def _pieces(source: io.BufferedReader, compression: Compression) -> Iterator[byt
 def decompressed(stream: io.BufferedReader) -> tuple[io.BufferedReader, str | None]:
     """The stream's plain bytes and the name of its compression (None: it is plain).
 
-    Reading the plain bytes raises a `DamagedError` where `gzip -t`, `bzip2 -t`, `xz -t` or `zstd -t` would, and where
-    they leave out what follows the last stream that they understand: a tail of zeros, or half of the file.
+    Reading the plain bytes raises a `DamagedError` if `gzip -t`, `bzip2 -t`, `xz -t` or `zstd -t` would report an
+    error, and also if they would ignore bytes after the last stream they recognise: trailing zeros, or half of a file.
     """
     head = stream.peek(10)[:10]
     for compression in COMPRESSIONS:
@@ -147,8 +147,7 @@ def decompressed(stream: io.BufferedReader) -> tuple[io.BufferedReader, str | No
 def cut(stream: io.BufferedReader, separator: bytes | None, block_bytes: int) -> Iterator[bytes]:
     """Blocks of about `block_bytes` that end after a separator; without a separator, all in one.
 
-    Separators are those that `bytes.split` finds, from left to right. A document longer than a block makes its block as
-    long as it needs.
+    Separators are found as by `bytes.split`, from left to right. A block is longer only if a single document is.
 
     Raises:
         DamagedError: damaged compressed data.
@@ -171,7 +170,7 @@ def cut(stream: io.BufferedReader, separator: bytes | None, block_bytes: int) ->
 
 
 def _end_of_last(separator: bytes, buffer: bytearray, start: int) -> int | None:
-    """Where the last separator ends, of those that are found from left to right; None where there is none."""
+    """Where the last separator ends, searching from left to right; None if there is none."""
     if len(separator) == 1:
         return buffer.rfind(separator, start) + 1 or None
     *before, rest = buffer[start:].split(separator)

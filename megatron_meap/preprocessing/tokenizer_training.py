@@ -1,4 +1,4 @@
-"""Train a SentencePiece tokenizer in the manner of Llama's, with [MASK] where no text can reach it."""
+"""Train a SentencePiece tokenizer like Llama's, with a [MASK] that no text can produce."""
 
 import contextlib
 import io
@@ -15,10 +15,10 @@ from megatron_meap.preprocessing.readers import InputFile, InputOptions
 from megatron_meap.tokenization.mask_token import MASK_TOKEN
 
 SPECIALS = 4
-"""The first ids of a tokenizer without padding, which are no text: UNK, BOS, EOS and the mask token."""
+"""The first ids of a tokenizer without padding, which are not text: UNK, BOS, EOS and the mask token."""
 _BYTES_AND_CONTROLS = 256 + SPECIALS
-_LONGEST = 1 << 20  # bytes of a line: SentencePiece leaves longer ones out without a word
-# Always pieces, however rare: by its share of the text SentencePiece would leave out the digits of a novel.
+_LONGEST = 1 << 20  # bytes of a line: SentencePiece silently ignores longer ones
+# Always pieces, however rare: in a novel, SentencePiece would find digits too rare to include.
 _REQUIRED = "".join(map(chr, range(ord("!"), ord("~") + 1)))
 
 _OPTIONS = InputOptions()  # JSON lines and the like, under the key `text`
@@ -38,26 +38,26 @@ def train_tokenizer(
     """Train a byte-fallback BPE model and write it to `output` (a `.model` file).
 
     Ids: 0 UNK, 1 BOS, 2 EOS, then padding if asked for, then the mask token, then the bytes and the pieces. No text is
-    normalised: what is encoded comes back as it was (but U+2581, which SentencePiece uses for the space). Every
-    printable ASCII character is a piece, in the corpus or not. The mask token is a control symbol, which no text can
-    produce. The same corpus always gives the same file.
+    normalised: decoding gives exactly what was encoded (except U+2581, which SentencePiece uses for the space). Every
+    printable ASCII character is a piece, even if the corpus does not have it. The mask token is a control symbol, which
+    no text can produce. The same corpus always gives the same file.
 
     Args:
         inputs: as for preprocessing: files, globs or folders.
         output: path of the model.
         vocab_size: number of ids, all of the above included.
-        options: how they are read; of the keys there is one.
-        max_bytes: text to train on, of all files alike: what a short one leaves, longer ones get.
-        mask_token: how the mask token is written.
-        pad_token: how a padding token is written; None makes none.
-        overwrite: replace a file that is there.
+        options: how they are read, with a single key.
+        max_bytes: text to train on, the same from every file; what short ones lack comes from longer ones.
+        mask_token: text of the mask token.
+        pad_token: text of a padding token; None: there is none.
+        overwrite: replace an existing file.
 
     Returns:
         What it was trained on, in words.
 
     Raises:
-        UsageError: a corpus without text, or too little of it for that many pieces; an output that is there, or a
-            directory; a mask or padding token that is another one as well.
+        UsageError: the corpus has no text, or too little for that many pieces; the output exists or is a directory;
+            the mask or padding token is also another token.
     """
     import sentencepiece
 
@@ -93,7 +93,7 @@ def train_tokenizer(
             allow_whitespace_only_pieces=True,
             add_dummy_prefix=True,
             max_sentence_length=_LONGEST,
-            num_threads=1,  # written into the model: another number gives another file
+            num_threads=1,  # it is stored in the model: another number gives another file
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
@@ -105,7 +105,7 @@ def train_tokenizer(
 
 
 def _check_names(mask_token: str, pad_token: str | None) -> None:
-    """Refuse names that are another token's, and what a piece may be: a character, or a byte."""
+    """Refuse the names of other tokens, and what could be a piece: a character or a byte."""
     taken = dict.fromkeys(("<unk>", "<s>", "</s>"), "one of UNK, BOS and EOS")
     for flag, name in (("--mask-token", mask_token), ("--pad-token", pad_token)):
         if name is None:
@@ -118,10 +118,10 @@ def _check_names(mask_token: str, pad_token: str | None) -> None:
 
 
 def _sample(paths: list[str], options: InputOptions, max_bytes: int) -> tuple[list[str], str]:
-    """Lines out of every file, the same amount of each as far as it has so much, and what they are, in words."""
+    """Lines from every file, the same amount from each that has so much, and a description of them."""
     found: dict[str, list[str]] = {path: [] for path in paths}
     left, partly = max_bytes, 0
-    for done, path in enumerate(sorted(paths, key=_size)):  # the shortest first: the others share what it leaves
+    for done, path in enumerate(sorted(paths, key=_size)):  # the shortest first: the others share what it does not use
         share = left / (len(paths) - done)
         for line in _lines(path, options):
             found[path].append(line)
@@ -140,7 +140,7 @@ def _size(path: str) -> int:
 
 
 def _lines(path: str, options: InputOptions) -> Iterator[str]:
-    """Lines of the documents, without the newlines: these stay single bytes, as in Llama's tokenizer."""
+    """Lines of the documents, without their newlines, which stay single bytes as in Llama's tokenizer."""
     seen = 0
     with contextlib.closing(InputFile(path, options)) as file:
         for block in file.blocks():
@@ -154,7 +154,7 @@ def _lines(path: str, options: InputOptions) -> Iterator[str]:
 
 
 def _cut(line: bytes) -> Iterator[str]:
-    """A line in parts that SentencePiece takes, cut before a space where there is one, else between two characters."""
+    """A line in parts short enough for SentencePiece, split before a space if possible, else between characters."""
     start = 0
     while len(line) - start > _LONGEST:
         end = line.rfind(b" ", start + 1, start + _LONGEST + 1)

@@ -1,7 +1,7 @@
-"""Processes that do the work, in order, and whose death is noticed at once.
+"""Worker processes: answers come back in order, and the death of a process is noticed at once.
 
-One thread here serves one process there: it hands over a task, waits for the answer, and sees the pipe close if the
-process dies. (A `multiprocessing.Pool` waits for ever then, which is what Megatron-LM's tool does.)
+Each process is served by a thread of the parent, which sends a task, waits for the answer, and sees the pipe close if
+the process dies. (A `multiprocessing.Pool`, as in Megatron-LM's tool, would wait forever.)
 """
 
 import multiprocessing
@@ -16,13 +16,13 @@ from typing import Any
 from megatron_meap.errors import UsageError
 
 _FORK = multiprocessing.get_context("fork")  # workers inherit the loaded tokenizer and its warm caches
-_GONE = object()  # what a worker answers that has died
+_GONE = object()  # the answer of a worker that has died
 
 
 class WorkerPool[Task, Answer]:
-    """`size` forked processes that each call `work(task)`; make it before starting any thread.
+    """`size` forked processes that each call `work(task)`; create it before starting any thread.
 
-    Use as a context manager: leaving it ends the processes.
+    Use it as a context manager: leaving it ends the processes.
     """
 
     def __init__(self, work: Callable[[Task], Answer], size: int) -> None:
@@ -44,10 +44,10 @@ class WorkerPool[Task, Answer]:
     def map[Tag](self, tasks: Iterable[tuple[Tag, Task]]) -> Iterator[tuple[Tag, Answer]]:
         """Answers in the order of the tasks, each with its task's tag.
 
-        At most two tasks a worker are under way: that, and no more, is held in memory.
+        Memory is bounded: each worker has at most two tasks at a time.
 
         Raises:
-            UsageError: a worker died; the message says of what.
+            UsageError: a worker died; the message says why.
         """
         under_way: deque[tuple[Tag, Future[Answer]]] = deque()
         for tag, task in tasks:
@@ -80,7 +80,7 @@ class _Worker:
             answer = self._connection.recv()
         except (EOFError, ConnectionError):
             answer = _GONE
-        if answer is _GONE:  # not raised above: frames of a broken send hold buffers that crash Python at its end
+        if answer is _GONE:  # not raised above: the frames of a failed send hold buffers that crash Python at exit
             self._process.join(5)
             raise UsageError(f"worker {self._number} {_cause(self._process.exitcode)}")
         if isinstance(answer, BaseException):
@@ -102,7 +102,7 @@ def _cause(exitcode: int | None) -> str:
 
 
 def _serve_until_closed(connection: Any, parents_end: Any, work: Callable[[Any], Any]) -> None:
-    """The life of a worker: answer tasks until the parent closes the pipe, or is gone."""
+    """Run a worker: answer tasks until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parents_end.close()

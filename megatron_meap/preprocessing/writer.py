@@ -1,7 +1,7 @@
-"""A dataset's files, written as they grow and under temporary names until they are complete.
+"""A dataset's files, written incrementally, under temporary names until they are complete.
 
-The `.bin` file holds the ids of all documents, one after the other; `index` says what the `.idx` file holds.
-`tests/unit/test_preprocessing_dataset.py` compares both with what Megatron's own builder writes.
+The `.bin` file contains the ids of all documents, one after the other; `index` describes the `.idx` file.
+`tests/unit/test_preprocessing_dataset.py` compares both with the files that Megatron's own builder writes.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ MANIFEST_SUFFIX = ".manifest.json"
 
 @dataclass(frozen=True)
 class Written:
-    """How far a dataset has come: enough to continue it."""
+    """How much of a dataset is written: enough to continue it."""
 
     documents: int = 0
     tokens: int = 0
@@ -33,15 +33,15 @@ class Written:
 class DatasetWriter:
     """Writes one dataset to `PREFIX.bin` and `PREFIX.idx`.
 
-    Until `publish`, everything stands under `PREFIX.bin.partial` and two names like it. Memory does not grow with the
-    dataset: lengths go to a file too, and the index is made from it piece by piece.
+    Until `publish`, everything is in `PREFIX.bin.partial` and two files with similar names. Memory does not grow with
+    the dataset: lengths go to a file too, and the index is made from it piece by piece.
     """
 
     def __init__(self, prefix: str, dtype: type[np.number], start: Written | None = None) -> None:
-        """Begin, or continue after `start` what an earlier run left.
+        """Begin, or continue an earlier run's files after `start`.
 
         Raises:
-            UsageError: the files cannot be made, or are not those of `start`.
+            UsageError: the files cannot be created, or do not match `start`.
         """
         self.prefix = prefix
         self._dtype = np.dtype(dtype)
@@ -80,7 +80,7 @@ class DatasetWriter:
         self.tokens += len(tokens) // self._dtype.itemsize
 
     def state(self) -> Written:
-        """How far it has come; what was added is with the operating system afterwards."""
+        """How much is written; afterwards, everything added is with the operating system."""
         self._bin.flush()
         self._lengths.flush()
         return Written(self.documents, self.tokens, self._hash.copy().hexdigest())
@@ -89,7 +89,7 @@ class DatasetWriter:
         """Write the index and force both files to disk, still under their temporary names.
 
         Args:
-            boundaries: as for `index_bytes`, where a document may be several of the sequences that were added.
+            boundaries: as for `index_bytes`, if a document may consist of several of the added sequences.
             documents: their number, with `boundaries`.
 
         Returns:
@@ -114,9 +114,9 @@ class DatasetWriter:
             yield np.frombuffer(chunk, np.int32)
 
     def publish(self, manifest: bytes | None) -> None:
-        """Give the finished files their names, the manifest (where there is one) beside them.
+        """Give the finished files, and the manifest if there is one, their names.
 
-        The index comes last, and no old index ever stands beside a new `.bin`.
+        The index comes last, so that an old index is never beside a new `.bin`.
         """
         partial = Path(self.prefix + ".manifest.partial")
         if manifest is not None:
@@ -133,13 +133,13 @@ class DatasetWriter:
         self.discard()
 
     def close(self) -> None:
-        """Close the temporary files and leave them."""
+        """Close the temporary files, and leave them in place."""
         for file in (self._bin, self._lengths):
-            with contextlib.suppress(OSError):  # what did not fit on a full disk does not fit now either
+            with contextlib.suppress(OSError):  # a disk that was full before is still full
                 file.close()
 
     def discard(self) -> None:
-        """Remove what is left of the temporary files."""
+        """Remove the temporary files that are left."""
         self.close()
         for path in (self._bin_path, self._lengths_path, self._idx_path, Path(self.prefix + ".manifest.partial")):
             path.unlink(missing_ok=True)
