@@ -1,13 +1,13 @@
-"""Every benchmark that this machine allows, one after the other, and their figures in one table.
+"""All benchmarks that this machine can run, one after the other, and their figures in one table.
 
-    make bench                                              # at most 35 minutes: few rounds, what is left out is said
+    make bench                                              # at most 35 minutes: few rounds; says what is left out
     make bench BENCH=--whole                                # all rounds and sizes, two hours and more
     python benchmarks/bench.py --only cpu_training startup
-    python benchmarks/bench.py --preprocess "--corpus novels.jsonl --train-vocab 128000"   # that too, on a corpus
+    python benchmarks/bench.py --preprocess "--corpus novels.jsonl --train-vocab 128000"   # preprocessing too
 
-Each compares its sides in turns within one run; here their medians and spreads are gathered, with the command and the
-machine that each figure comes from: `bench.jsonl` and `bench.md` in `--output`. One that fails, or takes longer than
-its limit, is named at the end; the others go on, and what it had found until then is kept.
+Each benchmark alternates between its contenders within one run. Their medians and spreads are gathered here, with the
+command and the machine of each figure: `bench.jsonl` and `bench.md` in `--output`. A benchmark that fails or exceeds
+its limit is named at the end; its figures so far are kept, and the others still run.
 """
 
 import argparse
@@ -38,13 +38,13 @@ class Benchmark:
 
     script: str
     whole: str = ""
-    """Its flags in a whole run."""
+    """Its flags in a full run."""
 
     quick: str = ""
-    """What is added to them in a quick one."""
+    """Flags added to them in a quick one."""
 
     minutes: float = 4
-    """It is ended after so long in a quick run, and after eight times as long in a whole one."""
+    """Its time limit in a quick run; in a full run it has eight times as long."""
 
     def command(self, whole: bool) -> list[str]:
         """The script and its flags."""
@@ -52,7 +52,7 @@ class Benchmark:
 
 
 def benchmarks(preprocess: str | None) -> Iterator[Benchmark]:
-    """What can be run here; the limits of the quick runs add up to 35 minutes."""
+    """All benchmarks; the limits of their quick runs add up to 35 minutes."""
     yield Benchmark("startup.py", quick="--rounds 3", minutes=3)
     yield Benchmark("meap_overhead.py", quick="--rounds 5", minutes=3)
     yield Benchmark("retrieval_probe.py", minutes=2)
@@ -67,7 +67,7 @@ def benchmarks(preprocess: str | None) -> Iterator[Benchmark]:
 
 
 def main() -> None:
-    """Run them, print and write the table; the exit status is 1 where one failed."""
+    """Run them, print and write the table; the exit status is 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="benchmarks to run, by the names of their files")
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def run(command: list[str], minutes: float, file: Path) -> str | None:
-    """Run a benchmark, its figures appended to a file; why it failed."""
+    """Run a benchmark, which appends its figures to a file; returns why it failed."""
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
         environment = os.environ | {"BENCH_RESULTS": str(file.resolve()), "TMPDIR": scratch}
         process = subprocess.Popen(
@@ -113,7 +113,7 @@ def run(command: list[str], minutes: float, file: Path) -> str | None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End whatever is left of it, first with a word: torchrun then ends its ranks, which are not of this group."""
+    """End what is left of it, politely first: torchrun then ends its ranks, which are in other process groups."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -122,7 +122,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def left_out(chosen: list[Benchmark], preprocess: str | None) -> Iterator[str]:
-    """What a quick run does without."""
+    """What a quick run leaves out."""
     yield from (
         f"shortened by `{each.quick}`: `{shlex.join(each.command(whole=True))}`" for each in chosen if each.quick
     )

@@ -1,16 +1,16 @@
-"""Checkpoints: how long a save holds up the training, in the foreground and in the background; how long a load takes.
+"""Checkpoints: how long a save stalls the training, in the foreground and in the background; how long a load takes.
 
-    python benchmarks/checkpoint.py                  # the quickstart's model, and one whose checkpoint has 1 GB
+    python benchmarks/checkpoint.py                  # the quickstart's model, and one with checkpoints of 1 GB
     python benchmarks/checkpoint.py --sizes small --rounds 2
 
-Every run is `pretrain_gpt_meap.py` on one process, which saves three times with some steps in between, hashes included;
-then it resumes. In turns: saving in the foreground, and with `--async-save`.
+Every run is `pretrain_gpt_meap.py` on one process, which saves three times with some steps in between, with hashes, and
+then resumes. Runs that save in the foreground alternate with runs with `--async-save`.
 
-- stall: what the loop of training waits for a save. The first one in the background starts the process that saves.
-- hashes: what of that the hashes take (in the background the saving process has them)
+- stall: how long the training loop waits for a save. The first one in the background starts the saving process.
+- hashes: the part of that for the hashes (in the background, the saving process computes them)
 - until it counts: from the beginning of a save until the checkpoint is complete and named as the newest
-- load: reading the checkpoint back, its hashes verified
-- steps beside: a step while a save goes on in the background, in the time of one without
+- load: reading the checkpoint back and verifying its hashes
+- steps beside: the time of a step during a save in the background, relative to one without a save
 
 Wall time, medians; memory is the peak of the training process.
 """
@@ -36,7 +36,7 @@ SIZES = {
     "small": "--num-layers 4 --hidden-size 256 --ffn-hidden-size 704 --num-attention-heads 4",
     "1 GB": "--num-layers 8 --hidden-size 768 --ffn-hidden-size 2048 --num-attention-heads 12",
 }
-"""The quickstart's model with 5 million parameters, and one with 69 million, of 14 bytes each."""
+"""The quickstart's model with 5 million parameters, and one with 69 million; each parameter takes 14 bytes."""
 
 FLAGS = (
     "--seq-length 128 --max-position-embeddings 128 --position-embedding-type rope --swiglu --normalization RMSNorm "
@@ -50,7 +50,7 @@ WAYS = {"foreground": [], "background": ["--async-save"]}
 
 
 def main() -> None:
-    """Measure every size in every way, in turns, and print a table for each size."""
+    """Measure every size in every way, alternating, and print a table for each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="(default: both)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each way (default: %(default)s)")
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def measure(size: str, flags: list[str]) -> dict[str, Any]:
-    """What one run that saves and one that resumes from it have told."""
+    """Results of a run that saves and of one that resumes from it."""
     with tempfile.TemporaryDirectory() as folder:
         told = [Path(folder) / name for name in ("saved.json", "loaded.json")]
         command = [sys.executable, __file__, *SIZES[size].split(), *FLAGS.split(), *flags]
@@ -80,7 +80,7 @@ def measure(size: str, flags: list[str]) -> dict[str, Any]:
 
 
 class Watch:
-    """Follows the program: when it saves, steps and loads, and when a save is done."""
+    """Records when the program saves, steps and loads, and when a save is complete."""
 
     def __init__(self) -> None:
         self.began: dict[str, float] = {}
@@ -152,7 +152,7 @@ class Watch:
 
 
 def print_table(size: str, found: dict[str, list[dict[str, Any]]]) -> None:
-    """A line for each way."""
+    """A line for each way to save."""
     from results import record
 
     rounds_of_one = found["foreground"]
@@ -173,7 +173,7 @@ def print_table(size: str, found: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def rank() -> None:
-    """In a started process: the program, watched."""
+    """Run the program under observation, in a process started for it."""
     watched = Watch()
     try:
         watch.pretrain(watched.mark)

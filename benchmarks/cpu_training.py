@@ -5,21 +5,21 @@
     python benchmarks/cpu_training.py --threads 1 --cpu-time          # on a busy machine: see below
 
 Every contender trains the same 15.6M-parameter Llama shape on the same tokens: forward, backward, clipping to norm 1,
-AdamW. Each is a process of its own; they take turns step by step (A B C A B C ...), so that noise hits all alike, and
-a ratio is the median over the rounds of "its time / our time in that round".
+AdamW. Each is a separate process; they alternate step by step (A B C A B C ...), so that noise affects all equally. A
+ratio is the median over the rounds of "its time / our time in that round".
 
-- ours: `pretrain_gpt_meap.py` as it comes: Megatron's `train_step`, schedule and optimizer (fp32 master weights and
-  gradients), with `megatron_meap.backend`'s layers and patches. Next-token prediction, as the others.
+- ours: `pretrain_gpt_meap.py` by default: Megatron's `train_step`, schedule and optimizer (fp32 master weights and
+  gradients), with the layers and patches of `megatron_meap.backend`. Next-token prediction, like the others.
 - hugging face: `LlamaForCausalLM` with SDPA and PyTorch's fused AdamW. In bf16 its weights are bf16 without an fp32
-  master copy, which is its fastest setting, not the one to train with: it does less work than Megatron.
+  master copy, which is its fastest setting, though not one to train with: it does less work than Megatron.
 - hf autocast (with `--autocast`): fp32 weights under bf16 autocast, the setting with master weights like Megatron's.
-- plain: a Llama in plain PyTorch (`plain.py`) with bf16 weights and fused AdamW, as hugging face.
-- with `--compile`, `hf compiled` and `plain compiled`: the same two under `torch.compile` (it needs a C++ compiler, and
-  minutes before the first step). The strongest thing that one would use instead.
+- plain: a Llama in plain PyTorch (`plain.py`) with bf16 weights and fused AdamW, like hugging face.
+- with `--compile`, `hf compiled` and `plain compiled`: the same two under `torch.compile`, the fastest alternative (it
+  needs a C++ compiler, and minutes before the first step).
 - stock: Megatron's own local layers (`transformer_layer_spec` None), as the CPU adaptation alone runs them.
 
 Share of peak: matrix FLOPs of the model (causal attention counted once) over the fastest matrix product measured here.
-`--cpu-time` counts processor time in place of wall time: with one thread that is the time on an otherwise idle machine.
+`--cpu-time` counts processor time instead of wall time: with one thread, it is the time on an otherwise idle machine.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def take_turns(names: list[str], batch: int, length: int, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each step of each contender, one step of each in turn; two steps of each to warm up."""
+    """Seconds of each step of each contender, taking turns step by step, after two steps each to warm up."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
@@ -101,10 +101,10 @@ def take_turns(names: list[str], batch: int, length: int, args: argparse.Namespa
 
 
 def contender(name: str, batch: int, length: int, args: argparse.Namespace, pipe: Connection) -> None:
-    """A process that trains one step whenever it is told to, and answers with the seconds it took."""
+    """A process that trains one step on request, and returns the seconds it took."""
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115
     out = os.dup(2)
-    os.dup2(log.fileno(), 1)  # Megatron talks a lot; what it said matters only if it fails
+    os.dup2(log.fileno(), 1)  # Megatron prints a lot, which matters only if it fails
     os.dup2(log.fileno(), 2)
     os.environ["MEAP_CPU_THREADS"] = str(args.threads)
     torch.set_num_threads(args.threads)
@@ -114,7 +114,7 @@ def contender(name: str, batch: int, length: int, args: argparse.Namespace, pipe
         step = build(name, batch, length, args)
         pipe.send("built")
         while pipe.recv() == "step":
-            time.sleep(0.02)  # the threads of the one before us have stopped spinning
+            time.sleep(0.02)  # until the previous contender's threads have stopped spinning
             start = clock()
             step()
             pipe.send(clock() - start)
@@ -124,11 +124,11 @@ def contender(name: str, batch: int, length: int, args: argparse.Namespace, pipe
         traceback.print_exc()
         log.seek(0)
         os.write(out, log.read()[-3000:].encode())
-        os._exit(1)  # whatever threads are left
+        os._exit(1)  # despite any threads that are left
 
 
 def megatron_step(name: str, batch: int, length: int, args: argparse.Namespace) -> Callable[[], Any]:
-    """Megatron's training step, with this project's layers or with its own."""
+    """Megatron's training step, with this project's layers or with Megatron's."""
     from megatron.core.rerun_state_machine import RerunDataIterator
 
     precision = "--fp32" if args.fp32 else "--bf16"
@@ -183,7 +183,7 @@ def hugging_face(length: int) -> torch.nn.Module:
 
 
 def print_table(batch: int, length: int, times: dict[str, list[float]], peak: float, precision: str) -> None:
-    """One line a contender: milliseconds and tokens a second (medians), share of the peak, and the ratio to ours."""
+    """One line per contender: milliseconds and tokens per second (medians), share of the peak, and ratio to ours."""
     print(f"\n{batch} x {length} tokens, {precision}, {len(times['ours'])} rounds")
     print(f"{'':14}{'ms/step':>9}{'tokens/s':>10}{'of peak':>9}{'ours is':>10}")
     for name, each in times.items():

@@ -1,17 +1,17 @@
-"""Generation and evaluation: a Megatron checkpoint, against what transformers and lm-eval do with it once exported.
+"""Generation and evaluation with a Megatron checkpoint, against transformers and lm-eval with its export.
 
-    python benchmarks/evaluation.py                       # the quickstart's model after 41 steps, made here
+    python benchmarks/evaluation.py                       # the quickstart's model after 41 steps, trained first
     python benchmarks/evaluation.py --load runs/demo/checkpoints --rounds 5
 
 - generation: tokens per second of `megatron_meap.huggingface.generation.Generator` on the checkpoint, greedily, against
-  `generate` of the exported model, which must give the same text, and without its cache of keys and values (whose
-  rounding is another one)
-- evaluation, whole processes: `tools/evaluate.py`, against lm-eval's own command with its `hf` model on the same
-  directories, task files and samples; both must find the same. Two retrieval tasks; a grid of needles, whose prompts
-  have much of their text in common; `--suite quick` of two models (the same one under two names, which makes no
-  difference to the time), for which lm-eval's command runs twice
+  `generate` of the exported model, which must give the same text, and against the same without a cache of keys and
+  values (which rounds differently)
+- evaluation, as whole processes: `tools/evaluate.py`, against lm-eval's own command with its `hf` model on the same
+  directories, task files and samples; both must give the same results. Two retrieval tasks; a grid of needles, whose
+  prompts share most of their text; `--suite quick` of two models (really one under two names, which takes the same
+  time), for which lm-eval's command runs twice
 
-The sides take turns; processor time, medians. One thread, as the others share a machine.
+The sides alternate. Figures are medians of processor time, with one thread.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def trained(folder: Path) -> Path:
 
 
 def compare(what: str, sides: dict[str, Callable[[], tuple[float, Any]]], rounds: int, warm_up: bool = False) -> None:
-    """Run the sides in turns, perhaps after a round that warms up; print and record ratios to the first one's time."""
+    """Run the sides in turns, after a warm-up round if asked; print and record ratios to the first side's time."""
     found: dict[str, list[tuple[float, Any]]] = {name: [] for name in sides}
     for _ in range(rounds + warm_up):
         for name, run in sides.items():
@@ -131,7 +131,7 @@ def generating(checkpoints: Path, directory: Path, tokens: int) -> dict[str, Cal
 def evaluating(
     directory: Path, models: int, context: int, flags: list[str], folder: Path
 ) -> dict[str, Callable[[], tuple[float, Any]]]:
-    """Ways to evaluate a model so many times; each returns its seconds and all values of every task and model."""
+    """Ways to evaluate a model that many times; each returns its seconds and all values of every task and model."""
     from megatron_meap.evaluation.suites import TASKS
 
     def ours() -> tuple[float, Any]:
@@ -157,7 +157,7 @@ def evaluating(
 
 
 def samples_of(flags: list[str], context: int) -> tuple[list[str], dict[str, Any]]:
-    """The tasks that `tools/evaluate.py` runs with these flags, and their settings as lm-eval's metadata."""
+    """The tasks that `tools/evaluate.py` runs with these flags, with their settings as lm-eval's metadata."""
     from megatron_meap.commands import evaluate
     from megatron_meap.evaluation.suites import make_plan
 
@@ -170,7 +170,7 @@ def samples_of(flags: list[str], context: int) -> tuple[list[str], dict[str, Any
 
 
 def found_in(folder: Path) -> dict[str, dict[str, float]]:
-    """The values of every task, as lm-eval has written them; standard errors are drawn at random."""
+    """The values of every task as lm-eval wrote them, without standard errors, which are random."""
     [file] = folder.rglob("results*.json")
     return {
         task: {
@@ -183,7 +183,7 @@ def found_in(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def processor_seconds(command: list[str]) -> float:
-    """What a Python program takes, all its processes."""
+    """Processor seconds of a Python program with all its processes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, *command], cwd=HERE.parent, capture_output=True, text=True)
     if done.returncode:

@@ -5,12 +5,12 @@
     python benchmarks/gpu.py --sizes 1.1b --contenders te te-fp8 te-plain-loss
     MEAP_DEVICE=cpu python benchmarks/gpu.py --sizes tiny --rounds 2     # exercises this code on a CPU
 
-For each size: tokens/s, TFLOP/s (model FLOPs, as Megatron counts them), MFU, that is TFLOP/s as a share of the fastest
-bf16 matrix product measured here in the same run, not of a data sheet, and the peak of allocated memory. Each contender
-is a process of its own, which trains both objectives in turn on one model, alone on the GPU: the others wait with their
-imports done. The turns are rounds of a few steps; a ratio of objectives is the median over the rounds of the ratio
-within a round. A step has four micro batches, as large as the recipe's. Targets for 1.1b in bf16 on an H200: at least
-55% of the measured peak with Transformer Engine, at least 45% with SDPA.
+For each size: tokens/s, TFLOP/s (model FLOPs, as counted by Megatron), MFU (TFLOP/s as a share of the fastest bf16
+matrix product measured in the same run, not of a data sheet), and the peak of allocated memory. Each contender is a
+separate process, which trains both objectives in turn on one model, alone on the GPU: the others wait with their
+imports done. A turn is a round of a few steps; a ratio of objectives is the median over the rounds of the ratio
+within a round. A step has four micro batches, each as large as the recipe's. Targets for 1.1b in bf16 on an H200: at
+least 55% of the measured peak with Transformer Engine, at least 45% with SDPA.
 """
 
 import argparse
@@ -45,7 +45,7 @@ SIZES = {
     "1.1b": (24, 2048, 32, 5632, 4, 4096),
     "tiny": (2, 128, 2, 256, 2, 256),
 }
-#             in bf16; the loss is fused, as in the recipes, where nothing else is said
+#             in bf16; the loss is fused, as in the recipes, unless stated otherwise
 CONTENDERS = {
     "te": "--transformer-impl transformer_engine --cross-entropy-loss-fusion",
     "te-fp8": "--transformer-impl transformer_engine --cross-entropy-loss-fusion --fp8-format hybrid",
@@ -91,17 +91,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def on_cpu() -> bool:
-    """Whether this run only exercises the code."""
+    """Whether this run only exercises the code, on a CPU."""
     return os.environ.get("MEAP_DEVICE") == "cpu" or not torch.cuda.is_available()
 
 
 def device_name() -> str:
-    """Of what is measured."""
+    """The name of the device measured."""
     return "CPU" if on_cpu() else torch.cuda.get_device_name()
 
 
 def has_transformer_engine() -> bool:
-    """Whether it is installed, and a GPU to use it."""
+    """Whether it is installed, and there is a GPU for it."""
     return not on_cpu() and importlib.util.find_spec("transformer_engine") is not None
 
 
@@ -117,7 +117,7 @@ def synchronize() -> None:
 
 
 def in_a_process(function: Any) -> Any:
-    """Call it in a process of its own, whose GPU memory is gone afterwards."""
+    """Call it in a separate process, so that its GPU memory is released afterwards."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function).result()
 
@@ -141,16 +141,16 @@ def command_line(size: str, contender: str, micro_batch: int | None) -> list[str
 
 @dataclass
 class Measured:
-    """What a contender found."""
+    """Results of a contender."""
 
     seconds: dict[str, list[float]]
-    """Of a step in every round, by objective."""
+    """Seconds of a step in every round, by objective."""
     flops: float
     """Of a step."""
     tokens: int
     """Of a step."""
     memory: int
-    """Bytes that were allocated at most."""
+    """Peak of allocated bytes."""
 
 
 class ContenderError(Exception):
@@ -169,7 +169,7 @@ class Contender:
         theirs.close()  # so that its end is noticed
 
     def measure(self, rounds: int, steps: int) -> Measured | None:
-        """Have it build its model and train both objectives in turn, and end it; None, and a word, where it fails."""
+        """Have it build its model, train both objectives in turn, and exit; None, with a message, if it fails."""
         try:
             flops, tokens = self.ask("build", 0)
             seconds: dict[str, list[float]] = {objective: [] for objective in OBJECTIVES}
@@ -199,7 +199,7 @@ class Contender:
 
 
 def contend(pipe: Connection, flags: list[str]) -> None:
-    """Import Megatron, build the trainer when told to; then do steps of the objective asked for, and say their time."""
+    """Import Megatron and build the trainer on request; then train steps of the objective asked for, and time them."""
     try:
         from trainer import Trainer, import_megatron
 
@@ -232,7 +232,7 @@ def contend(pipe: Connection, flags: list[str]) -> None:
 
 
 def random_batches(args: argparse.Namespace, ratio: float) -> Iterator[dict[str, torch.Tensor]]:
-    """Random tokens in the form of Megatron's data loader, a share of the inputs masked; pinned, made beforehand."""
+    """Random tokens in the form of Megatron's data loader, a share of the inputs masked; pinned, created beforehand."""
     shape = args.micro_batch_size, args.seq_length
     generator = torch.Generator().manual_seed(0)
     positions = torch.arange(shape[1]).repeat(shape[0], 1)

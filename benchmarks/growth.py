@@ -3,16 +3,16 @@
     python benchmarks/growth.py --picture docs/growth.png      # a quarter of an hour on two quiet cores
     python benchmarks/growth.py --only length corpus
 
-The model is that of the speed figures (15.6M parameters), in bf16. Each point is a run of its own:
+The model is that of the speed figures (15.6M parameters), in bf16. Each point is a separate run:
 
 - length: a step of 8,192 tokens, in sequences of 128 to 8,192
 - vocabulary: a step of 2,048 tokens, with 8,064 to 128,064 rows in the embedding and in the output layer
 - processes: a step of 4,096 tokens on 1 to 4 processes, split by data (DP), tensors (TP) or layers (PP)
-- corpus: preprocessing, whole, of text made of this Python's own (`tools/build_corpus.py`), with two workers
+- corpus: preprocessing of text gathered from this Python installation (`tools/build_corpus.py`), with two workers
 
-Processor time, of all processes together, the median of the steps; memory at its peak, of the largest process of a
-training and of all processes of preprocessing. One thread a process: what several cores gain in wall time depends on
-the machine, and is not measured.
+Processor time is that of all processes together, the median of the steps. Memory is the peak: of the largest process in
+training, of all processes together in preprocessing. Each process has one thread: how much wall time several cores save
+depends on the machine, and is not measured.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def points(what: str, steps: int) -> Iterator[tuple[str, float, float]]:
 
 
 def run(point: dict[str, Any], processes: int = 1) -> tuple[float, float]:
-    """A training of its own: seconds of a step, of all processes together, and MB of the largest one."""
+    """A separate training run: seconds of a step, of all processes together, and MB of the largest one."""
     command = [sys.executable, __file__, "--point", json.dumps(point)]
     if processes > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -146,12 +146,10 @@ def tool(name: str, *flags: str) -> None:
 
 def draw(found: dict[str, list[tuple[str, float, float]]], path: Path) -> None:
     """Time above, memory below, for everything that was measured."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, len(found), figsize=(3.6 * len(found) + 0.4, 5.6), squeeze=False)
+    figure = Figure(figsize=(3.6 * len(found) + 0.4, 5.6))
+    axes = figure.subplots(2, len(found), squeeze=False)
     for column, (what, each) in enumerate(found.items()):
         names = [name for name, _, _ in each]
         for row, unit in enumerate(("processor time, s", "memory, MB")):

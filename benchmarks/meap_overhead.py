@@ -1,24 +1,24 @@
-"""What MEAP costs: the training step and the data pipeline, with masking against without, in one run.
+"""The cost of MEAP: the training step and the data pipeline, with and without masking, in one run.
 
     python benchmarks/meap_overhead.py                  # about two minutes on two cores
     python benchmarks/meap_overhead.py --rounds 15 --samples 2048
 
 Training step: one model (15.6M parameters) alternates between a MEAP step (`--meap-mask-ratio 0.15`: masked inputs, the
-loss reported for masked and for clean inputs) and a next-token step. The samples of both are read beforehand: reading
-them is the other figure. Target: at most 1.01 of the next-token step.
+loss reported for masked and for clean inputs) and a next-token step. The samples of both are read beforehand, because
+reading them is measured separately. Target: at most 1.01 of the next-token step.
 
 Log: what this project adds to Megatron's line of a step (speed, time left, norms of the embedding), the search for
-spikes and a heartbeat, as if all were written after every step, against the step. Target: at most 0.005 of it.
+spikes and a heartbeat, all as if written after every step, relative to the step. Target: at most 0.005 of it.
 
 Data pipeline: Megatron's own `GPTDataset` over a corpus of random tokens, and this project's, which masks, through the
-same DataLoader in batches of 8, at the paper's 4,096 tokens. Target: at least 0.97 of the samples per second. They are
-read with `--workers` processes, as Megatron reads them; with 0, where nothing hides, the masks are most visible.
+same DataLoader in batches of 8, at the paper's 4,096 tokens. Target: at least 0.97 of the samples per second. As in
+Megatron, `--workers` processes read them; with 0, nothing runs in parallel and the cost of masking shows most.
 
-Objectives: what noising one sample of 4,096 tokens costs under each, in this process; with copies, of a noised copy.
-Target: at most 40 us.
+Objectives: the time to noise one sample of 4,096 tokens under each objective, in this process (with copies: one noised
+copy). Target: at most 40 us.
 
-The two sides take turns; a figure is the median over the rounds of the ratio within a round. Processor time of this
-process is counted, so that other jobs on the machine do not blur what is compared; with workers it is wall time.
+The two sides alternate; a figure is the median over the rounds of the ratio within a round. Processor time of this
+process is counted, so that other jobs on the machine do not affect the comparison; with workers it is wall time.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def stock(dataset: Any) -> Any:
 
 
 def objectives(folder: Path, rounds: int) -> Iterator[tuple[str, float]]:
-    """Objectives that noise anything, and processor seconds of noising a sample: the median over the rounds."""
+    """Processor seconds to noise a sample, the median over the rounds, for each objective that noises anything."""
     from megatron_meap.meap.dataset import MaskedInputDataset
     from megatron_meap.meap.objectives import OBJECTIVES
     from megatron_meap.meap.settings import MaskSettings
@@ -177,7 +177,7 @@ def step(trainer: Trainer, dataset: Any, ratio: float) -> Callable[[], Any]:
 
 
 def log_of_a_step(trainer: Trainer, folder: Path) -> Callable[[], Any]:
-    """What is done for the log after one step, and a heartbeat that is written (which happens every ten seconds)."""
+    """The work for the log after one step, with a heartbeat (in training, there is one every ten seconds)."""
     from megatron_meap.backend.megatron_patches import Step
     from megatron_meap.cluster.run_files import Heartbeat
     from megatron_meap.trainer.log_line import LogLine
@@ -203,7 +203,7 @@ def reading(dataset: Any, samples: int, workers: int) -> Callable[[], Any]:
 
 
 def compare(without: Callable, masked: Callable, rounds: int, clock: Callable) -> list[tuple[float, float]]:
-    """Seconds (without, with masking) of each round, the two taking turns and changing places; two rounds warm up."""
+    """Seconds (without, with masking) of each round, in alternating order, after two rounds to warm up."""
     times = []
     for turn in range(rounds + 2):
         sides = [(0, without), (1, masked)]

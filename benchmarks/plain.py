@@ -1,4 +1,4 @@
-"""What one would use instead: a Llama of our shape in plain PyTorch, short enough to read, for `torch.compile`."""
+"""The alternative: a Llama of the same shape in plain PyTorch, short enough to read, for `torch.compile`."""
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Plain(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and SwiGLU, each behind a norm."""
+    """Attention and SwiGLU, each after a norm."""
 
     def __init__(self) -> None:
         super().__init__()

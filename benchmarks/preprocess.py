@@ -3,14 +3,14 @@
     python benchmarks/preprocess.py --megatron ../Megatron-LM --corpus novels.jsonl \\
         --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model
 
-With --train-vocab N in place of the tokenizer's flags, one of Llama 3's type is trained on the corpus (byte-level BPE
-behind Llama 3's regular expression, N tokens or as many as the corpus carries). --megatron-main names a checkout of
-Megatron-LM's main branch, whose tools/preprocess_data_fast.py then runs too (Hugging Face tokenizers only).
+With --train-vocab N instead of the tokenizer's flags, a tokenizer of Llama 3's type is trained on the corpus
+(byte-level BPE with Llama 3's regular expression; N tokens, or as many as the corpus allows). --megatron-main names a
+checkout of Megatron-LM's main branch, to run its tools/preprocess_data_fast.py too (Hugging Face tokenizers only).
 
-The corpus is enlarged to --megabytes by shuffling the paragraphs of its documents. The tools run as a user runs them,
-in turn; their `.bin` and `.idx` must be byte-identical. Where a machine has other work, processor time tells more. The
-last number is the ceiling: gigatoken's own encoding of the same file, all cores, nothing written. Exit status 1:
-different bytes, or a ratio below --at-least.
+The corpus is enlarged to --megabytes by shuffling the paragraphs of its documents. The tools run as a user would run
+them, alternating; their `.bin` and `.idx` must be byte-identical. If the machine has other work, processor time is more
+reliable. The last number is the ceiling: gigatoken's own encoding of the same file on all cores, with nothing written.
+Exit status 1: the bytes differ, or a ratio is below --at-least.
 """
 
 import argparse
@@ -51,12 +51,12 @@ _LLAMA3 = (
 
 @dataclass
 class Tool:
-    """A program that makes a dataset, and what its runs took."""
+    """A program that creates a dataset, and what its runs took."""
 
     script: Path
     flags: list[str]
     checkout: Path | None = None
-    """Whose Megatron it needs, rather than the one that is installed."""
+    """The checkout of Megatron it needs, if not the installed one."""
 
     seconds: list[float] = field(default_factory=list)
     processor_seconds: list[float] = field(default_factory=list)
@@ -173,7 +173,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def train_llama3(corpus: str, folder: Path, size: int) -> int:
-    """Train a tokenizer of Llama 3's type into a folder; returns the number of tokens that it came to."""
+    """Train a tokenizer of Llama 3's type into a folder; returns its number of tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
@@ -196,7 +196,7 @@ def train_llama3(corpus: str, folder: Path, size: int) -> int:
 
 
 def enlarge(source: str, target: Path, size: int) -> int:
-    """Write `size` bytes of documents made of the source's paragraphs in another order; returns their number."""
+    """Write `size` bytes of documents from the source's paragraphs in another order; returns how many documents."""
     with open(source, encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
     generator, written, documents = random.Random(0), 0, 0
@@ -220,12 +220,12 @@ def memory_of_tree(pid: int) -> float:
             with open(f"/proc/{pid}/task/{task}/children") as file:
                 total += sum(memory_of_tree(int(child)) for child in file.read().split())
     except (OSError, StopIteration):
-        pass  # it ended meanwhile
+        pass  # it has ended in the meantime
     return total
 
 
 def gigatokens_seconds(args: argparse.Namespace, corpus: Path) -> tuple[float, float]:
-    """Seconds and processor seconds that gigatoken takes to encode the file, its loading aside."""
+    """Seconds and processor seconds that gigatoken takes to encode the file, without loading."""
     command = [sys.executable, "-c", _CEILING, args.tokenizer_type, str(args.tokenizer_model), str(corpus)]
     taken, used = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return float(taken), float(used)

@@ -1,7 +1,7 @@
-"""Everything that waits for a GPU, in one command of at most half an hour; run by tools/prove_gpu.sh.
+"""Everything to be proven on a GPU, in one command of at most half an hour; run by tools/prove_gpu.sh.
 
-Each step is a process with a limit of time. After every step `report.json` and `report.md` are written anew, so that
-what was cut short still tells. Without a GPU nothing is run, unless `MEAP_DEVICE=cpu` asks for the steps on the
+Each step is a process with a time limit. `report.json` and `report.md` are rewritten after every step, so that an
+interrupted run leaves a report too. Without a GPU nothing is run, unless `MEAP_DEVICE=cpu` asks for the steps on the
 processor with a tiny model, which exercises this program and measures nothing.
 """
 
@@ -70,7 +70,7 @@ runpy.run_path("pretrain_gpt_meap.py", run_name="__main__")
 
 @dataclass
 class Step:
-    """One process, and what became of it."""
+    """One process and its outcome."""
 
     name: str
     command: list[str]
@@ -82,7 +82,7 @@ class Step:
 
 
 def steps(device: str, work: Path) -> Iterator[Step]:
-    """All steps in the order of what one wants to know first.
+    """All steps, the most important first.
 
     Args:
         device: `cuda`, or `cpu` to exercise this program.
@@ -113,7 +113,7 @@ def steps(device: str, work: Path) -> Iterator[Step]:
 
 
 def run(step: Step, environment: dict[str, str]) -> None:
-    """Run it within its limit, and note its status and the end of what it said."""
+    """Run it within its limit, and record its status and the end of its output."""
     start = time.monotonic()
     try:
         done = subprocess.run(
@@ -145,7 +145,7 @@ def write(report: Path, results: list[Step], device: str) -> None:
 
 
 def main() -> None:
-    """Run all steps, as far as the time goes."""
+    """Run all steps, as far as the time allows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", type=Path, default=Path("runs/gpu"), help="folder (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=30, help="for all steps (default: %(default)s)")

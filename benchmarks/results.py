@@ -1,4 +1,4 @@
-"""What a benchmark found, for `make bench`: medians with their spread, and the machine that they come from."""
+"""Figures of benchmarks, for `make bench`: medians with their spread, and the machine they come from."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def record(what: str, values: list[float], unit: str) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Where and when a figure is measured."""
+    """Where and when a figure was measured."""
     with open("/proc/cpuinfo") as lines:
         names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
     units = [name for name, there in (("AVX512_BF16", torch.cpu._is_avx512_bf16_supported()),

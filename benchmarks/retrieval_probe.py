@@ -1,10 +1,10 @@
-"""What the retrieval probe costs: a probe against a training step of the quickstart's model, in one run.
+"""The cost of the retrieval probe: a probe against a training step of the quickstart's model, in one run.
 
     python benchmarks/retrieval_probe.py                  # about a minute on two cores
 
-The model is that of examples/quickstart (5 million parameters, 16 x 256 tokens a step). Step and probe take turns; the
-share is the probe's time against that of an interval's steps, as the log of a training run reports it. Processor time
-of this process is counted, so that other jobs on the machine do not blur it. Target: below 1% at an interval of 100.
+The model is that of examples/quickstart (5 million parameters, 16 x 256 tokens a step). Steps and probes alternate; the
+share is the probe's time relative to that of an interval's steps, as in the log of a training run. Processor time of
+this process is counted, so that other jobs on the machine do not affect it. Target: below 1% at an interval of 100.
 """
 
 import argparse

@@ -1,20 +1,20 @@
-"""Start: from the command to the end of the first training step, and what the time in between went into.
+"""Start: from the command to the end of the first training step, and how the time in between was spent.
 
     python benchmarks/startup.py                           # one and two processes
-    python benchmarks/startup.py --against CHECKOUT        # beside another version of this project, taking turns
+    python benchmarks/startup.py --against CHECKOUT        # compared with another version of this project
 
-A small model (that of the quickstart) on this machine's own Python as text, with a SentencePiece tokenizer. Each
-start is a command of its own, alone or under torchrun; the parts are those of rank 0:
+A small model (that of the quickstart), trained on text from this Python installation with a SentencePiece tokenizer.
+Each start is a separate command, alone or under torchrun; the parts are those of rank 0:
 
 - launch: from the command to the first line of the script (torchrun imports PyTorch before it starts the ranks)
 - imports: PyTorch, Megatron and this project
-- flags, tokenizer: parsing, checks by our rules and Megatron's; building the tokenizer, finding its mask token
+- flags, tokenizer: parsing, this project's checks and Megatron's; building the tokenizer, finding its mask token
 - checks: the data's indices and digests, the record of the run, the meeting of the ranks
 - Megatron: its process groups and random states; model: with its optimizer; data: indices of samples and loaders
 - first step: forward, backward, optimizer
 
-Wall time says what one waits for; processor time, of rank 0 for the parts and of all processes for the whole, is what
-does not depend on other work on the machine. Medians over the rounds; a ratio is that of a round's pair.
+Wall time is how long one waits. Processor time (of rank 0 for the parts, of all processes for the whole) does not
+depend on other work on the machine. Figures are medians over the rounds, of the ratio within a round for ratios.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def make_data(folder: Path) -> list[str]:
-    """A corpus and a tokenizer of this machine's own Python, made by the tools; returns the flags that name them."""
+    """Make a corpus from this Python installation and a tokenizer, with the tools; returns the flags that name them."""
     texts, tokenizer = folder / "text.jsonl", folder / "tokenizer.model"
     commands = (
         ["build_corpus.py", "--train", texts, "--valid", folder / "valid.jsonl", "--max-mb", "4"],
@@ -89,7 +89,7 @@ def start(checkout: Path, processes: int, data: list[str], parts: Path) -> dict[
     environment = os.environ | {
         "PYTHONPATH": str(checkout),
         "MEAP_DEVICE": "cpu",
-        "MEAP_CPU_THREADS": "1",  # threads that wait for each other burn time where other work is running
+        "MEAP_CPU_THREADS": "1",  # threads that wait for each other burn time if other work is running
         "START_PARTS": str(parts),
         "START_AT": str(time.time()),
     }
@@ -103,7 +103,7 @@ def start(checkout: Path, processes: int, data: list[str], parts: Path) -> dict[
 
 
 def print_table(processes: int, found: list[list[dict[str, Any]]], names: list[str]) -> None:
-    """A line for each part, and for all of them together."""
+    """A line for each part, and one for the whole."""
     print(
         f"\n{processes} process{'es under torchrun' if processes > 1 else ''}, {len(found[0])} rounds; seconds, medians"
     )
@@ -123,7 +123,7 @@ def print_table(processes: int, found: list[list[dict[str, Any]]], names: list[s
 
 
 def _record(processes: int, names: list[str], found: list[list[dict[str, Any]]]) -> None:
-    from results import record  # it imports PyTorch, which a rank shall do by itself
+    from results import record  # it imports PyTorch, which each rank is to do itself
 
     kind = "1 process" if processes == 1 else f"{processes} processes under torchrun"
     for name, rounds in zip(names, found, strict=True):
@@ -139,14 +139,14 @@ def _median(rounds: list[dict[str, Any]]) -> float:
 
 
 class Watch:
-    """Follows the program: what it calls ends one part and begins the next."""
+    """Follows the program: certain calls end one part and begin the next."""
 
     def __init__(self) -> None:
         self.parts = {part: [0.0, 0.0] for part in PARTS}
         self.last = [float(os.environ["START_AT"]), 0.0]
 
     def ended(self, part: str | None) -> None:
-        """All since the last call was this part."""
+        """The time since the last call belongs to this part."""
         if part is None:
             return
         now = [time.time(), time.process_time()]
@@ -158,7 +158,7 @@ class Watch:
             Path(os.environ["START_PARTS"]).write_text(json.dumps(self.parts | {"until then": total}))
 
     def mark(self, run: Any) -> None:
-        """The functions, each with the part that ends before it and the one that it is."""
+        """The functions, each with the part that ends before it and the part that it is."""
         from megatron.training import training
 
         from megatron_meap.trainer import arguments
@@ -176,7 +176,7 @@ class Watch:
 
 
 def rank() -> None:
-    """In a started process: the program, watched."""
+    """Run the program under observation, in a process started for it."""
     watched = Watch()
     watched.ended("launch")
     watch.pretrain(watched.mark)

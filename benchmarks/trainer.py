@@ -1,4 +1,4 @@
-"""Megatron's trainer one step at a time, for the benchmarks: its own `train_step`, schedule, optimizer and clipping."""
+"""Megatron's trainer step by step, for the benchmarks: its own `train_step`, schedule, optimizer and clipping."""
 
 import importlib
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 SHAPE = {"layers": 6, "hidden": 384, "heads": 6, "groups": 2, "ffn": 1024, "vocabulary": 8064}
-"""The 15.6M-parameter Llama-style model that the speed figures are about."""
+"""The 15.6M-parameter Llama-style model of the speed figures."""
 
 
 def flags(batch: int, length: int, *more: str) -> list[str]:
@@ -93,7 +93,7 @@ class Trainer:
 
 
 def import_megatron() -> Any:
-    """Megatron as this machine can use it, with all that training imports; returns `backend.device`."""
+    """Megatron, adapted to this machine, with everything that training imports; returns `backend.device`."""
     from megatron_meap.backend import device
 
     device.prepare()

@@ -1,4 +1,4 @@
-"""`pretrain_gpt_meap.py` as it is, with marks around functions of Megatron's and ours that a benchmark is about."""
+"""`pretrain_gpt_meap.py` unchanged, with marks around the functions of Megatron and of ours that are measured."""
 
 import functools
 import importlib.abc
@@ -43,7 +43,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def around(owner: Any, name: str, before: Callable[[], object], after: Callable[[], object]) -> None:
-    """Have one function called before, another one after each call of a function."""
+    """Have one function called before each call of a function, and another one after it."""
     function = getattr(owner, name)
 
     @functools.wraps(function)
@@ -62,5 +62,5 @@ def is_first_rank() -> bool:
 
 
 def peak_memory() -> float:
-    """MB that this process has held at most."""
+    """Peak memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,7 +1,7 @@
 """Draw docs/architecture.md from the code: the rooms and their imports, and the walk of one sample through a real step.
 
 python tools/draw_architecture.py            writes docs/architecture.md
-python tools/draw_architecture.py --check    says whether it is up to date, and writes nothing
+python tools/draw_architecture.py --check    reports whether it is up to date, and writes nothing
 """
 
 import argparse
@@ -23,7 +23,7 @@ BEGIN, END = "<!-- drawn: {} -->", "<!-- end -->"
 
 
 def rooms() -> dict[str, set[str]]:
-    """The rooms of the package (folders, and modules beside them), and the rooms that each imports, lazily too."""
+    """The rooms of the package (folders and top-level modules), and the rooms that each imports, also lazily."""
     names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     names -= {"__init__", "__pycache__"}
     arrows: dict[str, set[str]] = {name: set() for name in names}
@@ -37,7 +37,7 @@ def rooms() -> dict[str, set[str]]:
 
 
 def levels(arrows: dict[str, set[str]]) -> dict[str, int]:
-    """Level of every room: one above the highest that it imports."""
+    """Level of every room: one above the highest room that it imports."""
     found: dict[str, int] = {}
     while len(found) < len(arrows):
         ready = {room for room, others in arrows.items() if room not in found and others <= found.keys()}
@@ -48,7 +48,7 @@ def levels(arrows: dict[str, set[str]]) -> dict[str, int]:
 
 
 def picture(arrows: dict[str, set[str]]) -> str:
-    """The rooms as a Mermaid graph, highest first, without the arrows that follow from others."""
+    """The rooms as a Mermaid graph, highest first, without arrows that are implied by others."""
 
     def reached(room: str) -> set[str]:
         return arrows[room].union(*(reached(other) for other in arrows[room])) if arrows[room] else set()
@@ -62,7 +62,7 @@ def picture(arrows: dict[str, set[str]]) -> str:
 
 
 def table(arrows: dict[str, set[str]]) -> str:
-    """What every room is for, by its own docstring."""
+    """The purpose of every room, from its docstring."""
     order = levels(arrows)
     lines = ["| level | room | what for |", "|---|---|---|"]
     for room in sorted(arrows, key=lambda name: (-order[name], name)):
@@ -74,7 +74,7 @@ def table(arrows: dict[str, set[str]]) -> str:
 
 
 def walk() -> str:
-    """The functions of this project in the order in which one training step on a tiny model first calls them."""
+    """The functions of this project in the order of their first calls, in one training step of a tiny model."""
     seen: dict[str, tuple[int, str]] = {}
     stack: list[str] = []
 

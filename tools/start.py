@@ -1,11 +1,11 @@
-"""Starts a command of megatron_meap/commands; the tools beside this file differ in nothing but its name."""
+"""Starts a command of megatron_meap/commands; the tools in this folder differ only in its name."""
 
 import importlib
 import sys
 
 
 def run(name: str) -> None:
-    """Run a command; one line where this Python has none of this project's packages."""
+    """Run a command; print one line if this Python does not have this project's packages."""
     try:
         from megatron_meap import errors
     except ModuleNotFoundError:

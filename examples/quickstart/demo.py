@@ -1,8 +1,8 @@
-"""The quickstart: from text to a small MEAP-pretrained model on this machine, with the tools a real run uses.
+"""The quickstart: from text to a small MEAP-pretrained model on this machine, with the tools of a real run.
 
     make demo        (or: python examples/quickstart/demo.py)
 
-Corpus, tokenizer, preprocessing, training, a validation perplexity, a generated sample and a picture, all below
+Corpus, tokenizer, preprocessing, training, a validation perplexity, generated samples and a picture, all in
 `runs/demo`. Every step is a command that is printed first. Ctrl-C stops it; the next `make demo` resumes.
 """
 
@@ -27,7 +27,7 @@ VOCABULARY = 4096
 
 
 def main() -> None:
-    """Do what is not yet done, then sum up."""
+    """Do what is not done yet, then print a summary."""
     parser = Parser(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)")
     parser.add_argument("--train-iters", type=int, default=320, help="optimiser steps (default: %(default)s)")
@@ -63,7 +63,7 @@ def prepare_data(folder: Path, megabytes: float) -> None:
 
 
 def train(folder: Path, iterations: int) -> None:
-    """Train under torchrun, unless that is done; Megatron's log goes to a file, its progress to the terminal."""
+    """Train under torchrun, unless that is done; Megatron's log goes to a file, the progress to the terminal."""
     checkpoints, log = folder / "checkpoints", folder / "train.log"
     reached = latest.pointer(checkpoints)
     if reached is not None and int(reached) >= iterations:
@@ -84,9 +84,9 @@ def train(folder: Path, iterations: int) -> None:
 
 
 def show_progress(training: subprocess.Popen, log: Path, start: int, history: History) -> bool:
-    """Show the progress until the training has ended; True where Ctrl-C ended it."""
+    """Show the progress until the training has ended; True if Ctrl-C ended it."""
     interrupts = []
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # torchrun gets it from the terminal
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # the terminal sends it to torchrun too
 
     def ended() -> Iterator[bool]:
         while True:
@@ -116,7 +116,7 @@ def generate(folder: Path) -> None:
 
 
 def summarise(folder: Path, iterations: int, seconds: float) -> None:
-    """Say what was made, where it is, how good it is and how to continue."""
+    """Print what was made, where it is, how good it is and how to continue."""
     history = read_log(folder / "train.log")
     unigram = unigram_entropy(str(folder / "train_text_document"))
     picture = folder / "losses.png"

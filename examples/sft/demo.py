@@ -1,11 +1,11 @@
-"""Fine-tune a tiny model to answer from documents, with and without masks, and see where it finds the answers.
+"""Fine-tune a tiny model to answer from documents, with and without masks, and show where it finds the answers.
 
     python examples/sft/demo.py
 
-On a CPU, in minutes, nothing downloaded: people are made up, a tokenizer and a model are trained on descriptions of
-them, and from there the model is fine-tuned on questions twice: next-token prediction on as many rows as MEAP has
-(`ntp`), and MEAP (`meap`). tools/evaluate.py asks both questions over four documents and draws their accuracy by the
-place of the answer. Everything goes below `runs/sft`; steps that are done are not repeated.
+On a CPU, in minutes, with nothing downloaded: a tokenizer and a model are trained on descriptions of invented people,
+and the model is then fine-tuned on questions twice: with next-token prediction on as many rows as MEAP has (`ntp`), and
+with MEAP (`meap`). tools/evaluate.py asks both models questions over four documents, and draws their accuracy by the
+place of the answer. Everything is written to `runs/sft`; steps that are done are not repeated.
 """
 
 import os
@@ -39,7 +39,7 @@ TRAINING = shlex.split("""
 
 
 def main() -> None:
-    """Do what is not yet done, then evaluate."""
+    """Do what is not done yet, then evaluate."""
     parser = Parser(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/sft"), help="folder of the run (default: %(default)s)")
     parser.add_argument("--pretrain-iters", type=int, default=1500, help="steps of pretraining (default: %(default)s)")
@@ -71,7 +71,7 @@ def prepare_data(folder: Path, questions: int) -> list[str]:
 
 
 def pretrain(folder: Path, tokenizer: list[str], iterations: int) -> Path:
-    """The model that both variants start from."""
+    """Train the model that both variants start from."""
     data = ["--data-path", f"{folder}/texts_text_document", "--split", "100,0,0", "--meap-mask-ratio", "0"]
     rates = ["--lr", "4e-3", "--min-lr", "4e-4", "--lr-warmup-iters", "50"]
     short = shlex.split("--seq-length 256 --micro-batch-size 16 --global-batch-size 16")  # copying is learned sooner
@@ -79,7 +79,7 @@ def pretrain(folder: Path, tokenizer: list[str], iterations: int) -> Path:
 
 
 def finetune(folder: Path, tokenizer: list[str], pretrained: Path, name: str, iterations: int) -> Path:
-    """One variant; answers of more than 5 tokens get masked copies, because here they are short."""
+    """Fine-tune one variant; answers of more than 5 tokens get masked copies, because answers are short here."""
     sft = ["--meap-sft", "--meap-sft-template", "vicuna", "--meap-sft-threshold", "5", *VARIANTS[name]]
     data = ["--train-data-path", f"{folder}/train.jsonl", "--pretrained-checkpoint", str(pretrained)]
     rates = ["--lr", "2e-3", "--min-lr", "2e-5", "--lr-warmup-iters", "20"]
@@ -87,7 +87,7 @@ def finetune(folder: Path, tokenizer: list[str], pretrained: Path, name: str, it
 
 
 def train(checkpoints: Path, flags: list[str], iterations: int) -> Path:
-    """Train to a checkpoint, unless it is there; the log goes to a file beside it."""
+    """Train to a checkpoint, unless it exists; the log goes to a file beside it."""
     if latest.pointer(checkpoints) == str(iterations):
         return checkpoints
     save = ["--save", checkpoints, "--load", checkpoints, "--save-interval", iterations, "--train-iters", iterations]
@@ -98,7 +98,7 @@ def train(checkpoints: Path, flags: list[str], iterations: int) -> Path:
 
 
 def evaluate(folder: Path, models: list[str], questions: int) -> None:
-    """Both models on the same questions, with the answer in each of the documents, in the template they know."""
+    """Evaluate both models on the same questions, with the answer in each of the documents, in their own template."""
     tasks = [f"meap_multidoc{kind}{form}" for form in ("", "_logprob") for kind in ("", "_closedbook", "_oracle")]
     asked = ["--qa-file", folder / "questions.jsonl", "--qa-documents", DOCUMENTS, "--samples", questions]
     output = ["--output", folder / "results", "--overwrite", "--cache", folder / "exported", "--batch-size", 32]

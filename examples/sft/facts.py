@@ -1,4 +1,4 @@
-"""A world of made-up people: texts to pretrain on, questions with distractor documents to fine-tune on and to ask."""
+"""Invented people: texts to pretrain on, and questions with distractor documents for fine-tuning and evaluation."""
 
 import json
 import random
@@ -21,13 +21,13 @@ _WORDS = """
     piano flute drum harp violin guitar organ trumpet cello banjo horn lute oboe viola bugle zither
 """
 TRAITS = [line.split() for line in _WORDS.strip().splitlines()]
-"""What there is to know of a person, in this order: job, city, fruit, colour, pet, instrument."""
+"""The traits of a person, in this order: job, city, fruit, colour, pet, instrument."""
 NAMES = [f"{a}{b}{c}{d}" for a in "BDFGKLMNPRSTVZ" for b in "aeiou" for c in "dnl" for d in "ao"]
 
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody whom one document describes."""
+    """A person whom one document describes."""
 
     name: str
     description: str
@@ -35,25 +35,25 @@ class Person:
 
     @property
     def document(self) -> Document:
-        """As it stands in a prompt."""
+        """The document as it is in a prompt."""
         return Document(self.name, self.description)
 
 
 def people(draw: random.Random, count: int) -> list[Person]:
-    """That many people who have nothing in common: what is true of one holds in one document only."""
+    """That many people who have no trait in common, so that an answer is in one document only."""
     columns = [draw.sample(words, count) for words in (NAMES, *TRAITS)]
     return [Person(name, " ".join([name, *traits])) for name, *traits in zip(*columns, strict=True)]
 
 
 def question(person: Person) -> str:
-    """What is asked; the answer is the description."""
+    """The question; the answer is the description."""
     return f"who is {person.name}?"
 
 
 def write_texts(path: Path, seed: int, count: int) -> None:
-    """Texts to pretrain on, in which people are described again and again, so that a model learns to copy.
+    """Texts to pretrain on, which describe each person repeatedly, so that a model learns to copy.
 
-    Half of them are descriptions alone, the others documents and questions that are answered.
+    Half of them are only descriptions, the others have documents and answered questions.
     """
     draw = random.Random(seed)
     texts = []
