@@ -57,7 +57,7 @@ def install() -> None:
     version = metadata.version("megatron-core")
     if not version.startswith(WRITTEN_FOR):
         raise UsageError(
-            f"megatron-core {version}: training on a CPU is written for {WRITTEN_FOR}x; "
+            f"megatron-core {version}: training on a CPU supports {WRITTEN_FOR}x; "
             "install that version (pip install 'megatron-core[training]~=0.19.2') or train on a GPU"
         )
     _hide_transformer_engine()
@@ -322,9 +322,9 @@ def unsupported(args: Any) -> list[tuple[str, str]]:
             "gloo gathers tensors of one size only",
         ),
         ("--gpu-sniff-test-interval", args.gpu_sniff_test_interval is not None, "its products would take minutes"),
-        ("--log-straggler", args.log_straggler, "it asks NVIDIA's driver"),
-        ("--log-device-memory-used", args.log_device_memory_used, "it asks NVIDIA's driver"),
-        ("--record-memory-history", args.record_memory_history, "it asks NVIDIA's driver"),
+        ("--log-straggler", args.log_straggler, "it queries NVIDIA's driver"),
+        ("--log-device-memory-used", args.log_device_memory_used, "it queries NVIDIA's driver"),
+        ("--record-memory-history", args.record_memory_history, "it queries NVIDIA's driver"),
         ("--use-nccl-ub", args.nccl_ub, "only gloo communicates between CPU processes"),
         ("--fp16", args.fp16, "half precision is not supported there; use --bf16 or --fp32"),
     ]

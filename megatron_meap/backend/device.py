@@ -21,7 +21,7 @@ def prepare() -> bool:
         True where the CPU trains.
 
     Raises:
-        UsageError: `MEAP_DEVICE=cuda`, as set by the recipes, but PyTorch can use no GPU.
+        UsageError: `MEAP_DEVICE=cuda`, as set by the recipes, but PyTorch cannot use a GPU.
     """
     megatron_patches.silence_known_warnings()
     choice = _choice()
@@ -60,14 +60,14 @@ def _choice() -> str:
 
 
 def gpu_problem() -> str | None:
-    """Why PyTorch can use no GPU here, in its own words; None if it can."""
+    """Why PyTorch cannot use a GPU here, in its own words; None if it can."""
     if not torch.backends.cuda.is_built():
         return f"PyTorch {torch.__version__} is built without CUDA"
     try:
         torch.cuda.init()
     except Exception as error:  # PyTorch has no error class for it
         said = " ".join(str(error).split()).partition(". ")[0]
-        return f"PyTorch {torch.__version__} for CUDA {torch.version.cuda} can use no GPU ({said})"
+        return f"PyTorch {torch.__version__} for CUDA {torch.version.cuda} cannot use a GPU ({said})"
     return None
 
 

@@ -106,8 +106,8 @@ def _load_weights_or_fail() -> None:
         if lacking:
             more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
             raise UsageError(
-                f"--load: the checkpoint has no {', '.join(lacking[:3])}{more}, which this run needs; use the "
-                "model and optimizer it was saved with, or --dist-ckpt-strictness log_all to start those anew"
+                f"--load: the checkpoint has no {', '.join(lacking[:3])}{more}, which this run needs; use "
+                "the model and optimizer it was saved with, or --dist-ckpt-strictness log_all to initialise them anew"
             )
         return None
 

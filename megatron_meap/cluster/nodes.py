@@ -45,7 +45,7 @@ def check_pytorch(node: Node, wanted: int) -> None:
     if wanted == 0:
         return
     if problem := device.gpu_problem():
-        raise UsageError(f"node {node.name}: {problem}; it has a driver: install one that suits this PyTorch")
+        raise UsageError(f"node {node.name}: {problem}; it has a driver: install one that fits this PyTorch")
     if (found := torch.cuda.device_count()) < wanted:
         raise UsageError(f"node {node.name}: PyTorch sees {found} GPUs, {wanted} wanted; look at CUDA_VISIBLE_DEVICES")
 

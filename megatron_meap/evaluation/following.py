@@ -89,7 +89,7 @@ def _export(checkpoint: Path, directory: Path, tokenizer: str | None, samples: i
 
     models.prepare_export()
     if (wrong := latest.damage(checkpoint)) is not None:
-        raise GoneError(f"damaged, or rewritten while it was read: {wrong}")
+        raise GoneError(f"damaged, or rewritten while it was being read: {wrong}")
     models.export_here(str(checkpoint), str(directory), None, tokenizer)
     if samples == 0:
         return "--valid-samples 0"

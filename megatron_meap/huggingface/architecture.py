@@ -132,7 +132,7 @@ def _refuse_megatron(args: Namespace) -> None:
         (get("activation_func_clamp_value"), "--activation-func-clamp-value"),
         (
             get("hidden_size") % get("num_attention_heads"),
-            f"--hidden-size {get('hidden_size')}, no multiple of --num-attention-heads {get('num_attention_heads')}",
+            f"--hidden-size {get('hidden_size')}, not a multiple of --num-attention-heads {get('num_attention_heads')}",
         ),
     ]
     for present, what in obstacles:
@@ -213,7 +213,7 @@ def exported_family(model: Architecture) -> Family:
     has = {each.name: getattr(model, each.name) for each in fields(Extras)}
     raise UsageError(
         f"no model class of transformers has at once {', '.join(name for name, value in has.items() if value)} "
-        "(biases that are zero throughout do not count)"
+        "(biases that are all zero do not count)"
     )
 
 

@@ -69,8 +69,8 @@ def not_imported(config: Any) -> Obstacles:
     if config.model_type in ("mixtral", "qwen3_moe"):
         sums_to_one = config.num_experts_per_tok == 1 and getattr(config, "norm_topk_prob", True)
         chosen, there = config.num_experts_per_tok, config.num_local_experts
-        obstacles.append((chosen > there, f"more experts a token ({chosen}) than there are ({there})"))
-        obstacles.append((sums_to_one, "one expert a token whose weight is always 1 (num_experts_per_tok)"))
+        obstacles.append((chosen > there, f"more experts per token ({chosen}) than there are ({there})"))
+        obstacles.append((sums_to_one, "one expert per token whose weight is always 1 (num_experts_per_tok)"))
     if config.model_type == "qwen3_moe":
         sparse = config.decoder_sparse_step == 1 and not config.mlp_only_layers
         obstacles += [

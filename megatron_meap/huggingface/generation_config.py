@@ -48,7 +48,7 @@ def kept(folder: Path) -> dict[str, Any]:
     """
     for name in (_FILE, "config.json") if folder.is_dir() else ():
         with contextlib.suppress(FileNotFoundError):
-            found = read_json(folder / name, _SHAPE, "correct it, or take it away")
+            found = read_json(folder / name, _SHAPE, "correct it, or remove it")
             wanted = found.keys() - _OF_TRANSFORMERS if name == _FILE else {"eos_token_id"}
             return {key: value for key, value in found.items() if key in wanted and value is not None}
     return {}

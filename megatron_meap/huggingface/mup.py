@@ -49,6 +49,6 @@ class Multipliers:
         if odd and dtype != torch.float32:
             said = ", ".join(f"{name} {value:.6g}" for name, value in odd.items())
             raise UsageError(
-                f"--dtype: muP's multipliers ({said}) are no powers of two, and {dtype} would round the weights that "
+                f"--dtype: muP's multipliers ({said}) are not powers of two, and {dtype} would round the weights that "
                 "are multiplied with them once more; export with --dtype float32"
             )

@@ -103,7 +103,7 @@ def _model(args: Namespace, total: int, by_stage: list[int]) -> list[str]:
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     one, more = ("GPU", "GPUs") if device.plans_for_gpu() else ("CPU process", "CPU processes")
     ranks = one if args.world_size == 1 else more
-    on_cpu = "device        CPU, because PyTorch can use no GPU here; MEAP_DEVICE=cuda makes it a run for GPUs"
+    on_cpu = "device        CPU, because PyTorch cannot use a GPU here; MEAP_DEVICE=cuda makes it a run for GPUs"
     return [
         *([] if device.plans_for_gpu() or "MEAP_DEVICE" in os.environ else [on_cpu]),
         f"model         {total:,} parameters: {args.num_layers} layers, hidden {args.hidden_size}, FFN "

@@ -36,7 +36,7 @@ class Streams:
             update_train_iters(self.args)
             self.dataset = datasets_provider(list(get_train_valid_test_num_samples()))[0]
         if mpu.get_tensor_model_parallel_rank() == 0 and self.dataset is None:
-            raise UsageError("--data-path: names no training data to look at")
+            raise UsageError("--data-path: names no training data to show")
 
     def print_digest(self, first: int, end: int) -> None:
         """Print the digest of the samples from `first` up to `end`, read by the data loaders of all ranks."""
@@ -44,7 +44,7 @@ class Streams:
         step = args.micro_batch_size * mpu.get_data_parallel_world_size()
         if (end - first) % step:
             raise UsageError(
-                f"--digest: {end - first} samples are no multiple of micro batch x data-parallel size = {step}"
+                f"--digest: {end - first} samples are not a multiple of micro batch x data-parallel size = {step}"
             )
         samples = batch_sizes.samples(args)
         if end > samples:

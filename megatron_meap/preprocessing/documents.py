@@ -98,7 +98,7 @@ def _pieces(block: bytes, options: InputOptions) -> list[bytes]:
 
 def _from_text(piece: bytes, options: InputOptions) -> Texts:
     if (place := piece.find(b"\0")) >= 0:
-        raise BadDocumentError(f"binary data, no text (a zero at byte {place} of the document)")
+        raise BadDocumentError(f"binary data, not text (a zero at byte {place} of the document)")
     return (_decoded(piece),)
 
 

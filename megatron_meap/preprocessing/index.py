@@ -91,7 +91,7 @@ def _hint(prefix: str) -> str:
     if meant:
         return f"did you mean {place.with_name(meant[0])}?"
     if place.is_file():
-        return f"{prefix} is no dataset; tools/preprocess_data.py makes one of text"
+        return f"{prefix} is not a dataset; tools/preprocess_data.py makes one from text"
     return "a dataset is named by its path without .bin and .idx"
 
 

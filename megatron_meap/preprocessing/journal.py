@@ -66,7 +66,7 @@ class Journal:
         try:
             earlier, records = parsed(lines[0], dict), [parsed(line, shape) for line in lines[1:]]
         except ValueError as error:
-            raise UsageError(f"{self.path}: no journal of ours ({error}); start without --resume") from error
+            raise UsageError(f"{self.path}: not a journal of this project ({error}); start without --resume") from error
         changed = [name for name in settings if earlier.get(name) != settings[name]]
         if changed:
             raise UsageError(f"--resume: the earlier run had another {' and '.join(changed)}; start without --resume")

@@ -80,7 +80,9 @@ def _read_tokens(prefix: str, index: Index, largest: int | None) -> tuple[np.nda
             if ids.min() < 0:
                 raise UsageError(f"{prefix}.bin: holds the negative id {ids.min()}")
             if ids.max() > (_LARGEST_ID if largest is None else largest):
-                known = "no vocabulary is so large" if largest is None else f"the manifest says max_token_id {largest}"
+                known = (
+                    "no vocabulary is that large" if largest is None else f"the manifest says max_token_id {largest}"
+                )
                 raise UsageError(f"{prefix}.bin: holds the id {ids.max()}, but {known}; make the dataset again")
             found = np.bincount(ids)
             if len(found) > len(counts):

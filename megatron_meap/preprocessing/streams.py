@@ -128,7 +128,7 @@ def _pieces(source: io.BufferedReader, compression: Compression) -> Iterator[byt
                 position += len(data) - len(kept)
                 data = kept or source.read(_PIECE_BYTES)
             if (position - padded) % 4:
-                raise DamagedError(f"{position - padded} zeros at byte {padded}, which is no multiple of four")
+                raise DamagedError(f"{position - padded} zeros at byte {padded}, which is not a multiple of four")
 
 
 def decompressed(stream: io.BufferedReader) -> tuple[io.BufferedReader, str | None]:

@@ -121,7 +121,7 @@ def _contradictions(args: Namespace) -> list[tuple[str, bool, str]]:
         ),
         ("--meap-mask-warmup-samples", args.meap_mask_warmup_samples > 0, "fine-tuning has no such schedule"),
         ("--meap-noised-share", args.meap_noised_share < 1, "only its masked copies are noised, all of them"),
-        ("--meap-copy-weight", args.meap_copy_weight is not None, "it has masked copies of its own"),
+        ("--meap-copy-weight", args.meap_copy_weight is not None, "it has its own masked copies"),
         ("--meap-clean-final-share", args.meap_clean_final_share > 0, "fine-tuning has no such schedule"),
         (
             "--meap-sft-ntp-budget",

@@ -179,7 +179,7 @@ def _completion(record: dict) -> list[Message]:
     """A prompt and its completion: two strings, or two lists of messages; only the completion is trained on."""
     name = "response" if record.get("completion") is None and "response" in record else "completion"
     if record.get("label") is False:
-        raise BadConversation("has 'label' false: a completion that is not wanted; leave it out")
+        raise BadConversation("has 'label' false, which marks an unwanted completion; leave it out")
     if isinstance(record["prompt"], list):
         before = [message | {"learned": False} for message in _listed(record, "prompt")]
         before = [message if message["role"] == "assistant" else _without(message, "learned") for message in before]
@@ -266,7 +266,7 @@ def _check_order(messages: list[Message]) -> None:
         raise BadConversation("ends with a question that has no answer")
     learned = {number: each for number, each in answers.items() if each.get("learned", True)}
     if not learned:
-        raise BadConversation("has no answer that is to be trained on: all have the weight 0")
+        raise BadConversation("has no answer to train on: all have the weight 0")
     for number, each in learned.items():
         if not each.get("tool_calls") and _says_nothing(each["content"]):
             raise BadConversation(f"has an empty answer as message {number}, {_NOTHING}")

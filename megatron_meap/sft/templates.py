@@ -68,7 +68,7 @@ class ChatTemplate:
         own = own.get("default") if isinstance(own, dict) else own
         if text is None and not own:
             raise UsageError(
-                "the tokenizer has no chat template of its own; name one of "
+                "the tokenizer has no chat template; name one of "
                 f"{', '.join(TEMPLATES)}, or a file, with --meap-sft-template in fine-tuning, which keeps it"
             )
         named = "the tokenizer's chat template" if text is None else "--meap-sft-template"

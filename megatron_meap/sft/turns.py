@@ -45,9 +45,9 @@ class TurnEncoder:
 
     def __init__(self, tokenizer: Any, template: str | None, history: bool = True, date: str | None = None) -> None:
         if tokenizer.eos_token_id is None:
-            raise UsageError("the tokenizer has no EOS token, with which answers end; use one that has")
+            raise UsageError("the tokenizer has no EOS token, with which answers end; use one that has it")
         if not hasattr(tokenizer, "backend_tokenizer"):
-            raise UsageError("the tokenizer is not a fast one of transformers (tokenizer.json); convert it first")
+            raise UsageError("the tokenizer is not a fast tokenizer of transformers (tokenizer.json); convert it first")
         self._template = ChatTemplate(tokenizer, template, date)
         self._history = history
         self._eos: int = tokenizer.eos_token_id

@@ -207,9 +207,9 @@ def _worth_table(studies: Sequence[Written]) -> str:
             rows = [
                 [f"`{name}`", f"{each.times:.2f} [{each.low:.2f}, {each.high:.2f}]"] for name, each in found.items()
             ]
-            table = _table(["objective", "worth so many times the tokens"], rows)
+            table = _table(["objective", "worth this many times the tokens"], rows)
             return f"{title}`loss = a - b ln(tokens)`, a common `b`.\n\n{table}"
-    return title + "**Missing**: this takes three sizes with three seeds each."
+    return title + "**Missing**: this requires three sizes with three seeds each."
 
 
 def _missing(studies: Sequence[Written]) -> str:

@@ -177,7 +177,7 @@ def parse_flags(command_line: list[str] | None = None) -> Namespace:
     from megatron.training.checkpointing import load_args_from_checkpoint
 
     if any(word.partition("=")[0] == "--yaml-cfg" for word in command_line or sys.argv):
-        raise UsageError("--yaml-cfg: cannot hold this project's flags; give flags, or a file of them as @FILE")
+        raise UsageError("--yaml-cfg: cannot contain this project's flags; give flags, or a file of them as @FILE")
     parsers = []
 
     def all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -261,7 +261,7 @@ def _validate_meap(args: Namespace) -> None:
     if args.sft:
         raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; use --meap-sft")
     if args.position_embedding_type == "mrope":
-        raise UsageError("--position-embedding-type mrope: its positions are those of images; use rope")
+        raise UsageError("--position-embedding-type mrope: its positions are for images; use rope")
     _check_full_validation(args)
     blend.check(args)
     if args.dataloader_inter_document_masking and args.pipeline_model_parallel_size > 1 and args.micro_batch_size != 1:

@@ -48,7 +48,7 @@ def _settle_constant(args: Namespace, ranks: int) -> None:
     """
     asked, together = args.global_batch_size, args.micro_batch_size * ranks
     smaller = asked // together * together
-    why = f"no multiple of --micro-batch-size {args.micro_batch_size} x {ranks} data-parallel ranks"
+    why = f"not a multiple of --micro-batch-size {args.micro_batch_size} x {ranks} data-parallel ranks"
     if not args.decrease_batch_size_if_needed or smaller == 0:
         near = f"{smaller} or {smaller + together}" if smaller else f"{together}"
         raise UsageError(f"--global-batch-size {asked}: {why}; use {near}, or other micro batches")
@@ -74,8 +74,8 @@ def _check_schedule(args: Namespace, ranks: int) -> None:
     for _, size in schedule:
         if size % together:
             raise UsageError(
-                f"{flag}: {size} is no multiple of --micro-batch-size {args.micro_batch_size} x {ranks} data-parallel "
-                "ranks"
+                f"{flag}: {size} is not a multiple of --micro-batch-size {args.micro_batch_size} x {ranks} "
+                "data-parallel ranks"
             )
     for (_, size), (_, following) in itertools.pairwise(schedule):
         if following <= size:

@@ -44,7 +44,7 @@ class LogSettings(Settings):
     )
     loss_spike: float = flag(
         7.0,
-        f"report in a separate line if a step's loss lies this many standard deviations above the mean of the last "
+        f"report in a separate line if a step's loss is this many standard deviations above the mean of the last "
         f"{SPIKE_WINDOW} steps; 0: never (default: %(default)s)",
         metavar="DEVIATIONS",
     )

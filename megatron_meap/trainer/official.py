@@ -35,7 +35,7 @@ class OfficialSettings(Settings):
     def check(self, args: Namespace) -> None:
         """Refuse two kinds of initialisation at once."""
         if self.official_init and args.use_mup:
-            raise UsageError("--meap-official-init: contradicts --use-mup, which has an initialisation of its own")
+            raise UsageError("--meap-official-init: contradicts --use-mup, which has its own initialisation")
 
 
 def initialise(config: Any, args: Namespace) -> None:

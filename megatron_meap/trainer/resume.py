@@ -135,7 +135,7 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
         warnings.append(f"{path} was trained with other settings: {'; '.join(said for _, said in found)}")
     warnings += schedule.compare(path, state, args)
     if getattr(saved, "no_save_rng", False) and not args.no_load_rng:
-        warnings.append(f"{path} has no state of random generators (--no-save-rng): dropout draws anew")
+        warnings.append(f"{path} has no state of random generators (--no-save-rng): dropout will draw other numbers")
     layers = getattr(saved, "transformer_impl", args.transformer_impl)
     if layers != args.transformer_impl:
         warnings.append(f"{path} was trained with the layers of {layers}; {args.transformer_impl} layers resume it")

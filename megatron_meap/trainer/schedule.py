@@ -65,7 +65,9 @@ def _check_parts(args: Namespace, unit: str) -> None:
         return
     decay = getattr(args, f"lr_wsd_decay_{unit}")
     if decay is None:
-        raise UsageError(f"--lr-wsd-decay-{unit}: missing; --lr-decay-style WSD ends with a decay over so many {unit}")
+        raise UsageError(
+            f"--lr-wsd-decay-{unit}: missing; --lr-decay-style WSD ends with a decay over this many {unit}"
+        )
     if not 0 < decay <= whole - warmup:
         raise UsageError(
             f"--lr-wsd-decay-{unit} {decay}: must be above 0, and at most the {whole - warmup} {unit} of the schedule "

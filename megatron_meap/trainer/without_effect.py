@@ -12,26 +12,26 @@ _NOWHERE = (
     ("apply_residual_connection_post_layernorm create_all_gather_group dist_ckpt_save_pre_mcore_014 "
      "enable_full_sharding_in_hsdp exit_signal_handler_for_dataloader inprocess_max_iterations "
      "inprocess_progress_watchdog_interval onnx_safe openai_gelu", "drop it"),
-    ("adlr_autoresume* app_tag_* one_logger_*", "it needs a program of NVIDIA's own clusters; drop it"),
+    ("adlr_autoresume* app_tag_* one_logger_*", "it needs a program that only NVIDIA's clusters have; drop it"),
     ("checkpoint_activations", "use --recompute-activations"),
     ("exit_signal", "SIGTERM, SIGUSR1, SIGINT and SIGHUP all stop a run here; drop it"),
     ("freeze_all_layers", "all layers would be trained; drop it"),
     ("logits_load_*", "there is no distillation here; drop it"),
-    ("mask_prob", "it is BERT's; use --meap-mask-ratio"),
+    ("mask_prob", "it is for BERT; use --meap-mask-ratio"),
     ("rampup_batch_size", "use --step-batch-size-schedule"),
     ("save_retain_interval", "use --meap-keep-last and --meap-keep-every"),
     ("use_flash_attn", "use --attention-backend flash"),
     ("vocab_extra_ids", "give the tokenizer its tokens instead"),
     ("bert_* biencoder_* block_data_path embedding_path evidence_data_path ict_* indexer_* output_bert_embeddings "
      "query_in_block_prob retriever_* short_seq_prob titles_data_path use_one_sent_docs",
-     "it is of BERT and its retriever; drop it"),
+     "it is for BERT and its retriever; drop it"),
     ("classes_fraction data_per_class_fraction dino_* head_lr_mult img_? iter_per_epoch mask_factor mask_type "
-     "mrope_section num_channels num_classes patch_dim sample_rate swin_* vision_*", "it is of images; drop it"),
-    ("grpo_* langrl_* perform_rl_step refit_method rl_*", "it is of Megatron's reinforcement learning; drop it"),
+     "mrope_section num_channels num_classes patch_dim sample_rate swin_* vision_*", "it is for images; drop it"),
+    ("grpo_* langrl_* perform_rl_step refit_method rl_*", "it is for Megatron's reinforcement learning; drop it"),
     ("cache_mla_latents decode_only_cuda_graphs enable_chunked_prefill flash_decode inference_* mamba_inference_* "
      "max_tokens_to_oom mlp_chunks_for_prefill moe_pad_experts_for_cuda_graph_inference nccl_all_reduce_for_prefill "
      "num_speculative_tokens offset_sampling_seed_by_dp_rank use_legacy_static_engine",
-     "it is of Megatron's inference, whose place tools/generate.py takes; drop it"),
+     "it is for Megatron's inference, which tools/generate.py replaces here; drop it"),
 )  # fmt: skip
 """Patterns of Megatron's arguments that nothing reads in a training of this kind, and what to do."""
 
@@ -103,7 +103,7 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
      lambda args: args.position_embedding_type != "yarn" or args.rotary_scaling_factor != 1),
     ("non_persistent_*_dir non_persistent_local_ckpt_algo non_persistent_save_interval", "--non-persistent-ckpt-type",
      _given("non_persistent_ckpt_type")),
-    ("reset_position_ids", "--position-embedding-type learned_absolute: rotary positions do not look at them",
+    ("reset_position_ids", "--position-embedding-type learned_absolute: rotary positions ignore it",
      lambda args: not _is_rotary(args)),
     ("apply_wd_to_qk_layernorm no_weight_decay_cond_type", "--qk-layernorm", _given("qk_layernorm")),
     ("mup_*", "--use-mup", _given("use_mup")),

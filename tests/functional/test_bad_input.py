@@ -92,7 +92,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--profile --use-pytorch-profiler", "--use-pytorch-profiler: writes beside --tensorboard-dir"),
         ("--record-memory-history", "--record-memory-history: cannot work on a CPU"),
         ("--rerun-mode report_stats", "--rerun-mode report_stats: megatron-core 0.19 fails"),
-        ("--iterations-to-skip 3 21", "--iterations-to-skip 21: there are the steps 1 to 20"),
+        ("--iterations-to-skip 3 21", "--iterations-to-skip 21: the run has steps 1 to 20"),
         ("--wandb-project p", "--wandb-project: needs a directory for its files"),
         (
             "--eval-iters 1 --eval-global-batch-size 3",
@@ -133,7 +133,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--pretrained-checkpoint nowhere", "--pretrained-checkpoint nowhere: holds no checkpoint"),
         (f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {__file__}", "is named by its folder"),
         ("--data-path nowhere", "nowhere.idx: no such file; a dataset is named by its path"),
-        (f"--data-path {__file__}", "test_bad_input.py is no dataset; tools/preprocess_data.py makes one"),
+        (f"--data-path {__file__}", "test_bad_input.py is not a dataset; tools/preprocess_data.py makes one"),
         ("--tokenizer-model nowhere", "--tokenizer-model nowhere: no such file"),
         ("--data-cache-path /dev/null/cache", "--data-cache-path /dev/null/cache: cannot be written"),
         ("--save /dev/null/save --save-interval 5", "--save /dev/null/save: cannot be written"),
@@ -142,8 +142,8 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
             "--per-dataset-sequences-path nowhere.json: no such file",
         ),
         ("--sft", "--sft: Megatron's own fine-tuning data"),
-        ("--position-embedding-type mrope", "--position-embedding-type mrope: its positions are those of images"),
-        ("--yaml-cfg conf.yaml", "--yaml-cfg: cannot hold this project's flags"),
+        ("--position-embedding-type mrope", "--position-embedding-type mrope: its positions are for images"),
+        ("--yaml-cfg conf.yaml", "--yaml-cfg: cannot contain this project's flags"),
     ],
 )
 def test_flags(refused, flags: list[str], extra: str, message: str) -> None:

@@ -313,7 +313,7 @@ def test_the_tokenizers_own_template_is_the_default(
     own = [*flags, "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tmp_path / "tokenizer")]
     del own[own.index("--meap-sft-template") : own.index("--meap-sft-template") + 2]
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UsageError, match="no chat template of its own; name one of alpaca"):
+    with pytest.raises(UsageError, match="no chat template; name one of alpaca"):
         prepared(*own)
     tokenizer.chat_template = TEMPLATES["chatml"]
     tokenizer.save_pretrained(tmp_path / "tokenizer")

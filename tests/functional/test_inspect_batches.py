@@ -58,7 +58,7 @@ def test_samples_are_shown(flags: list[str], tmp_path: Path) -> None:
     [
         (["--show", "100000000"], "--show 100000000: the training data has samples 0 to"),
         (["--digest", "5"], "--digest 5: expected FIRST:END"),
-        pytest.param(["--digest", "0:3"], "--digest: 3 samples are no multiple", marks=pytest.mark.slow),
+        pytest.param(["--digest", "0:3"], "--digest: 3 samples are not a multiple", marks=pytest.mark.slow),
         pytest.param(["--digest", "0:1000000"], "--digest: the run has 160 samples", marks=pytest.mark.slow),
     ],
 )

@@ -56,7 +56,7 @@ def test_a_schedule_has_megatrons_steps(schedule: str, samples: int) -> None:
         ({"step_batch_size_schedule": "0:8 1K:16", "train_iters": 4}, "needs --train-samples"),
         (
             {"step_batch_size_schedule": "0:8 1K:12", "train_samples": 40},
-            "12 is no multiple of --micro-batch-size 2 x 4",
+            "12 is not a multiple of --micro-batch-size 2 x 4",
         ),
         ({"step_batch_size_schedule": "0:16 1K:8", "train_samples": 40}, "from 16 to 8"),
         ({"step_batch_size_schedule": "8 1K:16", "train_samples": 40}, "Invalid schedule entry"),

@@ -117,7 +117,7 @@ def test_damaged_checkpoint(tmp_path: Path, megatron: Path) -> None:
         ({"swiglu": False}, "swiglu"),
         ({"qk_layernorm": True}, "q_layernorm.weight is missing"),
         ({"window_size": (8, 0), "window_attn_skip_freq": 2}, "a window in some layers only"),
-        ({"hidden_size": 33}, "no multiple of --num-attention-heads"),
+        ({"hidden_size": 33}, "not a multiple of --num-attention-heads"),
         ({"padded_vocab_size": 600}, "by the checkpoint's own arguments"),
     ],
 )
@@ -153,7 +153,7 @@ def test_every_llama_argument_survives(megatron: Path) -> None:
     [
         (
             {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 9},
-            r"more experts a token \(9\) than there are \(4\) is not supported",
+            r"more experts per token \(9\) than there are \(4\) is not supported",
         ),
         ({"model_type": "qwen2_moe"}, "'qwen2_moe' is not supported: it has experts .* llama"),
         ({"model_type": "unheard-of"}, "config.json"),

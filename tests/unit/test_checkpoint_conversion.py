@@ -145,7 +145,7 @@ def test_mups_multipliers_become_part_of_the_weights(
     if multipliers[2] == 1.0:
         export(narrow)
     else:
-        with pytest.raises(UsageError, match=r"multipliers \(attention 0.707107\) are no powers of two"):
+        with pytest.raises(UsageError, match=r"multipliers \(attention 0.707107\) are not powers of two"):
             export(narrow)
 
 

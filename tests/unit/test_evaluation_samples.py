@@ -121,7 +121,7 @@ def test_key_value_pairs_by_position(options: Options) -> None:
         assert len(sample["choices"]) == 10
         assert sample["choices"][sample["gold"]] == f' "{sample["answer"]}"'
     assert samples[0]["answer"] == samples[4]["answer"]  # one object, asked for one pair at every place
-    with pytest.raises(UsageError, match="holds no two"):
+    with pytest.raises(UsageError, match="no room for two"):
         keyvalue.samples(replace(options, max_seq_lengths=(200,)))
     with pytest.raises(UsageError, match="too few"):
         keyvalue.samples(replace(options, kv_digits=2, kv_pairs=200))

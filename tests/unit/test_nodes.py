@@ -43,7 +43,7 @@ CANNOT_USE = {
     "a driver that is too old": (
         "def init(): raise RuntimeError('The NVIDIA driver is too old (found version 1). Update')\n"
         "torch.cuda.init = init",
-        "can use no GPU (The NVIDIA driver is too old (found version 1))",
+        "cannot use a GPU (The NVIDIA driver is too old (found version 1))",
     ),
     "a PyTorch for CPUs": ("torch.backends.cuda.is_built = lambda: False", "is built without CUDA"),
 }

@@ -134,7 +134,7 @@ BAD = {
     "two system prompts": ({"messages": [SYSTEM, USER, ASSISTANT], "system": "t"}, "'system' beside another system"),
     "half a weight": ({"messages": [USER, ASSISTANT | {"weight": 0.5}]}, "message 2 has 'weight' 0.5"),
     "a question to train on": ({"messages": [USER | {"train": True}, ASSISTANT]}, "message 1 of user has 'train' True"),
-    "nothing to train on": ({"messages": [USER, ASSISTANT | {"loss": False}]}, "no answer that is to be trained on"),
+    "nothing to train on": ({"messages": [USER, ASSISTANT | {"loss": False}]}, "no answer to train on"),
     "a conversation without weight": ({"messages": [USER, ASSISTANT], "weight": 0}, "has 'weight', which is not"),
     "thoughts of a user": ({"messages": [USER | {"thinking": "x"}, ASSISTANT]}, "message 1 has 'thinking', which only"),
     "a history beside messages": ({"messages": [USER, ASSISTANT], "history": [["q", "a"]]}, "has 'history', which is"),

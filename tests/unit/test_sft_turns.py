@@ -164,7 +164,7 @@ def test_history(tokenizer) -> None:
 
 
 def test_the_tokenizers_own_template(tokenizer) -> None:
-    with pytest.raises(UsageError, match="no chat template of its own; name one of alpaca"):
+    with pytest.raises(UsageError, match="no chat template; name one of alpaca"):
         TurnEncoder(tokenizer, None)
     tokenizer.chat_template = TEMPLATES["vicuna"]
     own, named = (turns(TurnEncoder(tokenizer, text), CONVERSATION) for text in (None, TEMPLATES["vicuna"]))

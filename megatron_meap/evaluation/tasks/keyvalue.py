@@ -104,7 +104,8 @@ def _fitting(options: Options, length: int) -> int:
         size = min(size, 16**options.kv_digits // 2)
     if size < 2:
         raise Unsuitable(
-            f"context length {length}: holds no two key-value pairs; use longer ones, or shorter values (--kv-digits)"
+            f"context length {length}: has no room for two key-value pairs; use longer ones, or shorter values "
+            "(--kv-digits)"
         )
     return size
 
