@@ -110,6 +110,18 @@ def test_samples_are_megatrons_own(build, kind: str, length: int, mapped: bool) 
         assert len(padded) == part
 
 
+def test_padding_that_stands_in_a_text_is_megatrons_too(build) -> None:
+    ours, theirs = build(), build()
+    theirs.__class__ = gpt_dataset.GPTDataset
+    ours[0], theirs[0]  # from here on both have a loss mask of ones to copy
+    frequent = int(ours[0]["tokens"].mode().values)
+    ours._pad_token_id = theirs._pad_token_id = frequent
+    for index in range(SAMPLES):
+        one, other = ours[index], theirs[index]
+        assert all(torch.equal(one[key], other[key]) for key in other)
+    assert any(ours[index]["loss_mask"].min() == 0 for index in range(SAMPLES))
+
+
 def masked(dataset, ratio: float = 0.15, **settings) -> MaskedInputDataset:
     options = {"split": Split.train, "mask_token_id": MASK, "vocab_size": 600} | settings
     return MaskedInputDataset(dataset, Masking(RatioSchedule(ratio)), **options)
