@@ -1,4 +1,4 @@
-"""What the dry run says of a command line, and what the training does: `agreement.py CASES.json [RESULTS.json]`.
+"""Results of a dry run and of the training of command lines: `agreement.py CASES.json [RESULTS.json]`.
 
 Python and Megatron are loaded once; every dry run and every rank of a training is a fork of this process, so that each
 has the end, and the exit status, that it has on the command line. Prints the results as JSON.
@@ -106,7 +106,7 @@ def _fork(flags: list[str], environment: dict[str, str], output: int) -> int:
 
 
 def _say_weights(step: Any) -> None:
-    """What any difference in data or mathematics ends up in."""
+    """Values that any difference in data or mathematics affects."""
     digest = 0
     for chunk in step.model:
         for weight in chunk.parameters():

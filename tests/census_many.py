@@ -78,7 +78,7 @@ def micro_batch(args: Any, model: Any) -> dict[str, torch.Tensor]:
 
 
 def count(stage: int, waits: bool) -> dict[str, Any]:
-    """Operations of a micro batch on the first rank of a stage, and those that wait, by line."""
+    """Number of operations of a micro batch on the first rank of a stage, and the waiting ones by line."""
     args = arguments.parse_arguments()
     refuse = torch.Tensor.item if waits else lambda _: None  # Megatron's check for NaN waits, and is not in question
     with (

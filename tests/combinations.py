@@ -26,7 +26,7 @@ CONTEXTS: dict[str, str] = {
     "validated": "--eval-iters 2 --eval-interval 1",
     "saved": "--save checkpoints --load checkpoints --save-interval 1",
 }
-"""Flags by what they need around them; all others are drawn into any of these."""
+"""Flags by the context they need; all others are drawn in any context."""
 
 RANKS = {"sharded": 2, "tensor": 2, "pipeline": 2}
 DROPPED = {
@@ -42,7 +42,7 @@ CONTEXT_OF: dict[str, tuple[str, ...]] = {
     "bf16": ("attention_softmax", "grad_reduce_in", "accumulate_allreduce", "fp32_residual", "fp16_lm"),
     "plain": ("normalization", "untie", "add_bias", "swiglu"),
 }
-"""Where a flag counts, by how its argument begins; elsewhere it is to be refused."""
+"""Where a flag has an effect, by the beginning of its argument's name; elsewhere it must be refused."""
 
 NEITHER: dict[str, str] = {
     "how the same is computed, where and how fast":
@@ -95,7 +95,7 @@ NOT_DRAWN = (
     "help", "dry_run", "fault_injector_", "error_injection_", "inprocess_", "enable_ft_package", "calc_ft_timeouts",
     "ft_num", "adlr_", "run_workload_inspector", "wandb_", "yaml_cfg",
 )  # fmt: skip
-"""They end or break a run on purpose, or reach beyond this host."""
+"""They end or break a run on purpose, or affect other hosts."""
 
 GRAMMAR: dict[str, tuple[str, ...]] = {
     "window_size": ("8,0", "-1,0", "0", "8"),
@@ -187,7 +187,7 @@ def values(action: argparse.Action, fitting: bool) -> list[list[str]]:
 
 
 def spelled(action: argparse.Action, words: list[str]) -> list[str]:
-    """A flag and its words; those that begin with a dash are tied to it."""
+    """A flag and its values; values that begin with a dash are joined to it with `=`."""
     name = next((each for each in action.option_strings if each.startswith("--")), action.option_strings[0])
     if isinstance(action, argparse.BooleanOptionalAction):
         name = action.option_strings[0 if action.default is False else -1]

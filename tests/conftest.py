@@ -26,7 +26,7 @@ sys.path.append(str(REPOSITORY / "tools"))  # as for a tool that Python is start
 
 @pytest.fixture(autouse=True)
 def _logging_is_heard() -> Iterator[None]:
-    """Tools that are run in this process silence libraries for good."""
+    """Undo the silencing of libraries by tools that run in this process."""
     yield
     logging.disable(logging.NOTSET)
 

@@ -1,4 +1,4 @@
-"""A small Llama that has learnt one thing, in a minute: what followed a token before follows it again.
+"""A small Llama, trained in a minute to copy: after a token, predict what followed its earlier occurrence.
 
 It is trained on random token sequences that are repeated, and never sees a key-value object.
 """
@@ -15,7 +15,7 @@ CONTEXT = 256
 
 
 def word_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Two hexadecimal digits are a token; punctuation is nothing; every other word is unknown."""
+    """Two hexadecimal digits are a token; punctuation is ignored; every other word is unknown."""
     vocabulary = {word: i for i, word in enumerate(["<unk>", "</s>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(Regex("[^0-9a-zA-Z]+"), " ")

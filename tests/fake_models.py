@@ -10,7 +10,7 @@ WRONG = "nothing of the kind"
 
 
 class RuleModel(LM):
-    """Answers by a rule: a function of the prompt that gives the right answer, or None where it does not know.
+    """Answers by a rule: a function of the prompt that returns the right answer, or None if it does not know it.
 
     The likeliest choice is the one that holds the answer; where it does not know, one that depends on a hash.
     """

@@ -69,7 +69,7 @@ MODELS = {
 
 
 def save_random_model(config: Any, tokenizer: Path, folder: Path, seed: int = 0) -> None:
-    """A model with random weights, biases and norms included, 40 rows more than its tokenizer has tokens."""
+    """A model with random weights, including biases and norms, and 40 more rows than its tokenizer has tokens."""
     known = AutoTokenizer.from_pretrained(str(tokenizer))
     config.vocab_size = len(known) + 40
     torch.manual_seed(seed)

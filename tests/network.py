@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces on a switch of their own; the machine's own network stays alone."""
+"""Several hosts on one machine: network namespaces on a separate switch; the machine's own network is not touched."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ class Host:
         return ["nsenter", f"--net=/run/netns/{self.namespace}", *words]
 
     def link(self, state: str) -> None:
-        """Connect the host with the switch, "up", or cut it off, "down": nothing is told to those who wait for it."""
+        """Connect the host to the switch ("up"), or cut it off ("down") without notice to those waiting for it."""
         _ip("-n", self.namespace, "link", "set", INTERFACE, state)
 
 
@@ -69,7 +69,7 @@ class Network:
 
 
 def network_or_skip(count: int) -> Network:
-    """A network of hosts; the test is skipped where this machine cannot make one."""
+    """A network of hosts; the test is skipped if this machine cannot create one."""
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
     for command in ("ip", "nsenter"):

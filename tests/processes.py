@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def children(pid: int) -> list[int]:
-    """What a process has started and not yet asked for."""
+    """Child processes of a process, including ended ones that it has not waited for."""
     listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
     return [int(child) for child in listed.stdout.split()]
 
 
 def ended(pids: list[int], timeout: float = 60) -> bool:
-    """Whether the processes end in time; one that its parent has not yet asked for counts as ended."""
+    """Whether the processes end in time; one that its parent has not waited for counts as ended."""
     deadline = time.monotonic() + timeout
     while any(_is_alive(pid) for pid in pids):
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Megatron's own next-token pretraining, with nothing of this project's data or loss: what ratio 0 is compared with.
+"""Megatron's own next-token pretraining, without this project's data or loss, for comparison with ratio 0.
 
 Only the CPU adaptation and the local layers are shared, without which Megatron does not run here.
 """

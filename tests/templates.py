@@ -1,4 +1,4 @@
-"""Chat templates as published models have them, shortened where only their length is left out."""
+"""Chat templates of published models, shortened without a change of behaviour."""
 
 QWEN3 = r"""{%- if tools %}
     {{- '<|im_start|>system\n' }}
@@ -103,7 +103,7 @@ R1 = (
 """DeepSeek-R1's, whose prompts open the thoughts."""
 
 R1_FIRST = R1.replace("<|Assistant|><think>\n", "<|Assistant|>")
-"""As it was first: the model opens its thoughts itself."""
+"""Its first version: the model opens its thoughts itself."""
 
 MISTRAL = (
     "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}"

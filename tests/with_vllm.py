@@ -38,7 +38,7 @@ def compare(folder: str) -> tuple[float, bool]:
 
 
 def main() -> None:
-    """Compare each; status 1 where one differs."""
+    """Compare each; the exit status is 1 if one differs."""
     results = {folder: compare(folder) for folder in sys.argv[1:]}
     for folder, (difference, same) in results.items():
         print(f"{folder}: largest difference {difference:.1e}, {'the same' if same else 'another'} text")

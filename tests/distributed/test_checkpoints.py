@@ -1,4 +1,4 @@
-"""What happens to checkpoints: another layout, a damaged file, a full disk, asynchronous saving, old ones."""
+"""Checkpoints: another layout, a damaged file, a full disk, asynchronous saving, and deleting old ones."""
 
 import contextlib
 import json
@@ -111,7 +111,7 @@ def test_a_run_without_steps_evaluates(saved: Saved) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(saved: Saved, tmp_path: Path, damage: str) -> None:
-    """It is named, and the run goes on from the newest good one with the same losses."""
+    """It is named, and the run continues from the newest intact one with the same losses."""
     copy = tmp_path / "run"
     shutil.copytree(saved.folder / "run", copy)
     newest = copy / "iter_0000006"
@@ -205,7 +205,7 @@ def assert_same_tensors(*checkpoints: Path) -> None:
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of its own that is soon full."""
+    """A small separate file system that is soon full."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:

@@ -1,4 +1,4 @@
-"""Kinds of models and of data under the layouts that they are used with: each follows one process of its own kind."""
+"""Kinds of models and data in their usual layouts: each matches the same kind in one process."""
 
 import itertools
 from pathlib import Path
@@ -157,7 +157,7 @@ def test_layout_follows_one_process(runs: dict[str, Run], feature: str, layout: 
 
 
 def test_features_are_really_on(runs: dict[str, Run]) -> None:
-    """Every feature trains something else than the others."""
+    """Every feature gives other losses than the others."""
     last = {name: runs[name].losses()[-1] for name in FEATURES if name != "moe-allgather"}  # the same mathematics
     assert len(set(last.values())) == len(last), last
     assert all(runs[name].losses()[-1] < runs[name].losses()[0] for name in FEATURES)

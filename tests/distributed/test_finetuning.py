@@ -1,4 +1,4 @@
-"""Fine-tuning as users start it: layouts, packing, resumption and baselines of `--meap-sft`, as real launches."""
+"""Real launches of fine-tuning: layouts, packing, resumption and baselines of `--meap-sft`."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The same training whatever the layout: real launches on CPU under gloo, all from the same initial weights."""
+"""The training is the same in every layout: real launches on CPU with gloo, all from the same initial weights."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""A run that Transformer Engine's layers began is resumed by the local ones, and the other way round.
+"""A run begun with Transformer Engine's layers is resumed with the local ones, and vice versa.
 
 Over a stub of Transformer Engine's compiled part (`tests/te_stub`); skipped where its Python is not installed.
 """

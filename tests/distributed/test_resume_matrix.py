@@ -1,4 +1,4 @@
-"""Every way to save an optimizer, killed at a random step and resumed: the same bits, or nearly so in another layout.
+"""Every way to save an optimizer, killed at a random step and resumed: bit for bit, or nearly so in another layout.
 
     python -m pytest -m "" -s tests/distributed/test_resume_matrix.py
 

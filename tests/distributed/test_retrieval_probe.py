@@ -1,4 +1,4 @@
-"""The retrieval probe during training: the same numbers in every layout, and training is none the wiser."""
+"""The retrieval probe during training: the same numbers in every layout, without any effect on the training."""
 
 import re
 from pathlib import Path

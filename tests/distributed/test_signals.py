@@ -1,4 +1,4 @@
-"""A job that is told to stop saves and ends; a job that is killed loses only what came after its last checkpoint."""
+"""A job told to stop saves and ends; a job that is killed loses only the steps after its last checkpoint."""
 
 import contextlib
 import os
@@ -89,7 +89,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
 
 
 def close_the_pipe(job: Job) -> None:
-    """The reader goes away; training continues, until it is told to stop."""
+    """The reader exits; training continues until it is told to stop."""
     assert job.reader is not None
     job.reader.kill()
     words = list(job.process.args)  # type: ignore[arg-type]

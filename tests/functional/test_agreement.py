@@ -1,4 +1,4 @@
-"""The dry run and the training agree: both go through, or both refuse in the same line; no end is a traceback."""
+"""The dry run and the training agree: both succeed, or both refuse with the same line, never with a traceback."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def judged(cases: dict[str, Case], corpus: Corpus, folder: Path) -> dict:
 
 
 def agree(verdict: dict) -> None:
-    """Fail where the dry run lies, or an end is no line."""
+    """Fail if the dry run is wrong, or a run does not end with one line."""
     (dry, foretold), (status, said) = verdict["dry"], verdict["run"]
     assert "Traceback" not in foretold + said
     if dry == 0:
@@ -119,5 +119,5 @@ def test_no_flag_is_silent(corpus: Corpus, tmp_path: Path) -> None:
 
 
 def result(verdict: dict) -> list[str]:
-    """What a training came to: its losses, on training and validation data, and its weights."""
+    """Results of a training: its losses on training and validation data, and its weights."""
     return re.findall(r"lm loss[^|]*|weights of rank.*", verdict["run"][1])

@@ -1,4 +1,4 @@
-"""What cannot work is refused before training starts: one clear line that names the file or flag, status 2."""
+"""What cannot work is refused before training starts, with one clear line that names the file or flag, and status 2."""
 
 import shutil
 import subprocess

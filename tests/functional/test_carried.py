@@ -1,4 +1,4 @@
-"""Checkpoints carry their tokenizer and manifests: files that are moved or deleted harm neither resume nor export."""
+"""Checkpoints carry their tokenizer and manifests, so that resuming and export survive moved or deleted files."""
 
 import json
 import shutil

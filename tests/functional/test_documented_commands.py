@@ -1,4 +1,4 @@
-"""Every command block of README and docs: run by a shell, as it is written and in order, in a clean checkout.
+"""Every command block of README and docs is run by a shell, as written and in order, in a clean checkout.
 
 The shell, the recipes and the Slurm scripts are real. The programs that they start only report what they were asked
 for, and each is then parsed by the real parser of that program.
@@ -30,7 +30,7 @@ BLOCKS = [
     for number, block in enumerate(re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL), 1)
 ]
 OTHERS = {"pip", "lm_eval", "tensorboard", "xz", "nvidia-smi", "docker", "apptainer", "sky"}
-"""Programs of others, whose flags are not ours to parse."""
+"""Other projects' programs, whose flags are not parsed here."""
 REPORTED = ("python", "torchrun", "make", "sbatch", *OTHERS)
 REPORTER = """#!{python}
 import json, os, sys

@@ -78,7 +78,7 @@ def test_packed_rows_have_the_losses_of_rows_alone(prepared, flags: list[str], c
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective(prepared, flags: list[str], objective: str, tmp_path: Path) -> None:
-    """Its noise is that of the answers' masked copies; what cannot be, for the objective's own sake, is refused."""
+    """Its noise is that of the answers' masked copies; settings that contradict the objective are refused."""
     refused = {"mir": "--meap-copy-weight", "mixed": "--meap-noised-share"}
     flags = [*flags, "--meap-objective", objective]
     if objective == "predictable":  # its weights belong to answers as well, a warm-up of pretraining does not

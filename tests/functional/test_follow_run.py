@@ -29,7 +29,7 @@ from tests.models import MODELS, save_random_model
 
 
 def save(run: Path, step: int, content: str = "weights", files: int = 3) -> None:
-    """As much of a checkpoint as following looks at, complete, and the newest."""
+    """Write a complete checkpoint, with the files that following reads, as the newest."""
     folder = latest.directory(run, step)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "tokenizer").mkdir(parents=True)
@@ -94,7 +94,7 @@ def test_on_another_disk_files_are_copied(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 class Taker:
-    """Notes what it is given; some of it fails."""
+    """Records what it is given; some of it fails."""
 
     def __init__(self, run: Path) -> None:
         self.run, self.done, self.tries = run, {}, []

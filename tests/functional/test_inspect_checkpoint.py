@@ -1,4 +1,4 @@
-"""`tools/inspect_checkpoint.py`: the record of a checkpoint, what differs between two, files that are not whole."""
+"""`tools/inspect_checkpoint.py`: the record of a checkpoint, differences between two, and incomplete files."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""The wheel by itself: built, installed where no checkout is in sight, used from text to a trained model."""
+"""The wheel by itself: built, installed without a checkout, and used from text to a trained model."""
 
 import os
 import pydoc_data.topics

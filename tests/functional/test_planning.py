@@ -1,4 +1,4 @@
-"""Plans against the memory of real runs, measured by other means, and against FLOPs counted by PyTorch."""
+"""Plans, compared with the memory of real runs, measured independently, and with FLOPs counted by PyTorch."""
 
 import json
 from pathlib import Path

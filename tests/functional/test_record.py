@@ -1,4 +1,4 @@
-"""What decides a run is recorded in its checkpoint, and a run that resumes it otherwise is refused or says so."""
+"""Checkpoints record what determines a run; a run that resumes one with other settings is refused or warns."""
 
 import fnmatch
 import re

@@ -1,4 +1,4 @@
-"""One run on Weights & Biases for a training, however often it is resumed; none for what is refused."""
+"""One run on Weights & Biases per training, however often it is resumed; none for refused runs."""
 
 import os
 import sys

@@ -65,7 +65,7 @@ def test_layouts_across_hosts(network: Network, flags: list[str], tmp_path: Path
 
 
 def test_a_host_cut_off_and_back(network: Network, flags: list[str], tmp_path: Path, cache: Path) -> None:
-    """The job ends in time and says why; with the host back the same command goes on as if nothing had been.
+    """The job ends in time and says why; once the host is back, the same command resumes as if nothing had happened.
 
     The second host has a data cache of its own.
     """

@@ -1,4 +1,4 @@
-"""A real Slurm cluster on this machine: its own munged, slurmctld and slurmd, apart from any that is installed."""
+"""A real Slurm cluster on this machine, with separate munged, slurmctld and slurmd processes."""
 
 import contextlib
 import os

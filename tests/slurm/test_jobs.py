@@ -160,7 +160,7 @@ def test_a_failure_is_answered_by_a_restart(jobs: Jobs) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_answered_by_a_restart(jobs: Jobs) -> None:
-    """One of two stands still, the other waits for it and heeds no signal: both are ended, and the job is requeued."""
+    """One of two ranks hangs, and the other waits for it, ignoring signals: both are ended, and the job is requeued."""
     words = ["--train-iters", "100000"]
     number = jobs.submit("single_node.sbatch", "hung", RECIPE, *words, HANG_MINUTES="0.3", GPUS_PER_NODE="2")
     jobs.wait_for_step(number, 2)

@@ -1,4 +1,4 @@
-"""Transformer Engine's Python over the stub in bf16: context parallelism, which fp32 has not; and official weights."""
+"""Transformer Engine's Python over the stub in bf16: context parallelism, which fp32 lacks; and official weights."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Training through Transformer Engine's own Python and Megatron's modules for it, PyTorch in its kernels' place.
+"""Training with Transformer Engine's Python code and Megatron's modules for it, with PyTorch for its kernels.
 
 Every run starts from one checkpoint of the local layers, and has to log what the local layers log in one process.
 """

@@ -29,7 +29,7 @@ TEXTS = [
 
 
 def topics() -> list[str]:
-    """English text that every Python has: its documentation topics."""
+    """English text that every Python installation has: its documentation topics."""
     from pydoc_data.topics import topics
 
     return [text for _, text in sorted(topics.items())]
@@ -116,5 +116,5 @@ def read_back(prefix: str | Path) -> list[list[int]]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Names of what a job left in a folder, the temporary files included."""
+    """Names of the files that a job left in a folder, including temporary ones."""
     return sorted(path.name for path in folder.iterdir())

@@ -1,4 +1,4 @@
-"""Defaults and refusals that depend on what is installed: a machine with a GPU and Transformer Engine is pretended."""
+"""Defaults and refusals that depend on what is installed; a GPU and Transformer Engine are simulated."""
 
 import importlib.util
 import sys

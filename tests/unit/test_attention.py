@@ -1,4 +1,4 @@
-"""The attention measures: against a forward pass written out by hand, their inputs, their comparison."""
+"""The attention measures, compared with a forward pass written by hand; their inputs; their comparison."""
 
 import re
 from pathlib import Path

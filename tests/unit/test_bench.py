@@ -1,4 +1,4 @@
-"""`make bench`: its commands are ones that the benchmarks take, and its table says all that a figure needs."""
+"""`make bench`: the benchmarks accept its commands, and its table has everything that a figure needs."""
 
 import argparse
 import importlib
@@ -53,7 +53,7 @@ def test_quick_runs_end_in_35_minutes(bench: ModuleType) -> None:
 def test_what_fails_or_hangs_is_named_and_the_others_go_on(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was found before counts, and no scratch file of a benchmark that was ended stays."""
+    """Earlier figures count, and a benchmark that was ended leaves no scratch file."""
     monkeypatch.setenv("BENCH_RESULTS", str(tmp_path / "figure"))
     importlib.import_module("results").record("start", [3.0, 1.0, 2.5], "s")
     records = f"open(os.environ['BENCH_RESULTS'], 'a').write(open({str(tmp_path / 'figure')!r}).read())"

@@ -1,4 +1,4 @@
-"""Splits and blends of datasets: what is no share is refused, in one line, before Megatron makes something of it."""
+"""Splits and blends of datasets: invalid shares are refused in one line, before Megatron misreads them."""
 
 import json
 from argparse import Namespace

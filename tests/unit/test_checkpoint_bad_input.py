@@ -1,4 +1,4 @@
-"""Conversions that cannot be made: one clear line, and nothing left behind that looks finished."""
+"""Impossible conversions: one clear line, and nothing is left behind that looks finished."""
 
 import copy
 import errno
@@ -67,7 +67,7 @@ def copied(folder: Path, to: Path) -> Path:
 
 
 def test_not_a_checkpoint(tmp_path: Path, huggingface: Path) -> None:
-    """Directories and files that are something else."""
+    """Paths that are neither checkpoints nor models."""
     out = str(tmp_path / "out" / "made")
     refused("no such directory", ExportJob(str(tmp_path / "nothing"), out))
     refused("not a directory", ExportJob(__file__, out))
@@ -182,7 +182,7 @@ def test_model_that_cannot_be_imported(
 
 
 def test_llama3_rope_with_other_frequencies(huggingface: Path, tmp_path: Path) -> None:
-    """Megatron has only Llama 3.1's own; any other would be computed wrongly without a word."""
+    """Megatron has only Llama 3.1's scaling; any other would silently be computed wrongly."""
     folder = copied(huggingface, tmp_path)
     scaling = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     path = folder / "config.json"
@@ -250,7 +250,7 @@ def test_output_that_exists(megatron: Path, tmp_path: Path) -> None:
 
 
 def test_disk_that_fills_up(megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known before: refused. Found on the way: removed."""
+    """If known in advance, it is refused; if found during the conversion, the output is removed."""
     out = ExportJob(str(megatron), str(tmp_path / "out"), check=False)
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))

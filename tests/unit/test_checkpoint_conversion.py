@@ -163,7 +163,7 @@ def test_new_rows_are_the_mean_with_a_little_noise(untied: Pair) -> None:
 
 
 def test_several_files_and_another_dtype(untied: Pair, tmp_path: Path) -> None:
-    """Files stay below the size asked for; the index names them all; the weights are those, rounded."""
+    """Files stay below the requested size; the index names them all; the weights are the same, rounded."""
     export(ExportJob(str(untied.imported), str(tmp_path / "out"), dtype="bfloat16", max_shard_size="100KB"))
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(files) > 2
@@ -210,7 +210,7 @@ TRAPS = {  # each of these loads without an error
 
 @pytest.mark.parametrize("trap", TRAPS)
 def test_trap_is_caught(untied: Pair, tmp_path: Path, trap: str) -> None:
-    """What loads silently, and computes something else, fails the self-check."""
+    """A model that loads silently but computes something else fails the self-check."""
     folder = copied(untied.exported, tmp_path)
     selfcheck.load_completely(folder)
     TRAPS[trap](folder)

@@ -53,7 +53,7 @@ def arguments(kind: str, model: str, tokens: int, mask_id: int) -> Namespace:
 
 
 class Megatrons:
-    """As much of Megatron's tokenizer as counting bytes needs."""
+    """The part of Megatron's tokenizer that is needed to count bytes."""
 
     def __init__(self, library: str, inner: object) -> None:
         self.library, self._tokenizer = library, Namespace(tokenizer=inner)
@@ -114,7 +114,7 @@ def test_mask_token_is_kept_or_appended(trained: Callable[[str], Path], tmp_path
 
 
 def test_bos_before_every_text(trained: Callable[[str], Path], tmp_path: Path) -> None:
-    """As the documents of the training data began with it."""
+    """The export adds BOS because the documents of the training data began with it."""
     tokenizer = from_sentencepiece(trained("bpe"))
     assert tokenizer("x")["input_ids"][0] != tokenizer.bos_token_id
     begin_with_bos(tokenizer)

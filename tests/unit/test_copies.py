@@ -1,4 +1,4 @@
-"""What a save in the background writes is what the training had when it began, and one save waits for another aloud."""
+"""A save in the background writes the state at its beginning; if one waits for another, this is reported."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""The corpus from the machine itself: the same every time, within its limit, nothing on both sides of the split."""
+"""The corpus from this machine: always the same, within its limit, with nothing on both sides of the split."""
 
 import json
 

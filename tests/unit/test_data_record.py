@@ -1,4 +1,4 @@
-"""What is recorded of a run's data: how often it is read."""
+"""The record of a run's data: how often it is read."""
 
 from argparse import Namespace
 

@@ -1,4 +1,4 @@
-"""The wrapper: what it masks, what it leaves alone, and that it is the same for every layout, worker and resume."""
+"""The wrapper: what it masks and what it leaves unchanged, the same for every layout, worker and resume."""
 
 import shutil
 from pathlib import Path
@@ -154,7 +154,7 @@ def kinds(build) -> dict[str, Any]:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("kind", ["gpt", "blend", "documents", "fim", "mock"])
 def test_every_objective_with_every_kind_of_data(kinds: dict[str, Any], kind: str, objective: str, tmp_path) -> None:
-    """Inputs become what they may and where they may; all else is the clean sample's; batches hold both kinds of it."""
+    """Inputs change only where and to what they may, and everything else stays clean; batches have both."""
     special, inner = (1, 2), kinds[kind]
     given = {"mask_ratio": 0.15, "mask_seed": 7} | OBJECTIVES[objective].settings
     if given.get("mask_strategy") == "weighted":
@@ -323,7 +323,7 @@ def test_padding_is_protected() -> None:
 
 
 def test_padding_samples_pass_through(build) -> None:
-    """Index None fills an incomplete batch: its loss is 0 and it is nobody's sample."""
+    """Index None fills an incomplete batch: its loss is 0, and it belongs to no sample."""
     sample = masked(build())[None]
     assert not (sample["tokens"] == MASK).any()
     assert not sample["loss_mask"].any()

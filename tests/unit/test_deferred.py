@@ -1,4 +1,4 @@
-"""What a start does not import, and what takes its place until it is used: in a Python of its own."""
+"""What a start does not import, and its substitutes until it is used, in separate Python processes."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Log-probabilities under chat templates: those of teacher forcing over the ids that fine-tuning has."""
+"""Log-probabilities under chat templates equal those of teacher forcing over the ids of fine-tuning."""
 
 from pathlib import Path
 

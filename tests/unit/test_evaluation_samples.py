@@ -1,4 +1,4 @@
-"""Samples of the generated tasks: of the length, depth and position that they claim, and the same for the same seed."""
+"""Samples of the generated tasks have the length, depth and position they claim, and are the same for a seed."""
 
 import json
 import re

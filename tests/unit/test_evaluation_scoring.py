@@ -1,4 +1,4 @@
-"""Scoring, against models whose scores are known: all, chance, and a bias that shows where it was planted."""
+"""Scoring of models whose scores are known: perfect, chance, and a bias at known places."""
 
 import random
 from pathlib import Path
@@ -155,7 +155,7 @@ def records(values: np.ndarray, **more: object) -> list[dict]:
 
 
 def test_places_of_one_question_are_no_independent_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models that do not differ: 5% of the comparisons may say that they do, and 5% of the intervals miss the mean."""
+    """Equal models: 5% of the comparisons may find a difference, and 5% of the intervals may miss the mean."""
     monkeypatch.setattr(statistics, "RESAMPLES", 499)
     generator = np.random.default_rng(0)
     significant = covered = 0

@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, whatever interrupts their writing."""
+"""Files and directories appear complete or not at all, whatever interrupts their writing."""
 
 import errno
 import itertools
@@ -18,7 +18,7 @@ from megatron_meap.files import CannotWriteError, whole_directory, whole_file
 
 @pytest.fixture
 def earlier(tmp_path: Path) -> dict[str, Path]:
-    """What stood there before: a file and a directory."""
+    """What was there before: a file and a directory."""
     (tmp_path / "directory").mkdir()
     for path in (tmp_path / "file", tmp_path / "directory" / "file"):
         path.write_text("earlier")
@@ -34,7 +34,7 @@ def full(error: OSError | None = None) -> None:
 
 
 def wrapped_twice() -> None:
-    """As Megatron's and PyTorch's writers tell of it."""
+    """As reported by the writers of Megatron and PyTorch."""
     try:
         full()
     except OSError:

@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: text stays text, and what gives wrong samples is refused before the start."""
+"""Fill-in-the-middle: text stays text, and settings that give wrong samples are refused before the start."""
 
 from types import SimpleNamespace
 

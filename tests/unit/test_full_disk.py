@@ -1,4 +1,4 @@
-"""A disk that gets full outside of saving: one line, the error itself printed before it; the log alone ends nothing."""
+"""A disk that fills up outside of saving: one line, preceded by the error; a failing log does not end the run."""
 
 import errno
 import os

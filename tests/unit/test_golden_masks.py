@@ -1,4 +1,4 @@
-"""Masks and samples as they were when their first runs were saved: a run that is resumed must get the same ones."""
+"""Masks and samples are the same as in earlier versions, because a resumed run must get the same ones."""
 
 import hashlib
 import itertools
@@ -26,7 +26,7 @@ SAMPLES = {
 
 @pytest.mark.parametrize("strategy", POSITIONS)
 def test_positions(strategy: str) -> None:
-    """Over lengths, ratios, protection, seeds, splits, schedules and indices; the order counts as well."""
+    """Digests over lengths, ratios, protection, seeds, splits, schedules and indices, in order."""
     digest = hashlib.sha256()
     for length, ratio, share, (seed, split) in itertools.product(
         (2, 7, 64, 1000, 4096), (0.001, 0.1, 0.15, 0.5, 0.97), (0.0, 0.1, 0.9), ((1234, "train"), (2**64 - 1, "valid"))

@@ -1,4 +1,4 @@
-"""`--help` of everything a person can run; every flag of ours shown, documented and declared once."""
+"""`--help` of every program; every flag of this project is shown, documented and declared once."""
 
 import dataclasses
 import re
@@ -63,7 +63,7 @@ def test_subcommands_explain_themselves(name: str, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", [name for name in cli.subcommands() if name not in MEGATRONS])
 def test_tools_refuse_a_flag_in_one_line(name: str, monkeypatch, capsys):
-    """Before what is missing, of which a mistyped flag is the reason."""
+    """A mistyped flag is reported before the flag that is missing because of it."""
     monkeypatch.setattr(sys, "argv", ["megatron-meap", name, "--outptu=x"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -1,4 +1,4 @@
-"""What examples/slurm/job.sh does beside Slurm, without one."""
+"""What examples/slurm/job.sh does apart from Slurm, tested without Slurm."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The house: arrows between packages go one way, and the method needs no Megatron."""
+"""The architecture: imports between packages go one way, and the method does not need Megatron."""
 
 import ast
 import subprocess

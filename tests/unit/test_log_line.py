@@ -1,4 +1,4 @@
-"""What is added to Megatron's log, and what `watch_training.py` makes of it."""
+"""Additions to Megatron's log, and how `watch_training.py` shows them."""
 
 import sys
 from argparse import Namespace
@@ -26,7 +26,7 @@ def test_a_spike_is_found_and_a_falling_loss_is_none(seed: int) -> None:
     found = [step for step, loss in enumerate(losses) if spikes.add(loss + 20 * (step == at)) is not None]
     assert found == [at]
     assert spikes.add(float("nan")) is None
-    assert spikes.add(float(losses[-1])) is None  # neither has spoilt what later losses are compared with
+    assert spikes.add(float(losses[-1])) is None  # neither affects what later losses are compared with
 
 
 def test_a_spike_in_a_flat_loss_is_found() -> None:

@@ -110,7 +110,7 @@ def test_samples_splits_and_seeds_differ() -> None:
 
 
 def test_a_pure_function_of_its_arguments() -> None:
-    """In any order, with other samples drawn between, and in another object: the same masks."""
+    """The masks are the same in any order, with other samples drawn in between, and in another object."""
     first = {index: masking().positions(index, LENGTH).tolist() for index in range(20)}
     shared = masking()
     random.seed(0)

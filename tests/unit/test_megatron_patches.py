@@ -1,4 +1,4 @@
-"""Why each patch of Megatron is there: the installed Megatron, unpatched, still has the defect or lacks the hook.
+"""The reason for each patch: the installed Megatron, unpatched, still has the defect or lacks the hook.
 
 A test that fails here says that the installed release no longer needs a patch (or needs another one): delete the patch.
 """
@@ -62,7 +62,7 @@ def one_rank():
 
 
 class Reader:
-    """Becomes the number of the process that reads it."""
+    """Unpickles as the id of the process that reads it."""
 
     def __reduce__(self) -> tuple:
         return os.getpid, ()

@@ -1,4 +1,4 @@
-"""The model's configuration, where it differs from what Megatron's own builders make of the flags."""
+"""The model's configuration, where it differs from that of Megatron's own builders."""
 
 import pytest
 import torch

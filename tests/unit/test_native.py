@@ -1,4 +1,4 @@
-"""The kernels in C: where they can be had, and what their arithmetic does at its limits."""
+"""The kernels in C: where they are available, and their arithmetic at its limits."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def test_what_is_no_number_stays_none():
 
 @needs_compiler
 def test_bits_do_not_depend_on_the_threads():
-    """Or a run that is repeated, or resumed with other processes beside it, would differ in the last bit."""
+    """Otherwise a repeated run, or one resumed beside other processes, would differ in the last bit."""
     generator = torch.Generator().manual_seed(1)
     x, grad, weight = (torch.randn(*shape, generator=generator) for shape in ((333, 96), (333, 96), (96,)))
     before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Every kind of input noise against its rule: counts, distributions, what is never touched, what is never drawn."""
+"""Every kind of input noise follows its rule: counts, distributions, what is never changed or drawn."""
 
 import hashlib
 import itertools
@@ -72,7 +72,7 @@ def noised(made: MaskedInputDataset) -> Iterator[tuple[np.ndarray, np.ndarray, n
 
 
 def fits(observed, expected) -> None:
-    """Chi-square: the counts are those that are expected."""
+    """Chi-square test: the counts are as expected."""
     observed = np.asarray(observed, float)
     expected = np.broadcast_to(np.asarray(expected, float), observed.shape)
     assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > UNLIKELY
@@ -127,7 +127,7 @@ def test_a_special_token_that_is_not_protected_may_become_any_ordinary_one() -> 
 
 
 def test_the_mixture_has_its_shares() -> None:
-    """BERT's: of the chosen 80% the mask token, 10% a random one, 10% what they were."""
+    """As in BERT: 80% of the chosen become the mask token, 10% a random one, and 10% stay."""
     made = dataset(random_share=0.1, kept_share=0.1)
     counts = np.zeros(3)
     for index, (_, tokens, changed) in enumerate(noised(made)):
@@ -180,7 +180,7 @@ def test_a_share_of_the_samples() -> None:
 
 
 def test_weights_are_respected(tmp_path) -> None:
-    """A token of twice the weight is noised twice as often, one of none never; the share is the ratio."""
+    """A token with twice the weight is noised twice as often, one with weight 0 never; the share is the ratio."""
     weights = np.random.RandomState(0).rand(VOCABULARY) * 3
     weights[[5, 6]] = 0
     np.save(tmp_path / "weights.npy", weights)
@@ -230,7 +230,7 @@ def test_the_sigmoid_rises_from_nothing_to_the_ratio() -> None:
 
 
 def test_noise_never_changes() -> None:
-    """A run that is resumed with a later version gets the noise that it would have had."""
+    """A run resumed with a later version gets the same noise as without an interruption."""
     digest = hashlib.sha256()
     for strategy in ("geometric", "bernoulli"):
         for options in ({}, {"random_share": 1.0}, {"random_share": 0.1, "kept_share": 0.1}, {"copy_weight": 0.4}):
@@ -329,7 +329,7 @@ def test_an_objective_sets_the_flags_that_are_not_given(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("setting", ["mask_ratio_min", "random_share", "copy_weight", "noised_share"])
 def test_a_checkpoint_from_before_a_flag_is_one_without_it(setting: str) -> None:
-    """A run that was trained without copies is not resumed with them unnoticed, however old its checkpoint is."""
+    """A run without copies is not silently resumed with them, however old its checkpoint is."""
     given = {f"meap_{name}": getattr(MaskSettings, name) for name in MaskSettings.__dataclass_fields__}
     old = SimpleNamespace(meap_record={"--meap-mask-ratio": 0.15})
     for value, refused in ((getattr(MaskSettings, setting), []), (0.125, [Verdict.REFUSED])):

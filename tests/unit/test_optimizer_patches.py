@@ -1,4 +1,4 @@
-"""What optimizers are loaded from: groups of another class or learning rate, and a full disk that is none."""
+"""Loading of optimizers: groups of another class or learning rate, and an error that only looks like a full disk."""
 
 import errno
 from argparse import Namespace
@@ -40,7 +40,7 @@ def test_another_learning_rate_finds_its_groups(flags: Namespace) -> None:
 
 
 def test_groups_of_another_class_of_optimizer(flags: Namespace) -> None:
-    """Keys that the saved one has not are this one's, Adam's settings are the flags'."""
+    """Keys that the saved group lacks keep this run's values; Adam's settings are those of the flags."""
     adopted = optimizer_patches.adopt_groups(groups(bias_correction=True, betas=(0.9, 0.99)), groups(foreach=None))
     assert all(group["bias_correction"] and group["betas"] == (0.9, 0.99) for group in adopted)
 
@@ -60,7 +60,7 @@ def save_checkpoint(error: BaseException) -> None:
 
 
 def test_the_disk_is_full_only_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint that was begun and little space are no reason: the error must come from saving."""
+    """An incomplete checkpoint and little space are not enough: the error must come from saving."""
     (tmp_path / "iter_0000002").mkdir()
     (tmp_path / "iter_0000002" / "part").write_bytes(bytes(100))
 

@@ -1,4 +1,4 @@
-"""Optimizers beside Adam: what cannot run is said before the start."""
+"""Optimizers other than Adam: what cannot run is refused before the start."""
 
 from argparse import Namespace
 

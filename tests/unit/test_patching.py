@@ -1,4 +1,4 @@
-"""What replaces a function of Megatron's does what it knows; everything else reaches the original."""
+"""A replacement of a Megatron function handles the cases it knows; all others reach the original."""
 
 import torch
 

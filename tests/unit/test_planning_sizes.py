@@ -1,4 +1,4 @@
-"""The planner counts the parameters of published models as their weights' files have them."""
+"""The planner's parameter counts match the weight files of published models."""
 
 import contextlib
 import io

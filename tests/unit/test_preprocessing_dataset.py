@@ -150,7 +150,7 @@ def test_one_dataset_by_two_names(datasets, tmp_path, monkeypatch):
 
 
 def test_merging_again_never_doubles_a_document(datasets, tmp_path, monkeypatch):
-    """The earlier output, left among the inputs, is no input; under another name it is found out."""
+    """An earlier output among the inputs is not an input; under another name it is recognised."""
     monkeypatch.chdir(tmp_path)
     for output in ("all", "./all", str(tmp_path / "all")):
         inputs = find_datasets(["."], output)
@@ -200,7 +200,7 @@ def test_datasets_without_documents(datasets, tmp_path):
 
 @pytest.mark.parametrize("manifest", [True, False])
 def test_a_flipped_bit_takes_no_memory(manifest, tmp_path):
-    """The highest of an id would ask for gigabytes of counts."""
+    """Counting up to the largest possible id would take gigabytes."""
     build(tmp_path / "x", [[1, 2, 3]], np.int32)
     if manifest:
         write_manifest(tmp_path / "x", max_token_id=3)

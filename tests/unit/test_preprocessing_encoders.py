@@ -1,4 +1,4 @@
-"""Encoders: gigatoken and the reference give one and the same ids, which are Megatron's, or the job says so."""
+"""Encoders: gigatoken and the reference give the same ids, which are Megatron's, or the job reports it."""
 
 import argparse
 import base64

@@ -1,4 +1,4 @@
-"""Which files are read and what they are: every document once, whatever the container, or one line with the name."""
+"""Which files are read and as what: every document once, in any container, or one line with the file's name."""
 
 import json
 import os

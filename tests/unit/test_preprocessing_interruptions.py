@@ -1,4 +1,4 @@
-"""Runs that are killed, lose a worker, fill the disk or stop at a bad line: nothing looks finished, they resume."""
+"""Runs that are killed, lose a worker, fill the disk or stop at a bad line: nothing looks finished, and they resume."""
 
 import contextlib
 import errno
@@ -57,7 +57,7 @@ def long_job(tmp_path_factory):
 
 
 def start(corpus: Path, prefix: Path, model: Path, *flags: str, **more) -> subprocess.Popen:
-    """The tool as a process of its own, slowed down by the reference tokenizer."""
+    """The tool in a separate process, slowed down by the reference tokenizer."""
     command = [sys.executable, str(TOOL), "--input", str(corpus), "--output-prefix", str(prefix), "--append-eod"]
     command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model), "--workers", "2"]
     command += ["--encoder", "reference", *flags]
@@ -108,7 +108,7 @@ def test_a_killed_run_leaves_nothing_finished_and_can_be_resumed(corpus, model, 
 
 
 def kill_at(process: subprocess.Popen, seconds: float) -> bool:
-    """SIGKILL the run so long after its workers have started; False where it was faster and succeeded."""
+    """SIGKILL the run that long after its workers have started; False if it finished before."""
     wait_for(lambda: process.poll() is not None or len(workers(process.pid)) == 2)
     time.sleep(seconds)
     left = workers(process.pid) if process.poll() is None else []
@@ -133,7 +133,7 @@ def test_a_dead_worker_ends_the_job_with_its_reason(long_job, model, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_finished(corpus, model, tmp_path):
-    """A limit on the size of files stands for the disk: the system's answer comes from the same call."""
+    """A limit on file sizes stands in for a full disk: the same call fails."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -188,7 +188,7 @@ def test_no_room_for_the_journal_at_all(args, tmp_path, monkeypatch):
 
 
 def test_a_journal_cut_off_within_a_line_goes_on_after_the_line_before(args, tmp_path):
-    """More than once: what comes next must not be written behind the remains."""
+    """More than once: the next data must not be written after the remains of an interrupted run."""
     paths, folder = spoiled(tmp_path), tmp_path / "out"
     for path in paths[2:]:  # each the one at which the next run stops
         path.write_text(path.read_text().removesuffix("oops\n") + "oops\n")
@@ -202,7 +202,7 @@ def test_a_journal_cut_off_within_a_line_goes_on_after_the_line_before(args, tmp
 
 
 def test_a_worker_ends_quietly_when_its_parent_is_gone():
-    """As after SIGTERM, in the middle of a block: nobody is left to answer to."""
+    """As after SIGTERM, in the middle of a block: the parent is gone."""
     ours, theirs = multiprocessing.Pipe()
     waiting, go = os.pipe()
     work = functools.partial(os.read, waiting)

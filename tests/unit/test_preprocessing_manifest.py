@@ -117,7 +117,7 @@ def test_other_special_tokens_are_refused(dataset, model):
 
 
 def test_names_that_are_not_utf8_are_kept(tmp_path):
-    """POSIX names are bytes: such a name must not cost the dataset at its very end."""
+    """POSIX names are bytes: such a name must not make the job fail at its end."""
     name = os.fsdecode(b"caf\xe9.jsonl")
     inputs = [{"path": each} for each in (name, "naïve.jsonl")]
     write_manifest(tmp_path / "x", inputs=inputs)

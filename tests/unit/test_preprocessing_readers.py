@@ -1,4 +1,4 @@
-"""Input: what it is, is seen from its content; damaged input is one line that names the file."""
+"""Input is recognised by its content; damaged input gives one line that names the file."""
 
 import gzip
 import io
@@ -147,7 +147,7 @@ def test_plain_text_has_no_keys(tmp_path):
 
 
 def test_line_ends_that_keep_a_separator_from_cutting(tmp_path, capfd):
-    """Throughout a file: refused. In places: said. Where the separator is there all the same: nothing to say."""
+    """Throughout a file, it is refused; in places, reported; if the separator matches anyway, it is fine."""
     path = tmp_path / "a.txt"
 
     def read(content: bytes, separator: str) -> str:

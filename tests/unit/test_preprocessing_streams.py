@@ -25,7 +25,7 @@ TEXT = [b'{"text": "%d"}\n' % n * 40 for n in range(3)]
 
 
 def read(path) -> bytes | None:
-    """What is read of a file; None where it is refused with its name."""
+    """What is read from a file; None if it is refused by name."""
     try:
         return b"".join(InputFile(str(path), InputOptions(kind="jsonl")).blocks())
     except UsageError as refused:
@@ -57,7 +57,7 @@ def spoiled(form: str, generator: random.Random) -> tuple[bytes, str]:
 
 
 def said_by_reference(form: str, path) -> bytes | None:
-    """What the format's own program unpacks; None where it refuses, warns of, or leaves out something."""
+    """What the format's own program unpacks; None if it refuses it, warns, or leaves something out."""
     done = subprocess.run([form, "-dc", str(path)], capture_output=True, check=False)
     whole = done.returncode == 0 and b"ignored" not in done.stderr
     return done.stdout if whole else None
@@ -74,7 +74,7 @@ def test_read_as_the_reference_program_does_or_refused(form, tmp_path):
         path.write_bytes(data)
         ours, theirs = read(path), said_by_reference(form, path)
         if form == "gzip" and how == "zeros":
-            theirs = None  # it says nothing of zeros, wherever they stand
+            theirs = None  # it does not report zeros anywhere
         assert ours == theirs, path
         agreed += ours is not None
         refused += ours is None

@@ -1,4 +1,4 @@
-"""The tools as a user runs them: from this machine's text to a checked dataset, and one line for what is wrong."""
+"""The tools as a user runs them: from this machine's text to a checked dataset, and one line for each error."""
 
 import json
 import runpy
@@ -15,7 +15,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 @pytest.fixture
 def tool(monkeypatch, capsys, tmp_path):
-    """Run a tool in a folder of its own; gives (exit status, standard output, standard error)."""
+    """Run a tool in a separate folder; returns (exit status, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
 
     def start(name: str, flags: str) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""The proof on a GPU, as far as one gets without: its steps' flags, its limits, its report."""
+"""The proof on a GPU, as far as it can be tested without one: its steps' flags, its limits, its report."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Numbers outside their range are refused before Megatron divides by them, or builds a model of them."""
+"""Numbers outside their range are refused before Megatron divides by them or builds a model with them."""
 
 import pytest
 

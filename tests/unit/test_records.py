@@ -1,4 +1,4 @@
-"""Small files of ours that are read back: whatever became of them, a line names the file."""
+"""Small files that are written and read back: however they were damaged, one line names the file."""
 
 import copy
 import json
@@ -47,21 +47,21 @@ def wrong_values(value: Any, shape: Any) -> Iterator[Any]:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """As type checkers have it, but that true is no number."""
+    """As in type checkers, except that true is not a number."""
     return isinstance(value, kind) and (
         not isinstance(value, bool) or kind is bool or bool in getattr(kind, "__args__", ())
     )
 
 
 def spoilt(content: bytes, shape: Any) -> Iterator[bytes]:
-    """What may have become of a file of JSON."""
+    """Ways in which a JSON file may be damaged."""
     yield from DAMAGED
     yield content[: len(content) // 2]
     yield from (json.dumps(wrong).encode() for wrong in wrong_values(json.loads(content), shape))
 
 
 def refuses_all(path: Path, shape: Any, read: Callable[[], object], named: str = "") -> int:
-    """Every spoilt version of a file is refused by one line that names it, and the file itself is not."""
+    """Every damaged version of a file is refused in one line that names it, and the intact file is accepted."""
     good, number = path.read_bytes(), 0
     read()
     for bad in spoilt(good, shape):

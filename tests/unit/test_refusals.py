@@ -1,4 +1,4 @@
-"""An error before the first step is called a refusal of flags only where it is one."""
+"""An error before the first step is called a refusal of flags only if it is one."""
 
 from argparse import Namespace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `inspect_batches.py` shows of a sample of fine-tuning: each token by whether it is itself learned."""
+"""How `inspect_batches.py` shows a fine-tuning sample: each token is marked if it is learned itself."""
 
 from dataclasses import replace
 from types import SimpleNamespace

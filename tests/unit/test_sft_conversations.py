@@ -1,4 +1,4 @@
-"""Conversations as people write them: the shapes that are taken, and one line for each that is not."""
+"""Conversations as people write them: the accepted formats, and one line for each other one."""
 
 import gzip
 import json

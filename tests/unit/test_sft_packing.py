@@ -1,4 +1,4 @@
-"""Packed samples: every row once an epoch, little waste, and nothing depends on more than seed, epoch and index."""
+"""Packed samples: every row once per epoch, little waste, everything determined by seed, epoch and index."""
 
 import pickle
 

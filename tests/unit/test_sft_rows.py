@@ -1,4 +1,4 @@
-"""Rows against an independent re-statement of the official algorithm, and labels against logits that are known."""
+"""Rows, compared with an independent version of the official algorithm, and labels, with known logits."""
 
 import random
 from functools import partial
@@ -32,7 +32,7 @@ def store_of(turns: list[Turn]) -> TurnStore:
 
 
 def official(source: list[int], target: list[int], max_length: int, ratio: float, sample) -> list[tuple[list, list]]:
-    """What MEAP-SFT makes of one turn, told anew from its description; `sample(range, n)` draws the positions.
+    """The rows of MEAP-SFT for one turn, written independently; `sample(range, n)` draws the positions.
 
     Where it would crash (no room for a mask: the prompt fills the context), and for rows that teach nothing, there is
     no row.

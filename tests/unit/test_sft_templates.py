@@ -1,4 +1,4 @@
-"""Templates as published models have them: thoughts, tools, dates; the labels are what the model must write."""
+"""Templates of published models, with thoughts, tools and dates; the labels are what the model must write."""
 
 import datetime
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Chat templates and tokens: what transformers itself renders, with the answers where they are."""
+"""Chat templates and tokens: the same as rendered by transformers, with the answers located correctly."""
 
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def test_the_prompt_is_what_generation_begins_with(tokenizer, name: str) -> None
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_special_tokens_within_messages_are_text(tokenizer, name: str) -> None:
-    """The template's own are tokens all the same, and the mask token comes from nowhere."""
+    """Those of the template still become tokens, and nothing gives the mask token."""
     encoder = TurnEncoder(tokenizer, TEMPLATES[name])
     special = set(tokenizer.all_special_ids)
     clean = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "say it"}]

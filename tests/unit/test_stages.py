@@ -1,4 +1,4 @@
-"""Staged data: every sample in its stage and its share, none twice, each a function of its index alone."""
+"""Staged data: every sample in its stage and share, none twice, each determined by its index alone."""
 
 import itertools
 import shutil
@@ -85,7 +85,7 @@ def test_stages(folder: Path, config: GPTDatasetConfig, plan, open_end: bool, se
         shares = [stage.blend.get(str(folder / name), 0) for name in NAMES]
         assert np.abs(counts - np.array(shares) * (end - begin)).max() <= 1
         assert (counts > 0).tolist() <= [share > 0 for share in shares]
-    for number, name in enumerate(NAMES):  # each is read in one order, on and on
+    for number, name in enumerate(NAMES):  # each is read in one order throughout
         mine = [samples[index] for index in range(total) if first[index] // 10_000 == number]
         alone = stages.build(GPTDataset, [Stage(None, {str(folder / name): 1.0})], EPOCH - 20, config, lambda: True)
         assert mine == [alone[index]["tokens"].tolist() for index in range(len(mine))]

@@ -1,4 +1,4 @@
-"""What a rank takes for a second request to stop, and what ends with a rank that is killed."""
+"""What counts as a second request to stop, and which processes end when a rank is killed."""
 
 import os
 import signal
@@ -69,7 +69,7 @@ def test_what_torchrun_sends_on_late_is_no_second_request(rank: signals.StopRequ
 
 
 def test_a_second_request_of_a_person_ends_it(rank: signals.StopRequest, monkeypatch) -> None:
-    """To the rank alone, of which torchrun knows nothing; or to torchrun, which it ends, and that ends the rank."""
+    """Sent to the rank alone, unknown to torchrun; or to torchrun, which it ends and which then ends the rank."""
     at(0, monkeypatch)
     rank._note(signal.SIGTERM)
     rank._note(signal.SIGTERM)  # the same one, by another way
@@ -84,7 +84,7 @@ def test_a_second_request_of_a_person_ends_it(rank: signals.StopRequest, monkeyp
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
 def test_before_the_first_step_a_rank_ends_at_once(number: int, rank: signals.StopRequest, capsys, tmp_path) -> None:
-    """Else it would wait minutes for another rank that has ended already."""
+    """Otherwise it would wait minutes for another rank that has already ended."""
     rank._stepped = False
     with pytest.raises(Ended, match=str(signals.EXIT_STOPPED)):
         rank._note(number)

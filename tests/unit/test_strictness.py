@@ -1,4 +1,4 @@
-"""What a checkpoint may lack: the extra state of Transformer Engine's layers, and nothing else."""
+"""A checkpoint may lack only the extra state of Transformer Engine's layers."""
 
 from argparse import Namespace
 

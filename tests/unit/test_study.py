@@ -1,4 +1,4 @@
-"""A study: its grid is read and run, resumed, and judged by the rules that were written down before."""
+"""A study: its grid is read, run and resumed, and judged by the rules written down beforehand."""
 
 import json
 import math

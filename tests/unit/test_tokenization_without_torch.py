@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers as preprocessing loads them: Megatron's ids and special tokens, whatever the folder holds."""
+"""Hugging Face tokenizers as loaded by preprocessing: Megatron's ids and special tokens, for any kind of folder."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Tokenizer training: Llama's shape, [MASK] out of reach of text, deterministic, and one line for what cannot work."""
+"""Tokenizer training: Llama's format, no [MASK] from text, deterministic, and one line for what cannot work."""
 
 import pytest
 import sentencepiece
@@ -90,7 +90,7 @@ def test_padding_and_another_mask_token(tmp_path, folder):
 
 
 def test_only_so_much_text_is_read(tmp_path):
-    """What stands after the limit changes nothing, be it as wrong as it may."""
+    """Text after the limit has no effect, even if it is invalid."""
     source = write_jsonl(tmp_path / "a.jsonl", topics()[:10])
     train_tokenizer([str(source)], tmp_path / "all", vocab_size=400)
     with open(source, "a") as file:
@@ -164,7 +164,7 @@ def test_long_lines_are_cut_and_nothing_is_left_out(line):
 
 
 def test_a_corpus_of_one_long_line_trains(tmp_path):
-    """Characters that stand in no shorter line are pieces."""
+    """Characters that occur only in long lines are pieces too."""
     source = write_jsonl(tmp_path / "long.jsonl", ["short", "ŵord in a line of its own " * 60_000])
     train_tokenizer([str(source)], tmp_path / "m", vocab_size=390)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m"))

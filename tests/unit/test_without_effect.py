@@ -1,4 +1,4 @@
-"""Flags that would change nothing are refused, with what makes them count."""
+"""Flags that would change nothing are refused, with a hint at what gives them an effect."""
 
 import argparse
 import re
@@ -121,7 +121,7 @@ def _words_read() -> set[str]:
 
 
 def test_what_nothing_reads_is_refused(parser: argparse.ArgumentParser) -> None:
-    """A flag of a new Megatron that nothing here reads, or that is of another of its programs, is to be classified."""
+    """A flag of a new Megatron that nothing here reads, or that belongs to another program, must be classified."""
     of_others = {
         action.dest for group in parser._action_groups if group.title in PROGRAMS for action in group._group_actions
     }
