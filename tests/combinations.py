@@ -187,7 +187,7 @@ def values(action: argparse.Action, fitting: bool) -> list[list[str]]:
 
 
 def spelled(action: argparse.Action, words: list[str]) -> list[str]:
-    """A flag and its values; values that begin with a dash are joined to it with `=`."""
+    """A flag and its values; a single value is joined to it with `=`, because it may begin with a dash."""
     name = next((each for each in action.option_strings if each.startswith("--")), action.option_strings[0])
     if isinstance(action, argparse.BooleanOptionalAction):
         name = action.option_strings[0 if action.default is False else -1]
