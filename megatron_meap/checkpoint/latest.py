@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_meap.errors import UsageError, causes
+from megatron_meap.errors import UsageError, causes, refuse
 from megatron_meap.files import whole_file
 from megatron_meap.flags import Settings, flag
 
@@ -63,14 +63,12 @@ class CheckpointSettings(Settings):
             raise UsageError("--meap-keep-every: needs --meap-keep-last, without which all checkpoints are kept")
         if self.keep_last is None:
             return
-        if self.keep_last < 1:
-            raise UsageError(f"--meap-keep-last {self.keep_last}: must be at least 1")
-        if args.save is None:
-            raise UsageError(
-                "--meap-keep-last: there is no --save whose checkpoints to keep; name one, or drop the flag"
-            )
-        if args.save_retain_interval is not None:
-            raise UsageError("--meap-keep-last: contradicts --save-retain-interval; use --meap-keep-every instead")
+        flag, retained = "--meap-keep-last", args.save_retain_interval is not None
+        refuse(
+            (self.keep_last < 1, f"{flag} {self.keep_last}: must be at least 1"),
+            (args.save is None, f"{flag}: there is no --save whose checkpoints to keep; name one, or drop the flag"),
+            (retained, f"{flag}: contradicts --save-retain-interval; use --meap-keep-every instead"),
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import sys
 import warnings
 from dataclasses import replace
 
-from megatron_meap.errors import UsageError, refusing
+from megatron_meap.errors import UsageError, refuse, refusing
 from megatron_meap.flags import Parser
 
 
@@ -88,14 +88,12 @@ def main() -> None:
     sampling = Sampling(
         args.max_new_tokens, 0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.seed
     )
-    if args.num_samples < 1:
-        raise UsageError(f"--num-samples {args.num_samples}: must be at least 1")
-    if args.num_samples > 1 and sampling.temperature == 0:
-        raise UsageError(
-            f"--num-samples {args.num_samples}: greedily chosen texts are all the same; drop one of the two"
-        )
-    if args.system and not args.chat:
-        raise UsageError("--system: belongs to a chat; add --chat")
+    flag, greedy = f"--num-samples {args.num_samples}", sampling.temperature == 0
+    refuse(
+        (args.num_samples < 1, f"{flag}: must be at least 1"),
+        (args.num_samples > 1 and greedy, f"{flag}: greedily chosen texts are all the same; drop one of the two"),
+        (args.system and not args.chat, "--system: belongs to a chat; add --chat"),
+    )
     generator = Generator(args.load, args.ckpt_step, args.tokenizer)
     messages: list[dict[str, str]] = [{"role": "system", "content": args.system}] if args.system else []
     for prompt in prompts(args):

@@ -10,7 +10,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refuse
 from megatron_meap.huggingface import experts
 from megatron_meap.huggingface.families import FAMILIES, OTHERS, Extras, Family, family_of
 from megatron_meap.huggingface.mup import Multipliers
@@ -135,9 +135,7 @@ def _refuse_megatron(args: Namespace) -> None:
             f"--hidden-size {get('hidden_size')}, not a multiple of --num-attention-heads {get('num_attention_heads')}",
         ),
     ]
-    for present, what in obstacles:
-        if present:
-            raise UsageError(f"conversion of {what} is not supported; {SUPPORTED}")
+    refuse(*((present, f"conversion of {what} is not supported; {SUPPORTED}") for present, what in obstacles))
 
 
 def from_huggingface(config: Any) -> Architecture:
@@ -197,9 +195,7 @@ def _refuse_huggingface(config: Any, rope: dict[str, Any]) -> None:
             f"llama3 RoPE scaling other than Megatron's {LLAMA3_ROPE}",
         ),
     ]
-    for present, what in obstacles:
-        if present:
-            raise UsageError(f"config.json: {what} is not supported; {SUPPORTED}")
+    refuse(*((present, f"config.json: {what} is not supported; {SUPPORTED}") for present, what in obstacles))
 
 
 def exported_family(model: Architecture) -> Family:

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refuse
 
 _FAMILY = ("muon", "adaptive_muon")
 
@@ -36,14 +36,12 @@ def check(args: Namespace) -> None:
     if args.optimizer not in _FAMILY:
         return
     known = [name for name in emerging_optimizers.get_supported_coefficient_types() if name != "custom"]
-    if args.muon_coefficient_type not in known:
-        raise UsageError(f"--muon-coefficient-type {args.muon_coefficient_type}: none of {', '.join(known)}")
-    if args.muon_num_ns_steps < 1:
-        raise UsageError(f"--muon-num-ns-steps {args.muon_num_ns_steps}: must be at least 1")
-    if args.muon_fp32_matmul_prec == "low":
-        raise UsageError(
-            "--muon-fp32-matmul-prec low: PyTorch has no such precision and would take its own; use medium"
-        )
+    kind, steps, low = args.muon_coefficient_type, args.muon_num_ns_steps, args.muon_fp32_matmul_prec == "low"
+    refuse(
+        (kind not in known, f"--muon-coefficient-type {kind}: none of {', '.join(known)}"),
+        (steps < 1, f"--muon-num-ns-steps {steps}: must be at least 1"),
+        (low, "--muon-fp32-matmul-prec low: PyTorch has no such precision and would take its own; use medium"),
+    )
 
 
 def words(args: Namespace) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refuse
 from megatron_meap.flags import Settings, flag
 from megatron_meap.trainer.after_step import publish, whole_parameters
 from megatron_meap.trainer.probe_task import CHANCE, FEWEST_TOKENS, PROBE, QUARTERS, SHORTEST, Probe, build, score
@@ -37,14 +37,13 @@ class ProbeSettings(Settings):
         if self.probe_interval is None:
             return
         flag = f"--meap-probe-interval {self.probe_interval}"
-        if self.probe_interval < 1:
-            raise UsageError(f"{flag}: must be at least 1")
-        if args.seq_length is not None and args.seq_length < SHORTEST:
-            raise UsageError(
-                f"{flag}: a probe has at least {SHORTEST} tokens, more than --seq-length {args.seq_length}"
-            )
-        if args.hybrid_context_parallel:
-            raise UsageError(f"{flag}: does not work with --hybrid-context-parallel; drop one of them")
+        length = args.seq_length
+        short = length is not None and length < SHORTEST
+        refuse(
+            (self.probe_interval < 1, f"{flag}: must be at least 1"),
+            (short, f"{flag}: a probe has at least {SHORTEST} tokens, more than --seq-length {length}"),
+            (args.hybrid_context_parallel, f"{flag}: does not work with --hybrid-context-parallel; drop one of them"),
+        )
 
 
 def ordinary_tokens(args: Namespace, special: tuple[int, ...]) -> np.ndarray:
