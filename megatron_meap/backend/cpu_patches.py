@@ -1,7 +1,7 @@
-"""Megatron made fast on a CPU: what its trainer leaves to CUDA kernels is given PyTorch's best for a processor.
+"""Megatron made fast on a CPU: where its trainer relies on CUDA kernels, it gets the fastest of PyTorch's for a CPU.
 
-Installed with the CPU adaptation, never on a GPU, and without effect on what is computed beyond rounding. The modules
-of a layer (norm, attention, MLP) are chosen in `layers`; here is what no layer specification can reach. Each function
+Installed with the CPU adaptation, never on a GPU, and without effect on the results beyond rounding. The modules of a
+layer (norm, attention, MLP) are chosen in `layers`; this module replaces what no layer specification can. Each function
 says what it replaces and what that gained in a training step of the 15.6M-parameter model, 8 x 512 tokens, on one core
 of a Xeon with AVX512_BF16 and without AMX (6.5 s a step in bf16 before). All are for megatron-core 0.19, where none of
 this is a defect: its kernels are for GPUs. Arguments that a later Megatron adds reach Megatron's own functions.
@@ -19,7 +19,7 @@ from megatron_meap.backend.patching import replace, where_possible
 
 
 def install() -> None:
-    """Put everything in place; doing it twice is doing it once. Megatron must be importable (`device.prepare`)."""
+    """Install all patches; a second call has no effect. Megatron must be importable (`device.prepare`)."""
     if getattr(torch.optim.AdamW, "meap_fused", False):
         return
     _keep_freed_memory()
@@ -31,7 +31,7 @@ def install() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """glibc hands every tensor above 32 MiB back to the kernel when it is freed, and gets it again page by page.
+    """Keep freed memory: glibc returns every tensor above 32 MiB to the kernel, and gets it back page by page.
 
     Writing 63 MiB of logits takes 17 ms in memory the process has kept, and 56 ms in new pages. Freed memory now
     stays with the process, for its next tensor.
@@ -44,11 +44,11 @@ def _keep_freed_memory() -> None:
 
 
 def _multiply_in_the_fast_type() -> None:
-    """Linear layers: multiply in 32-bit floats where those are faster, and add weight gradients where they belong.
+    """Linear layers: multiply in 32-bit floats where that is faster, and add weight gradients to Megatron's buffer.
 
-    Many processors list AVX512_BF16 and multiply bf16 at half the speed of 32-bit floats (83 against 165 GFLOP/s a
-    core here), or not natively at all. The 32-bit product of the same bf16 operands is the better rounded one as well,
-    and its weight gradient goes into Megatron's 32-bit buffer without a copy: 3.7 s become 2.0 s a step.
+    Many processors list AVX512_BF16 but multiply bf16 at half the speed of 32-bit floats (83 against 165 GFLOP/s per
+    core here), or not natively at all. The 32-bit product of the same bf16 operands is also rounded less, and its
+    weight gradient goes into Megatron's 32-bit buffer without a copy: 2.0 s a step instead of 3.7.
     """
     from megatron.core.tensor_parallel import layers, mappings
 
@@ -56,10 +56,10 @@ def _multiply_in_the_fast_type() -> None:
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        gradient_accumulation_fusion: bool,  # of Apex's kernel; ours does it anyway
+        gradient_accumulation_fusion: bool,  # of Apex's kernel; ours always does it
         allreduce_dgrad: bool,
         sequence_parallel: bool,
-        wgrad_deferral_limit: int | None = 0,  # of the buffer that this fast path does not know
+        wgrad_deferral_limit: int | None = 0,  # of the buffer, which this fast path does not handle
         tp_group: Any = None,
     ) -> Tensor:
         if sequence_parallel:
@@ -92,9 +92,9 @@ def _cos_sin(freqs: Tensor, dtype: torch.dtype, mscale: float) -> tuple[Tensor, 
 
 
 def _cross_entropy_in_one_step() -> None:
-    """Vocabulary-parallel cross-entropy: a dozen passes over 32-bit logits become three within the cache.
+    """Vocabulary-parallel cross-entropy: three passes within the cache instead of a dozen over 32-bit logits.
 
-    It takes the place of `--cross-entropy-loss-fusion` too, whose gradients Megatron rounds to bf16.
+    It also replaces `--cross-entropy-loss-fusion`, whose gradients Megatron rounds to bf16.
     """
     from megatron.core import tensor_parallel
     from megatron.core.models.common.language_module import language_module
@@ -108,9 +108,9 @@ def _cross_entropy_in_one_step() -> None:
 
 
 def _send_matrices_one_by_one() -> None:
-    """Muon's matrices, each updated by one data-parallel rank: gloo gathers tensors of one size only.
+    """Muon's matrices, each updated by one data-parallel rank: gloo only gathers tensors of the same size.
 
-    Megatron's own other way, which it keeps as a reference, takes them one by one.
+    Megatron's alternative, which it keeps as a reference, gathers them one by one.
     """
     from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 

@@ -7,11 +7,11 @@ from megatron_meap.backend.patching import original_of, replace
 
 
 def leave_out(steps: Collection[int]) -> None:
-    """Read the data of these steps (the first is 1) and learn nothing of it; all else is as after any other step.
+    """Read the data of these steps (the first is 1) without learning from it; otherwise they are like any other step.
 
-    Megatron's own way passes by the checkpoint, the evaluation and the exit that fall on such a step: after the last
-    one, what was learned since the checkpoint before is lost. And it fails on pipeline stages that load no data, and
-    on virtual ones. So it must not see `--iterations-to-skip`.
+    Megatron's own implementation omits a checkpoint, evaluation or exit that is due at such a step: at the end of the
+    run, everything learned since the previous checkpoint would be lost. It also fails on pipeline stages that load no
+    data, and on virtual ones. Megatron must therefore not see `--iterations-to-skip`.
     """
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.core.rerun_state_machine import get_rerun_state_machine

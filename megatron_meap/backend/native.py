@@ -1,7 +1,7 @@
-"""The kernels of `kernels.c`, compiled for this processor the first time that it trains, where there is a C compiler.
+"""The kernels of `kernels.c`, compiled for this processor at its first training, if there is a C compiler.
 
-They are faster than `kernels` in plain PyTorch by what one pass over memory is faster than several, and as exact.
-`MEAP_CPU_COMPILE=0` does without them; `CC` names the compiler.
+They are faster than `kernels` in plain PyTorch because they pass over memory once instead of several times, and as
+exact. `MEAP_CPU_COMPILE=0` disables them; `CC` names the compiler.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-
 
 
 def suits(x: Tensor) -> bool:
-    """Whether the kernels are there and are for such numbers: bf16 on a CPU, and not only the shape of some."""
+    """Whether the kernels are available for such tensors: bf16 on a CPU, with data (not a fake tensor)."""
     return x.dtype == torch.bfloat16 and type(x) is Tensor and x.device.type == "cpu" and library() is not None
 
 
@@ -41,7 +41,7 @@ def _as_c(argument: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_i
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be had."""
+    """The compiled kernels; None if they are not available."""
     return _loaded()[0]
 
 
@@ -64,14 +64,16 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _built(compiler: str) -> Path:
-    """The library in the user's cache, named by all that decides what is in it."""
+    """The library in the user's cache, named by a digest of everything that determines its content."""
     processor = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "model"))}
     made_of = [_SOURCE.read_text(), compiler, *_FLAGS, str(Path(compiler).stat().st_mtime), *sorted(processor)]
     name = f"kernels-{hashlib.sha256('\n'.join(made_of).encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "megatron-meap")
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as own:  # of several ranks, each replaces the others' by the same
+        with tempfile.TemporaryDirectory(
+            dir=folder
+        ) as own:  # with several ranks, each replaces it with the same content
             made = Path(own, name)
             command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
