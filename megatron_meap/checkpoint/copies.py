@@ -100,7 +100,10 @@ class Copies:
             return request
         rank, buckets, results = request.async_fn_args
         if any(tensor.device.type != "cpu" for *_, (_, tensors) in buckets for _, tensor in tensors):
-            return request  # Megatron copies them from the GPU, and waits for that
+            # Megatron copies these from the GPU, and waits for that; not what lies beside them, as an offloaded state.
+            for *_, (_, tensors) in buckets:
+                tensors[:] = [(item, each.clone() if each.device.type == "cpu" else each) for item, each in tensors]
+            return request
         return request._replace(
             async_fn=self._taken(request.async_fn, buckets), async_fn_args=(rank, None, results), preload_fn=None
         )

@@ -47,8 +47,14 @@ def test_the_training_changes_nothing_of_what_is_written() -> None:
 
 
 def test_megatron_copies_from_a_gpu_itself() -> None:
-    request = request_of([torch.empty(5, device="meta")], [])
+    """What is there; the rest, as a state that is offloaded, is copied."""
+    there, here = torch.empty(5, device="meta"), torch.ones(5)
+    request = request_of([there, here], [])
     assert Copies(lambda state, folder: request)({}, "iter_0000002") is request
+    [(_, _, (_, [(_, first), (_, second)]))] = request.async_fn_args[1]
+    assert first is there
+    assert torch.equal(second, here)
+    assert second.data_ptr() != here.data_ptr()
     assert Copies(lambda state, folder: None)({}, "iter_0000002") is None  # in the foreground
 
 
