@@ -8,9 +8,11 @@ from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
+import torch
 from megatron.training.global_vars import unset_global_variables
 from megatron.training.training import destroy_global_state
 
+from megatron_meap.huggingface import megatron_model
 from megatron_meap.trainer import run
 
 
@@ -54,3 +56,13 @@ def prepare(*flags: str, world_size: int = 1) -> Namespace:
         finally:
             unset_global_variables()
             destroy_global_state()
+
+
+def save(args: Namespace, directory: Path) -> None:
+    """Save a checkpoint of iteration 2 as a run with these arguments would, with zeros and without its optimizer."""
+    with megatron_model.one_process():
+        model = megatron_model.build(args, torch.float32)
+        for parameter in model.parameters():
+            parameter.detach().zero_()
+        megatron_model.save(model, args, directory / "iter_0000002")
+    (directory / "latest_checkpointed_iteration.txt").write_text("2")

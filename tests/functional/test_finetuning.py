@@ -26,7 +26,7 @@ from megatron_meap.trainer import run
 from tests import warm
 from tests.conftest import REPOSITORY, Corpus
 from tests.launch import MODEL, TRAINING, environment, launch
-from tests.sft import conversations, prepare, write_jsonl
+from tests.sft import conversations, prepare, save, write_jsonl
 
 LENGTH = ["--seq-length", "320", "--max-position-embeddings", "320"]
 
@@ -192,12 +192,7 @@ def test_a_folder_does_not_take_its_cache_for_conversations(prepared, flags: lis
 def test_resuming_with_other_conversations_is_refused(prepared, flags: list[str], tmp_path: Path) -> None:
     resume = [*flags, "--save", str(tmp_path / "saved"), "--load", str(tmp_path / "saved"), "--save-interval", "5"]
     args = prepared(*resume)
-    with megatron_model.one_process():
-        model = megatron_model.build(args, torch.float32)
-        for parameter in model.parameters():
-            parameter.detach().zero_()
-        megatron_model.save(model, args, tmp_path / "saved" / "iter_0000002")
-    (tmp_path / "saved" / "latest_checkpointed_iteration.txt").write_text("2")
+    save(args, tmp_path / "saved")
     prepared(*resume)
     for extra, said in (
         (["--meap-sft-threshold", "11"], "--meap-sft-threshold 10 there, 11 here"),

@@ -9,19 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_meap.checkpoint import model_arguments
 from megatron_meap.cluster import meeting
 from megatron_meap.errors import UsageError
-from megatron_meap.huggingface import megatron_model
 from megatron_meap.meap.settings import MaskSettings
 from megatron_meap.sft.flags import SFTSettings
 from megatron_meap.trainer import record
 from megatron_meap.trainer.official import OfficialSettings
 from tests.conftest import REPOSITORY, Corpus
 from tests.launch import MODEL, TRAINING
-from tests.sft import prepare
+from tests.sft import prepare, save
 
 
 def flags_of(corpus: Corpus, folder: Path, *extra: str) -> list[str]:
@@ -31,20 +29,10 @@ def flags_of(corpus: Corpus, folder: Path, *extra: str) -> list[str]:
     return [*flags, "--save", str(folder / "run"), *extra]
 
 
-def save(args: Namespace, folder: Path) -> None:
-    """A checkpoint of iteration 2 as a run with these arguments would leave it, without its optimizer."""
-    with megatron_model.one_process():
-        model = megatron_model.build(args, torch.float32)
-        for parameter in model.parameters():
-            parameter.detach().zero_()
-        megatron_model.save(model, args, folder / "run" / "iter_0000002")
-    (folder / "run" / "latest_checkpointed_iteration.txt").write_text("2")
-
-
 @pytest.fixture(scope="module")
 def folder(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("record")
-    save(prepare(*flags_of(corpus, folder)), folder)
+    save(prepare(*flags_of(corpus, folder)), folder / "run")
     return folder
 
 
@@ -164,7 +152,7 @@ def test_a_checkpoint_without_a_record_loads_with_one_warning(
     args = prepare(*flags_of(corpus, tmp_path))
     described = args.meap_record
     del args.meap_record
-    save(args, tmp_path)
+    save(args, tmp_path / "run")
     capsys.readouterr()
     again = prepare(*flags_of(corpus, tmp_path), "--load", str(tmp_path / "run"))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")]
@@ -180,7 +168,7 @@ def test_the_length_of_training_decides_where_the_masks_follow_it(
 ) -> None:
     """With a clean final share; otherwise only the number of epochs does."""
     flags = flags_of(corpus, tmp_path, "--meap-clean-final-share", "0.2", "--lr-decay-iters", "20")
-    save(prepare(*flags), tmp_path)
+    save(prepare(*flags), tmp_path / "run")
     with pytest.raises(UsageError, match="the samples of training 160 there, 240 here"):
         prepare(*flags, "--load", str(tmp_path / "run"), "--train-iters", "30")
 
@@ -209,7 +197,7 @@ def test_an_optimizer_state_that_would_not_find_its_parameters_is_refused(
     """Before anything is loaded; a state that knows the parameters' names goes into other layers and layouts."""
     args = prepare(*flags_of(corpus, tmp_path))
     vars(args).update(there)
-    save(args, tmp_path)
+    save(args, tmp_path / "run")
     state = {"distrib_optim_sharding_type": "dp_reshardable"}
     monkeypatch.setattr("megatron.core.dist_checkpointing.load_content_metadata", lambda _: state)
     resume = [*flags_of(corpus, tmp_path), "--load", str(tmp_path / "run"), *here.split()]

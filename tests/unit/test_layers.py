@@ -22,7 +22,6 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel import cross_entropy as megatrons_cross_entropy  # noqa: E402
 from megatron.core.tensor_parallel import layers as megatrons_layers  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.mlp import MLP  # noqa: E402
@@ -44,19 +43,10 @@ STOCK_ROTARY = rope_utils._apply_rotary_pos_emb_bshd
 STOCK_CROSS_ENTROPY = megatrons_cross_entropy.vocab_parallel_cross_entropy
 STOCK_LINEAR = megatrons_layers.linear_with_grad_accumulation_and_async_allreduce
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 S, B, N, G, D = 48, 2, 6, 2, 16
 TYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_rank():
-    """Process groups of one rank, and Megatron's random states."""
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,6 @@ from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.tensor_parallel import layers  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.moe import token_dispatcher  # noqa: E402
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig  # noqa: E402
 from megatron.core.utils import local_multi_tensor_l2_norm  # noqa: E402
@@ -47,18 +46,6 @@ from megatron.training.argument_utils import ArgumentGroupFactory  # noqa: E402
 from megatron_meap.backend import helpers, kernels, left_out  # noqa: E402
 from megatron_meap.backend.loss_patches import over_steps_that_have_it  # noqa: E402
 from megatron_meap.backend.patching import original_of, replace  # noqa: E402
-from tests.launch import free_port  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def one_rank():
-    """Process groups of one rank, and Megatron's random states."""
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 class Reader:
