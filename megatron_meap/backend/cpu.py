@@ -306,6 +306,8 @@ def unsupported(args: Any) -> list[tuple[str, str]]:
         ("--transformer-impl", args.transformer_impl != "local", te),
         ("--moe-grouped-gemm", args.moe_grouped_gemm, "it needs CUTLASS kernels"),
         ("--cuda-graph-impl", args.cuda_graph_impl != "none", "there are no CUDA graphs"),
+        ("--enable-cuda-graph", args.enable_cuda_graph, "there are no CUDA graphs"),
+        ("--external-cuda-graph", args.external_cuda_graph, "there are no CUDA graphs"),
         ("--distributed-backend", args.distributed_backend != "gloo", "only gloo communicates between CPU processes"),
         (
             "--pipeline-model-parallel-comm-backend",

@@ -260,6 +260,8 @@ def _validate_meap(args: Namespace) -> None:
     OfficialSettings.of(args).check(args)
     if args.sft:
         raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; use --meap-sft")
+    if args.lazy_mpu_init:
+        raise UsageError("--lazy-mpu-init: this trainer makes the process groups itself; drop it")
     if args.position_embedding_type == "mrope":
         raise UsageError("--position-embedding-type mrope: its positions are for images; use rope")
     _check_full_validation(args)

@@ -4,8 +4,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
+from megatron.core.safe_globals import register_safe_globals
+
 from megatron_meap.checkpoint import latest, model_arguments
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refusing
 from megatron_meap.trainer import batch_sizes, schedule
 from megatron_meap.trainer.optimizers import is_distributed
 from megatron_meap.trainer.record import ALLOW, BEGINS, Verdict, differences
@@ -112,9 +115,8 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
     """
     from megatron.core import dist_checkpointing
 
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-        return []  # a legacy checkpoint: left to Megatron's own checks
-    state = dist_checkpointing.load_common_state_dict(str(path))
+    is_old = not dist_checkpointing.check_is_distributed_checkpoint(str(path))
+    state = _state_in_old_format(flag, path) if is_old else dist_checkpointing.load_common_state_dict(str(path))
     saved = state.get("args")
     if saved is None:
         return []
@@ -123,6 +125,8 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
     if not resumes:
         changed = [said for _, said in differences(saved, args, BEGINS)]
         return warnings + ([f"{flag}: {path} was trained with {'; '.join(changed)}"] if changed else [])
+    if is_old:
+        _refuse_what_the_old_format_cannot(path, saved, args)
     _refuse_another_optimizer(path, saved, args)
     found = list(differences(saved, args))
     refused = [said for outcome, said in found if outcome is Verdict.REFUSED]
@@ -142,6 +146,28 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
     if not hasattr(saved, "meap_record"):
         warnings.append(f"{path} is older than the record of data and versions: whether these are the same is unknown")
     return warnings
+
+
+def _state_in_old_format(flag: str, path: Path) -> dict[str, Any]:
+    """What a checkpoint in Megatron's old format (`--ckpt-format torch`) holds, its tensors not read; {} for none."""
+    first = min(path.glob("mp_rank_*/model_optim_rng.pt"), default=None)
+    if first is None:
+        return {}
+    register_safe_globals()
+    with refusing(f"{flag}: {first} is damaged", remedy="name another checkpoint (--ckpt-step)"):
+        return torch.load(first, map_location="cpu", mmap=True)
+
+
+def _refuse_what_the_old_format_cannot(path: Path, saved: Namespace, args: Namespace) -> None:
+    """Refuse another layout or other layers, and state that is not there: Megatron would end, saying so and without an error."""
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "transformer_impl"):
+        if getattr(saved, name, getattr(args, name)) != getattr(args, name):
+            raise UsageError(
+                f"--load: {path} is in Megatron's old format, which fits its own layout and layers alone: --"
+                f"{name.replace('_', '-')} {getattr(saved, name)} there, {getattr(args, name)} here"
+            )
+    if getattr(saved, "no_save_rng", False) and not args.no_load_rng:
+        raise UsageError(f"--load: {path} has no state of random generators (--no-save-rng); add --no-load-rng")
 
 
 def _compare_model(flag: str, path: Path, saved: Namespace, args: Namespace, resumes: bool) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from megatron.core.enums import ModelType
@@ -98,18 +98,23 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
         with heartbeat.alive() if heartbeat else contextlib.nullcontext():
             _pretrain(args, store, output, heartbeat)
     except SystemExit as end:  # Megatron's own way out of the training loop
-        if isinstance(end.code, int) and end.code in bad_steps.STATUSES:
-            bad_steps.end(args, end.code, bad_steps.found_in(end.__cause__))
-        if end.code is None and _not_begun(args) and not args.ckpt_convert_format:  # no error, and yet no training
-            raise UsageError(f"Megatron ends before the first step: {output.last_of_library}") from end
-        if (cause := _cause(args, stop)) is None:
-            raise
-        if args.rank == 0:
-            output.say(_how_it_stopped(args, cause))
-        if stop.stop_asked:
-            sys.exit(0)
-        note_status(EXIT_STOPPED)
-        sys.exit(EXIT_STOPPED)
+        _leave(args, end, stop, output)
+
+
+def _leave(args: Namespace, end: SystemExit, stop: StopRequest, output: Output) -> NoReturn:
+    """Say what has ended the run before its last step, and leave with the status that tells."""
+    if isinstance(end.code, int) and end.code in bad_steps.STATUSES:
+        bad_steps.end(args, end.code, bad_steps.found_in(end.__cause__))
+    if end.code is None and _not_begun(args) and not args.ckpt_convert_format:  # no error, and yet no training
+        raise UsageError(f"Megatron ends before the first step: {output.last_of_library}") from end
+    if (cause := _cause(args, stop)) is None:
+        raise end
+    if args.rank == 0:
+        output.say(_how_it_stopped(args, cause))
+    if stop.stop_asked:
+        sys.exit(0)
+    note_status(EXIT_STOPPED)
+    sys.exit(EXIT_STOPPED)
 
 
 def _heading(args: Namespace) -> str:

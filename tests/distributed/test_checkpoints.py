@@ -89,6 +89,7 @@ def saved(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Saved:
         "run": [],
         "asynchronous": ["--async-save", "--save-interval", "2", "--meap-keep-last", "2"],
         "left_out": ["--train-iters", "4", "--iterations-to-skip", "4", "--save-interval", "2"],
+        "old_format": ["--train-iters", "1", "--ckpt-format", "torch", "--no-save-rng"],
         "pruned": ["--train-iters", "9", "--meap-keep-last", "2", "--meap-keep-every", "4"],
     }
     runs = {name: [*flags, "--save", str(folder / name), *own] for name, own in more.items()}
@@ -170,6 +171,24 @@ def test_old_checkpoints_are_pruned(saved: Saved) -> None:
 def test_what_is_learned_before_a_last_step_without_data_is_saved(saved: Saved) -> None:
     assert latest.iterations(saved.folder / "left_out") == [2, 4]
     assert "skipped step at iteration 4 | its data is left out" in saved.runs["left_out"].output
+
+
+def test_a_run_that_resumes_from_the_old_format_is_compared_too(saved: Saved) -> None:
+    folder = str(saved.folder / "old_format")
+    flags = [*saved.flags, "--ckpt-format", "torch", "--load", folder]
+    for more, words in (
+        (["--no-load-rng", "--meap-mask-ratio", "0.3"], "--meap-mask-ratio 0.15 there, 0.3 here"),
+        ([], "no state of random generators .*add --no-load-rng"),
+        (["--tensor-model-parallel-size", "2", "--no-load-rng"], "tensor-model-parallel-size 1 there, 2 here"),
+        (["--no-load-rng", "--use-distributed-optimizer"], "drop --use-distributed-optimizer"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            prepare(*flags, *more, "--dry-run", world_size=2 if "2" in more else 1)
+    assert prepare(*flags, "--override-opt_param-scheduler", "--no-load-rng", "--dry-run").meap_record
+    for file in Path(folder).glob("iter_*/mp_rank_00/*.pt"):
+        os.truncate(file, 1000)
+    with pytest.raises(UsageError, match=r"model_optim_rng\.pt is damaged"):
+        prepare(*flags, "--dry-run")
 
 
 def test_asynchronous_saving(saved: Saved, corpus: Corpus) -> None:

@@ -91,6 +91,8 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--result-rejected-tracker-filename absent/file", "absent/file: its directory is not there"),
         ("--profile --use-pytorch-profiler", "--use-pytorch-profiler: writes beside --tensorboard-dir"),
         ("--record-memory-history", "--record-memory-history: cannot work on a CPU"),
+        ("--external-cuda-graph", "--external-cuda-graph: cannot work on a CPU"),
+        ("--lazy-mpu-init", "--lazy-mpu-init: this trainer makes"),
         ("--rerun-mode report_stats", "--rerun-mode report_stats: megatron-core 0.19 fails"),
         ("--iterations-to-skip 3 21", "--iterations-to-skip 21: the run has steps 1 to 20"),
         ("--wandb-project p", "--wandb-project: needs a directory for its files"),

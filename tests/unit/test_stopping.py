@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from torch.distributed.elastic.multiprocessing import SignalException, api
 
 from megatron_meap.cluster import signals, torchrun
 from megatron_meap.cluster.run_files import Requests
-from megatron_meap.errors import LAST_STATUS
+from megatron_meap.errors import LAST_STATUS, UsageError
+from megatron_meap.trainer import run
+from megatron_meap.trainer.output import Output
 from tests.launch import environment
 from tests.processes import ended
 
@@ -99,6 +102,34 @@ def test_a_rank_without_torchrun(rank: signals.StopRequest, monkeypatch) -> None
     at(LATE, monkeypatch)
     with pytest.raises(Ended):
         rank._note(signal.SIGTERM)
+
+
+def test_how_megatrons_end_is_told(rank: signals.StopRequest, monkeypatch) -> None:
+    """An end without an error is one before the first step; later it has a cause, or is one that was asked for."""
+    output, said = Output(), []
+    monkeypatch.setattr(output, "say", said.append)
+    output.last_of_library = "could not load the checkpoint"
+    args = Namespace(
+        rank=0, save=None, iteration=4, ckpt_convert_format=None, exit_duration_in_mins=None, train_iters=9
+    )
+
+    def end(code: int | None) -> int | str | None:
+        with pytest.raises(SystemExit) as left:
+            run._leave(args, SystemExit(code), rank, output)
+        return left.value.code
+
+    with pytest.raises(UsageError, match="before the first step: could not load the checkpoint"):
+        end(None)
+    assert end(3) == 3
+    args.ckpt_convert_format = "torch"
+    assert end(None) is None  # converted, and done
+    args.curr_iteration, args.ckpt_convert_format = 6, None
+    assert end(None) is None
+    args.exit_duration_in_mins, args.exit_interval = 1, None
+    assert end(0) == signals.EXIT_STOPPED
+    assert said == ["stopped by --exit-duration-in-mins 1 after iteration 7: nothing saved: no --save"]
+    args.exit_interval = 7
+    assert end(0) == 0
 
 
 def test_helpers_end_with_a_killed_rank() -> None:
