@@ -32,22 +32,21 @@ PATIENCE_S = 300.0
 
 
 def main() -> None:
-    """Judge all cases: `{name: {"flags": [...], "world": 1}}`."""
+    """Judge all cases: `{name: {"flags": [...], "world": 1, "dry": true}}`."""
     cases = json.loads(Path(sys.argv[1]).read_text())
     results = {}
     for name, case in cases.items():
-        results[name] = judge(case["flags"], case.get("world", 1))
+        results[name] = judge(case["flags"], case.get("world", 1), case.get("dry", True))
         if len(sys.argv) > 2:
             Path(sys.argv[2]).write_text(json.dumps(results))
     print("\nresults: " + json.dumps(results))
 
 
-def judge(flags: list[str], world: int = 1, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """The verdict of the dry run, and of the training: `[exit status, output]` each."""
-    more = environment or {}
-    dry = launch([*flags, "--dry-run"], 1, {"WORLD_SIZE": str(world), **more})
-    run = launch(flags, world, {"WORLD_SIZE": str(world), **more})
-    return {"dry": dry, "run": run}
+def judge(flags: list[str], world: int = 1, dry: bool = True) -> dict[str, Any]:
+    """The verdict of the dry run, if wanted, and of the training: `[exit status, output]` each."""
+    environment = {"WORLD_SIZE": str(world)}
+    foretold = {"dry": launch([*flags, "--dry-run"], 1, environment)} if dry else {}
+    return foretold | {"run": launch(flags, world, environment)}
 
 
 def launch(flags: list[str], ranks: int, environment: dict[str, str]) -> tuple[int, str]:

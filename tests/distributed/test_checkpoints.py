@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_meap.checkpoint import latest
 from megatron_meap.errors import UsageError
+from megatron_meap.trainer import resume
 from tests.conftest import Corpus
 from tests.launch import MODEL, TRAINING, Run, launch, launch_many
 from tests.sft import prepare
@@ -179,12 +181,14 @@ def test_a_run_that_resumes_from_the_old_format_is_compared_too(saved: Saved) ->
     for more, words in (
         (["--no-load-rng", "--meap-mask-ratio", "0.3"], "--meap-mask-ratio 0.15 there, 0.3 here"),
         ([], "no state of random generators .*add --no-load-rng"),
-        (["--tensor-model-parallel-size", "2", "--no-load-rng"], "tensor-model-parallel-size 1 there, 2 here"),
         (["--no-load-rng", "--use-distributed-optimizer"], "drop --use-distributed-optimizer"),
     ):
         with pytest.raises(UsageError, match=words):
-            prepare(*flags, *more, "--dry-run", world_size=2 if "2" in more else 1)
-    assert prepare(*flags, "--override-opt_param-scheduler", "--no-load-rng", "--dry-run").meap_record
+            prepare(*flags, *more, "--dry-run")
+    here = prepare(*flags, "--override-opt_param-scheduler", "--no-load-rng", "--dry-run")
+    there = Namespace(tensor_model_parallel_size=2, pipeline_model_parallel_size=1)
+    with pytest.raises(UsageError, match="--tensor-model-parallel-size 2 there, 1 here"):
+        resume._refuse_what_the_old_format_cannot(Path(folder), there, here)
     for file in Path(folder).glob("iter_*/mp_rank_00/*.pt"):
         os.truncate(file, 1000)
     with pytest.raises(UsageError, match=r"model_optim_rng\.pt is damaged"):

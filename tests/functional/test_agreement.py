@@ -51,12 +51,14 @@ DRAWN = range(300)
 """Seeds of `combinations.drawn`."""
 
 
-def judged(cases: dict[str, Case], corpus: Corpus, folder: Path) -> dict:
-    """Verdicts of tests/agreement.py."""
+def judged(cases: dict[str, Case], corpus: Corpus, folder: Path, dry: bool = True) -> dict:
+    """Verdicts of tests/agreement.py; `dry` is whether those of the dry run are among them."""
     data = [*corpus.data_flags, "--data-cache-path", str(folder / "cache")]
     listing = folder / "cases.json"
     listing.write_text(
-        json.dumps({name: {"flags": case.command_line(data), "world": case.world} for name, case in cases.items()})
+        json.dumps(
+            {name: {"flags": case.command_line(data), "world": case.world, "dry": dry} for name, case in cases.items()}
+        )
     )
     script = REPOSITORY / "tests" / "agreement.py"
     done = warm.run([script, listing], environment(), cwd=folder, timeout=60 + 120 * len(cases))
@@ -110,7 +112,7 @@ def test_no_flag_is_silent(corpus: Corpus, tmp_path: Path) -> None:
     """What should change the data or the mathematics changes a loss or the weights of two steps, or is refused."""
     bases = {context: Case(context) for context in combinations.CONTEXTS}
     flags = {" ".join(case.more): case for case in combinations.single(combinations.parser())}
-    verdicts = judged(bases | flags, corpus, tmp_path)
+    verdicts = judged(bases | flags, corpus, tmp_path, dry=False)
     same = [
         name for name, case in flags.items()
         if verdicts[name]["run"][0] == 0 and result(verdicts[name]) == result(verdicts[case.context])
