@@ -159,7 +159,7 @@ def _state_in_old_format(flag: str, path: Path) -> dict[str, Any]:
 
 
 def _refuse_what_the_old_format_cannot(path: Path, saved: Namespace, args: Namespace) -> None:
-    """Refuse another layout or other layers, and state that is not there: Megatron would end, saying so and without an error."""
+    """Refuse another layout or layers, and state that is not there: Megatron would end, saying so, without an error."""
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "transformer_impl"):
         if getattr(saved, name, getattr(args, name)) != getattr(args, name):
             raise UsageError(
