@@ -54,14 +54,14 @@ class Benchmark:
 def benchmarks(preprocess: str | None) -> Iterator[Benchmark]:
     """All benchmarks; the limits of their quick runs add up to 35 minutes."""
     yield Benchmark("startup.py", quick="--rounds 3", minutes=3)
-    yield Benchmark("meap_overhead.py", quick="--rounds 5", minutes=3)
+    yield Benchmark("meap_overhead.py", quick="--rounds 5", minutes=4)
     yield Benchmark("retrieval_probe.py", minutes=2)
     compiled = " --compile" if shutil.which("c++") or shutil.which("g++") else ""
     yield Benchmark("cpu_training.py", ONE_THREAD + compiled, "--shapes 8x512 --rounds 3", minutes=7)
     yield Benchmark("cpu_training.py", f"{ONE_THREAD} --fp32 --shapes 8x512", "--rounds 3", minutes=3)
     yield Benchmark("checkpoint.py", quick="--rounds 1", minutes=4)
-    yield Benchmark("evaluation.py", quick="--rounds 1", minutes=6)
-    yield Benchmark("growth.py", quick="--only length processes --steps 2", minutes=7)
+    yield Benchmark("evaluation.py", quick="--rounds 1", minutes=7)
+    yield Benchmark("growth.py", quick="--only length vocabulary processes --steps 2", minutes=5)
     if preprocess is not None:
         yield Benchmark("preprocess.py", preprocess, minutes=30)
 

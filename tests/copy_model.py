@@ -54,4 +54,5 @@ def train_copy_model(folder: Path, steps: int = 600) -> None:
 
 if __name__ == "__main__":  # a process of its own, without the CPU adaptation that tests/conftest.py installs
     torch.set_num_threads(1)
-    train_copy_model(Path(sys.argv[1]), int(sys.argv[2]))
+    for folder, steps in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        train_copy_model(Path(folder), int(steps))

@@ -41,8 +41,8 @@ def evaluate(*flags: str, **environment: str) -> subprocess.CompletedProcess:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model trained on pure copying, and the same before its training."""
     folder = tmp_path_factory.mktemp("models")
-    for name, steps in (("trained", "600"), ("untrained", "2")):
-        subprocess.run([sys.executable, "-m", "tests.copy_model", folder / name, steps], cwd=REPOSITORY, check=True)
+    asked = [folder / "trained", "600", folder / "untrained", "2"]
+    subprocess.run([sys.executable, "-m", "tests.copy_model", *asked], cwd=REPOSITORY, check=True)
     return {name: folder / name for name in ("trained", "untrained")}
 
 
