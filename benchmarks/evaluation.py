@@ -52,13 +52,13 @@ def main() -> None:
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONPATH=str(HERE.parent))
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = args.load.resolve() if args.load else trained(Path(folder))
-        from megatron_meap.evaluation.models import context_length, open_models
+        from megatron_meap.evaluation.models import open_models
 
         [model] = open_models([str(checkpoints)], Path(folder) / "exports")
         generation = generating(checkpoints, model.directory, args.tokens)
         compare("generation", generation, args.rounds, warm_up=True)
         for name, (models, flags) in EVALUATIONS.items():
-            sides = evaluating(model.directory, models, context_length(model), flags.split(), Path(folder))
+            sides = evaluating(model, models, flags.split(), Path(folder))
             compare(f"evaluation, {name}", sides, args.rounds)
 
 
@@ -128,11 +128,12 @@ def generating(checkpoints: Path, directory: Path, tokens: int) -> dict[str, Cal
     }
 
 
-def evaluating(
-    directory: Path, models: int, context: int, flags: list[str], folder: Path
-) -> dict[str, Callable[[], tuple[float, Any]]]:
+def evaluating(model: Any, models: int, flags: list[str], folder: Path) -> dict[str, Callable[[], tuple[float, Any]]]:
     """Ways to evaluate a model that many times; each returns its seconds and all values of every task and model."""
+    from megatron_meap.evaluation.models import context_length
     from megatron_meap.evaluation.suites import TASKS
+
+    directory, context = model.directory, context_length(model)
 
     def ours() -> tuple[float, Any]:
         shutil.rmtree(folder / "ours", ignore_errors=True)
@@ -142,10 +143,10 @@ def evaluating(
 
     def theirs() -> tuple[float, Any]:
         seconds, found = 0.0, []
-        tasks, metadata = samples_of(flags, context)
+        tasks, metadata = samples_of(model, flags)
         metadata |= dict.fromkeys(("pretrained", "tokenizer"), str(directory))
-        model = f"pretrained={directory},dtype=float32,max_length={context}"
-        command = ["-m", "lm_eval", "--model", "hf", "--model_args", model, "--tasks", ",".join(tasks), "--device"]
+        arguments = f"pretrained={directory},dtype=float32,max_length={context}"
+        command = ["-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", ",".join(tasks), "--device"]
         command += ["cpu", "--batch_size", "8", "--include_path", str(TASKS), "--metadata", json.dumps(metadata)]
         for _ in range(models):
             shutil.rmtree(folder / "theirs", ignore_errors=True)
@@ -156,17 +157,14 @@ def evaluating(
     return {"tools/evaluate.py": ours, "lm_eval --model hf": theirs}
 
 
-def samples_of(flags: list[str], context: int) -> tuple[list[str], dict[str, Any]]:
-    """The tasks that `tools/evaluate.py` runs with these flags, with their settings as lm-eval's metadata."""
+def samples_of(model: Any, flags: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The tasks that `tools/evaluate.py` runs with these flags, and their settings as lm-eval's metadata."""
     from megatron_meap.commands import evaluate
-    from megatron_meap.evaluation.suites import make_plan
 
     parser = argparse.ArgumentParser()
     evaluate.add_flags(parser)
-    args = parser.parse_args(flags)
-    given = {name: getattr(args, name) for name in evaluate.OPTIONS}
-    plan = make_plan(args.suite, [task for task in args.tasks.split(",") if task], given, context)
-    return plan.tasks, {name: value for name, value in plan.metadata.items() if value is not None}
+    plan, tasks = evaluate.choose_tasks(parser.parse_args(flags), [model])
+    return list(tasks), {name: value for name, value in plan.metadata.items() if value is not None}
 
 
 def found_in(folder: Path) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import runpy
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import ModuleType
 
 import pytest
 
+from megatron_meap.evaluation.models import Model
 from tests.launch import REPOSITORY
 
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -44,6 +46,18 @@ def test_every_command_is_one_that_its_benchmark_takes(bench: ModuleType, monkey
             monkeypatch.setattr(sys, "argv", each.command(whole))
             with pytest.raises(Parsed):
                 runpy.run_path(str(BENCHMARKS / each.script))["main"]()
+
+
+def test_the_peer_of_the_evaluation_gets_its_tasks_and_samples(character_tokenizer: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    evaluation = importlib.import_module("evaluation")
+    shutil.copytree(character_tokenizer, tmp_path / "model")
+    LlamaConfig(max_position_embeddings=1024).save_pretrained(tmp_path / "model")
+    flags = evaluation.EVALUATIONS["two tasks"][1].split()
+    tasks, metadata = evaluation.samples_of(Model("0", tmp_path / "model", "", "0"), flags)
+    assert sorted(tasks) == ["meap_kv_logprob", "meap_needle_logprob"]
+    assert {"max_seq_lengths": [1024], "samples": 8, "kv_digits": 4}.items() <= metadata.items()
 
 
 def test_quick_runs_end_in_35_minutes(bench: ModuleType) -> None:
