@@ -1,7 +1,7 @@
 """What a worker does: a block of input in, the token ids of its documents out."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Buffer, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +10,7 @@ from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.documents import BadDocumentError, documents
 from megatron_meap.preprocessing.readers import InputOptions
 from megatron_meap.preprocessing.recognition import Kind
-from megatron_meap.tokenization.encoders import Encoder
+from megatron_meap.tokenization.encoders import Encoder, Ids
 from megatron_meap.tokenization.reference import Reference
 
 CACHE_BYTES = 384 << 20
@@ -24,10 +24,10 @@ CHECKED_CHARACTERS = 2000
 class KeyTokens:
     """The documents of one block, for one key."""
 
-    tokens: bytes = b""
+    tokens: Buffer = b""
     """Ids of all documents, one after the other, in the dataset's dtype."""
 
-    lengths: bytes = b""
+    lengths: Buffer = b""
     """Tokens of each document, int32."""
 
     documents: int = 0
@@ -81,7 +81,7 @@ class BlockEncoder:
     def __call__(self, task: tuple[Kind, bytes]) -> EncodedBlock:
         """Encode one block (kind, bytes)."""
         kind, block = task
-        ids: list[list[Sequence[int]]] = [[] for _ in self._options.keys]
+        ids: list[list[Ids]] = [[] for _ in self._options.keys]
         answer = EncodedBlock([KeyTokens() for _ in self._options.keys])
         if kind == "text" and self._options.separator:
             answer.separated = self._options.separator.encode() in block
@@ -91,12 +91,13 @@ class BlockEncoder:
             try:
                 if isinstance(texts, BadDocumentError):
                     raise texts
-                encoded = [self._encode(text) for text in texts or ()]
+                raw = [text.encode() for text in texts or ()]
+                encoded = [self._encode(text) for text in raw]
             except BadDocumentError as error:
                 answer.bad.append((position, str(error)))
                 continue
-            for key, text, found, tokens in zip(ids, texts or (), encoded, answer.keys, strict=False):
-                tokens.text_bytes += len(text) if text.isascii() else len(text.encode())
+            for key, text, found, tokens in zip(ids, raw, encoded, answer.keys, strict=False):
+                tokens.text_bytes += len(text)
                 if len(found):
                     key.append(found)
                 else:
@@ -109,7 +110,7 @@ class BlockEncoder:
         self._bound_memory()
         return answer
 
-    def _encode(self, text: str) -> Sequence[int]:
+    def _encode(self, text: bytes) -> Ids:
         try:
             return self._encoder.encode(text)
         except ValueError as error:
@@ -117,42 +118,38 @@ class BlockEncoder:
 
     def _check_exact(self, text: str) -> None:
         """Compare a piece of every block with the reference: the sample at the start is only a sample."""
-        if list(self._encoder.encode(text)) != list(self._reference.encode(text)):
+        if not np.array_equal(self._encoder.encode(text.encode()), self._reference.encode(text)):
             raise UsageError(
                 f"{self._encoder.name} gives other ids than {self._reference.library} for the text {text[:60]!r}...; "
                 "run again with --encoder reference"
             )
 
-    def _join(self, found: list[Sequence[int]], tokens: KeyTokens) -> None:
+    def _join(self, found: list[Ids], tokens: KeyTokens) -> None:
         """Put all documents of a key into one array, BOS and EOD around each."""
         if not found:
             return
-        before, around = len(self._prefix), len(self._prefix) + len(self._suffix)
-        lengths = np.array([len(ids) + around for ids in found], np.int64)
-        joined = np.empty(int(lengths.sum()), np.int64)
-        start = 0
-        for ids, length in zip(found, lengths.tolist(), strict=True):
-            end = start + length
-            joined[start : start + before] = self._prefix
-            joined[start + before : end - len(self._suffix)] = ids
-            joined[end - len(self._suffix) : end] = self._suffix
-            start = end
-        self._check(joined)
-        tokens.tokens = joined.astype(self._dtype).tobytes()
-        tokens.lengths = lengths.astype(np.int32).tobytes()
+        kind = found[0].dtype if isinstance(found[0], np.ndarray) else np.int64
+        before, after = self._prefix.astype(kind), self._suffix.astype(kind)
+        joined = np.concatenate([part for ids in found for part in (before, ids, after)])
+        tokens.largest = self._checked(joined)
+        tokens.tokens = joined.astype(self._dtype)
+        tokens.lengths = np.array([len(ids) for ids in found], np.int32) + np.int32(len(before) + len(after))
         tokens.documents = len(found)
-        tokens.largest = int(joined.max())
 
-    def _check(self, ids: np.ndarray) -> None:
-        """No id may lie outside the vocabulary, and none may be the mask token: text must never produce it."""
-        if ids.min() < 0 or ids.max() >= self._reference.vocab_size:
+    def _checked(self, ids: np.ndarray) -> int:
+        """The largest id. None may lie outside the vocabulary, or be the mask token: text must never produce it."""
+        least, largest = (0 if ids.dtype.kind == "u" else int(ids.min())), int(ids.max())
+        if least < 0 or largest >= self._reference.vocab_size:
             raise UsageError(
-                f"token id {ids.min() if ids.min() < 0 else ids.max()} is outside the tokenizer's vocabulary of "
+                f"token id {least if least < 0 else largest} is outside the tokenizer's vocabulary of "
                 f"{self._reference.vocab_size}; check --vocab-size and the tokenizer files"
             )
         mask = self._reference.mask
         if mask and not mask.added and (ids == mask.id).any():
-            raise UsageError(f"the text produces the mask token {mask.text!r} (id {mask.id}); use another mask token")
+            raise UsageError(
+                f"the text produces the mask token {mask.text!r} (id {mask.id}); name another with --meap-mask-token"
+            )
+        return largest
 
     def _bound_memory(self) -> None:
         """Empty the encoder's caches when this process has grown by its share."""

@@ -1,5 +1,6 @@
 """Which files a job reads: files, globs and folders, each file once, and never what a job writes."""
 
+import errno
 import glob
 import os
 import re
@@ -88,8 +89,9 @@ def find(patterns: list[str], flag: str = "--input") -> Found:
 
 def _matches(pattern: str, found: Found) -> Iterator[str]:
     """Paths of the files that a pattern matches."""
+    entered: set[tuple[int, int]] = set()
     if os.path.isdir(pattern):
-        yield from sorted(_files_under(pattern, found, set()))
+        yield from sorted(_files_under(pattern, found, entered))
     elif os.path.exists(pattern):
         if _is_output(pattern):
             raise UsageError(f"{found.flag} {pattern}: written by a preprocessing job, not text; leave it out")
@@ -97,8 +99,8 @@ def _matches(pattern: str, found: Found) -> Iterator[str]:
     else:
         for match in sorted(glob.glob(pattern, recursive=True)):
             if os.path.isdir(match):
-                yield from sorted(_files_under(match, found, set()))
-            elif _is_read(match, found):
+                yield from sorted(_files_under(match, found, entered))
+            elif not _is_loop(match) and _is_read(match, found):
                 yield match  # a hidden one too, if the glob asks for it
 
 
@@ -109,16 +111,25 @@ def _files_under(folder: str, found: Found, entered: set[tuple[int, int]]) -> It
         return
     entered.add(identity)
     try:
-        entries = list(os.scandir(folder))
+        entries = [(entry, entry.is_dir()) for entry in os.scandir(folder)]
     except OSError as error:
-        raise UsageError(f"{found.flag} {folder}: cannot be read: {error.strerror}") from error
-    for entry in entries:
-        if entry.is_dir() and not entry.name.startswith("."):
+        raise UsageError(f"{found.flag} {error.filename or folder}: cannot be read: {error.strerror}") from error
+    for entry, is_folder in entries:
+        if is_folder and not entry.name.startswith("."):
             yield from _files_under(entry.path, found, entered)
         elif entry.name.startswith("."):
             found.hidden += 1
         elif _is_read(entry.path, found):
             yield entry.path
+
+
+def _is_loop(path: str) -> bool:
+    """Whether a path goes round so often that the system refuses: `**` follows a link that leads back up that far."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def _is_read(path: str, found: Found) -> bool:

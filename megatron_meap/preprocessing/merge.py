@@ -1,6 +1,7 @@
 """Several datasets made one, their documents one after the other."""
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -19,6 +20,13 @@ from megatron_meap.preprocessing.writer import DatasetWriter
 
 _SUMMED = ("documents", "tokens", "empty_documents", "skipped_lines", "text_bytes")
 _COMMON = ("tokenizer", "mask_token", "before_document", "after_document", "dtype")
+_DECIDED_BY = {
+    "mask_token": ("its mask token is", "--meap-mask-token"),
+    "before_document": ("each of its documents begins with", "--prepend-bos"),
+    "after_document": ("each of its documents ends with", "--append-eod"),
+    "dtype": ("its ids are", "--tokenizer-type and --tokenizer-model"),
+}
+"""What may not differ beside the tokenizer: how to say what a dataset has, and the flags that decide it."""
 
 
 def find_datasets(inputs: list[str], output_prefix: str) -> list[str]:
@@ -76,7 +84,10 @@ def merge_datasets(prefixes: list[str], output_prefix: str, *, overwrite: bool =
     for prefix in prefixes:  # an index stays open as long as it is held, and there may be more than a process may open
         index = read_index(prefix)
         if index.dtype != dtype:
-            raise UsageError(f"{prefix}: holds {index.dtype}, but {prefixes[0]} {dtype}: different tokenizers")
+            raise UsageError(
+                f"{prefix}: its ids are {index.dtype}, those of {prefixes[0]} {dtype}: made with different tokenizers; "
+                "preprocess one of them again"
+            )
         documents += index.documents
     if not documents:
         raise UsageError(f"--input {' '.join(prefixes[:3])}: no documents in any of the {len(prefixes)} datasets")
@@ -106,9 +117,12 @@ def _compatible_manifests(prefixes: list[str]) -> list[dict[str, Any]] | None:
         first, other = next(iter(manifests.items()))
         if manifest["tokenizer"]["sha256"] != other["tokenizer"]["sha256"]:
             raise UsageError(f"{prefix}: made with another tokenizer than {first}; preprocess one of them again")
-        for name in _COMMON:
-            if name != "tokenizer" and manifest[name] != other[name]:
-                raise UsageError(f"{prefix}: {name} {manifest[name]}, but {other[name]} in {first}; cannot be merged")
+        for name, (has, flags) in _DECIDED_BY.items():
+            if manifest[name] != other[name]:
+                raise UsageError(
+                    f"{prefix}: {has} {_shown(manifest[name])}, in {first} it is {_shown(other[name])}; preprocess one "
+                    f"of them again, with the same {flags}"
+                )
     parts = {prefix: [part for part in manifest["inputs"] if "files" in part] for prefix, manifest in manifests.items()}
     held: dict[str, str] = {}  # by the hash of a dataset, which holds it: itself, or what was merged of it and others
     for prefix in sorted(manifests, key=lambda prefix: len(parts[prefix])):
@@ -120,11 +134,21 @@ def _compatible_manifests(prefixes: list[str]) -> list[dict[str, Any]] | None:
     return list(manifests.values()) if len(manifests) == len(prefixes) else None
 
 
+def _shown(fact: Any) -> str:
+    """The value of a manifest for people: ids, a mask token, a type."""
+    if isinstance(fact, dict):
+        return f"{fact.get('text')} (id {fact.get('id')})"
+    return f"the ids {fact}" if fact else "nothing" if isinstance(fact, list) else str(fact)
+
+
 def _append(writer: DatasetWriter, prefix: str, index: Index) -> None:
-    before = writer.tokens
+    before, digest, manifest = writer.tokens, hashlib.sha256(), read_manifest(prefix)
     with open(prefix + ".bin", "rb") as file:
         while chunk := file.read(CHUNK * index.dtype.itemsize):
             writer.add(chunk, b"")
+            digest.update(chunk)
+    if manifest and digest.hexdigest() != manifest["files"][".bin"]["sha256"]:
+        raise UsageError(f"{prefix}.bin: its sha256 is not its manifest's; make the dataset again")
     if writer.tokens - before != index.tokens:
         raise UsageError(f"{prefix}.bin: changed while it was read; merge again when it is complete")
     for first in range(0, len(index.lengths), CHUNK):

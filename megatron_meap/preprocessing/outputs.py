@@ -133,7 +133,7 @@ class Outputs:
                 paths = [each["path"] for each in facts["inputs"]]
                 raise UsageError(
                     f"{paths[0]}{' and others' * (len(paths) > 1)}: no documents for {key!r} "
-                    f"({self._totals[key].empty} empty ones, {self.skipped} bad lines)"
+                    f"({self._totals[key].empty} empty ones, {self.skipped} bad lines); check --input and --json-keys"
                 )
         manifests = []
         for key, writer in self._writers.items():

@@ -27,6 +27,8 @@ DEFAULT_WORKERS = 8
 """Most workers that are started unasked: each costs memory, and eight encode faster than one thread can unpack."""
 
 _POSITIONS = {"jsonl": "line", "text": "document", "parquet": "row"}
+_REMEDIES = {"no key": "name another key with --json-keys", "not JSON": "read plain text with --input-format text"}
+"""What else may be meant, by how the reason begins that a line is bad."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,11 @@ def _around_documents(job: Job, reference: Reference) -> tuple[list[int], list[i
     before, after = list(reference.prefix), list(reference.suffix)
     if job.prepend_bos and before[:1] != [reference.bos]:
         if reference.bos is None:
-            raise UsageError("--prepend-bos: this tokenizer has no BOS token")
+            raise UsageError("--prepend-bos: this tokenizer has no BOS token; leave the flag out")
         before.insert(0, reference.bos)
     if job.append_eod:
         if reference.eod is None:
-            raise UsageError("--append-eod: this tokenizer has no end-of-document token")
+            raise UsageError("--append-eod: this tokenizer has no end-of-document token (EOS); leave the flag out")
         after.append(reference.eod)
     return before, after
 
@@ -193,7 +195,10 @@ def _encode_all(job: Job, files: Sources, pool: Any, outputs: Outputs, journal: 
                 where = f"{files.paths[index]}:{seen + position + 1}"
                 if not job.skip_bad_lines:
                     what = "" if kind == "jsonl" else f" ({_POSITIONS[kind]} {seen + position + 1})"
-                    raise UsageError(f"{where}{what}: {reason}; fix it, or leave such lines out with --skip-bad-lines")
+                    other = "".join(f", {each}" for begins, each in _REMEDIES.items() if reason.startswith(begins))
+                    raise UsageError(
+                        f"{where}{what}: {reason}; fix it{other}, or leave such lines out with --skip-bad-lines"
+                    )
                 outputs.add_bad(files.paths[index], seen + position + 1, reason)
             seen += block.positions
             outputs.add(block)

@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pickle import PickleBuffer
 from typing import Any
 
 from megatron_meap.errors import UsageError, shown
@@ -118,7 +119,7 @@ class Sources:
                 file.close()
         return texts
 
-    def tasks(self, first: int) -> Iterator[tuple[tuple[int, Kind, int], tuple[Kind, bytes]]]:
+    def tasks(self, first: int) -> Iterator[tuple[tuple[int, Kind, int], tuple[Kind, PickleBuffer]]]:
         """((file, kind, input bytes up to here), (kind, block)) for every block, from file number `first` on."""
         before = self.bytes_before(first)
         for index in range(first, len(self.paths)):
@@ -127,7 +128,7 @@ class Sources:
                 if _look_at(file) != self._looks[index]:
                     raise UsageError(f"{file.name}: changed since the job began; start again when it is complete")
                 for block in file.blocks():
-                    yield (index, file.kind, before + file.position), (file.kind, block)
+                    yield (index, file.kind, before + file.position), (file.kind, PickleBuffer(block))
             finally:
                 file.close()
             before += file.size

@@ -66,7 +66,9 @@ def inspect(prefix: str) -> tuple[Statistics, dict[str, Any] | None]:
         }
         for name, value in facts.items():
             if manifest[name] != value:
-                raise UsageError(f"{prefix}: the manifest says {name} {manifest[name]}, the dataset {value}")
+                raise UsageError(
+                    f"{prefix}: its manifest says {name} {manifest[name]}, but it has {value}; make the dataset again"
+                )
     return statistics, manifest
 
 
@@ -78,10 +80,10 @@ def _read_tokens(prefix: str, index: Index, largest: int | None) -> tuple[np.nda
             digest.update(chunk)
             ids = np.frombuffer(chunk, index.dtype)
             if ids.min() < 0:
-                raise UsageError(f"{prefix}.bin: holds the negative id {ids.min()}")
+                raise UsageError(f"{prefix}.bin: holds the negative id {ids.min()}; make the dataset again")
             if ids.max() > (_LARGEST_ID if largest is None else largest):
                 known = (
-                    "no vocabulary is that large" if largest is None else f"the manifest says max_token_id {largest}"
+                    "no vocabulary is that large" if largest is None else f"its manifest says max_token_id {largest}"
                 )
                 raise UsageError(f"{prefix}.bin: holds the id {ids.max()}, but {known}; make the dataset again")
             found = np.bincount(ids)

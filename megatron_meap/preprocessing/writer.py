@@ -7,7 +7,7 @@ The `.bin` file contains the ids of all documents, one after the other; `index` 
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Buffer, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,13 @@ class DatasetWriter:
             raise UsageError(f"{self._bin.name}: not what the earlier run wrote; start without --resume")
         self._lengths.seek(0, os.SEEK_END)
 
-    def add(self, tokens: bytes, lengths: bytes) -> None:
+    def add(self, tokens: Buffer, lengths: Buffer) -> None:
         """Append documents: their ids, one after the other, and their lengths (int32)."""
         self._bin.write(tokens)
         self._hash.update(tokens)
         self._lengths.write(lengths)
-        self.documents += len(lengths) // 4
-        self.tokens += len(tokens) // self._dtype.itemsize
+        self.documents += memoryview(lengths).nbytes // 4
+        self.tokens += memoryview(tokens).nbytes // self._dtype.itemsize
 
     def state(self) -> Written:
         """How much is written; afterwards, everything added is with the operating system."""

@@ -59,7 +59,11 @@ def vocabulary_size(tokenizer: Any) -> int:
     """Rows of the embedding that the ids of a Megatron tokenizer need: some Hugging Face vocabularies have gaps."""
     if getattr(tokenizer, "library", "") not in ("huggingface", "megatron"):
         return tokenizer.vocab_size
-    return max(tokenizer.vocab_size, 1 + max(tokenizer._tokenizer.tokenizer.get_vocab().values()))
+    inner, size = tokenizer._tokenizer.tokenizer, tokenizer.vocab_size
+    backend = getattr(inner, "backend_tokenizer", None)
+    if backend and size == backend.get_vocab_size() and None not in map(backend.id_to_token, range(size)):
+        return size  # without holes, which is known before a dictionary of a large vocabulary is made
+    return max(size, 1 + max(inner.get_vocab().values()))
 
 
 def token_id(tokenizer: Any, text: str) -> int | None:
@@ -83,7 +87,8 @@ def _in_sentencepiece(processor: Any, text: str) -> tuple[int | None, bool]:
 
 def _in_huggingface(tokenizer: Any, text: str) -> tuple[int | None, bool]:
     """Id of a token, and whether it is special (corpora are encoded with special tokens as plain text)."""
-    found = tokenizer.get_vocab().get(text)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    found = backend.token_to_id(text) if backend else tokenizer.get_vocab().get(text)
     return found, found in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[found].special
 
 

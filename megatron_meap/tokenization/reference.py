@@ -97,10 +97,11 @@ def load_reference(args: Any) -> Reference:
     suffix: tuple[int, ...] = ()
     if megatron.library in ("huggingface", "megatron") and not args.tokenizer_hf_no_include_special_tokens:
         prefix, suffix = around(model("a")["input_ids"], encode("a"))
+    mask = None if megatron.library == "null-text" else resolve_mask_token(megatron, args.meap_mask_token)
     return Reference(
         megatron.library,
         encode,
-        vocabulary_size(megatron),
+        mask.id if mask and mask.added else vocabulary_size(megatron),
         prefix,
         suffix,
         bos=special_id(megatron, "bos"),
@@ -108,7 +109,7 @@ def load_reference(args: Any) -> Reference:
         unk=special_id(megatron, "unk"),
         model=model,
         tokenizer=megatron,
-        mask=None if megatron.library == "null-text" else resolve_mask_token(megatron, args.meap_mask_token),
+        mask=mask,
     )
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import orjson
+
 from megatron_meap.errors import UsageError, one_line
 
 _SPECIAL = {"bos": "bos_token", "eod": "eos_token", "unk": "unk_token", "pad": "pad_token"}
@@ -32,12 +34,14 @@ _OTHER_FILES = ("added_tokens.json", "tokenizer.*.json", "tekken.json", "*.model
 class FastModel:
     """The part of a transformers tokenizer that preprocessing needs."""
 
-    def __init__(self, definition: str) -> None:
-        """From the contents of a tokenizer.json."""
+    def __init__(self, definition: bytes, split_special_tokens: bool = False) -> None:
+        """From the contents of a tokenizer.json, and whether special tokens in a text are text."""
         from tokenizers import Tokenizer
 
         self.definition = definition
-        self.backend_tokenizer = Tokenizer.from_str(definition)
+        self._split_special_tokens = split_special_tokens
+        self.backend_tokenizer = Tokenizer.from_buffer(definition)
+        self.padded = self.backend_tokenizer.padding is not None
         self.backend_tokenizer.no_truncation()
         self.backend_tokenizer.no_padding()
         self.get_vocab = cache(self.backend_tokenizer.get_vocab)
@@ -49,7 +53,7 @@ class FastModel:
 
     def __call__(self, text: str) -> dict[str, list[int]]:
         """Ids of a text, with those that the post-processor adds."""
-        self.backend_tokenizer.encode_special_tokens = False
+        self.backend_tokenizer.encode_special_tokens = self._split_special_tokens
         return {"input_ids": self.backend_tokenizer.encode(text).ids}
 
     def plain(self, text: str) -> list[int]:
@@ -70,28 +74,30 @@ def load(args: argparse.Namespace) -> Any | None:
     found = (None if additional else _read(Path(args.tokenizer_model))) or _made_apart(args.tokenizer_model, additional)
     if found is None:
         return None
-    model = FastModel(found["definition"])
+    model, special = found
     return SimpleNamespace(
         library="huggingface",
         _tokenizer=SimpleNamespace(tokenizer=model),
         vocab_size=model.backend_tokenizer.get_vocab_size(),
         detokenize=lambda ids: model.backend_tokenizer.decode(ids, skip_special_tokens=False),
-        **found["special"],
+        **special,
     )
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
-    """What `made` returns, only from the files; None if they contain anything else that transformers may act on."""
+def _read(folder: Path) -> tuple[FastModel, dict[str, int | None]] | None:
+    """A folder's tokenizer and its special ids, from the files alone.
+
+    None where they say anything else that transformers may act on, or where it explains better what is wrong.
+    """
     if any(found for pattern in _OTHER_FILES for found in folder.glob(pattern)):
         return None
     try:
         settings, model, map_ = (
-            json.loads(path.read_bytes()) if (path := folder / name).exists() else {}
+            orjson.loads(path.read_bytes()) if (path := folder / name).exists() else {}
             for name in ("tokenizer_config.json", "config.json", "special_tokens_map.json")
         )
-        definition = (folder / "tokenizer.json").read_text("utf-8")
-        inside = json.loads(definition)
-        added = {token["content"]: token for token in inside["added_tokens"]}
+        tokenizer = FastModel((folder / "tokenizer.json").read_bytes())
+        added = {token.content: (id, token) for id, token in tokenizer.added_tokens_decoder.items()}
         listed = settings.get("added_tokens_decoder")
         names = {name: value for name in _NAMES if (value := settings.get(name)) is not None}
         for one, other in _SUBSTITUTES.items():
@@ -101,19 +107,23 @@ def _read(folder: Path) -> dict[str, Any] | None:
             settings["tokenizer_class"] not in _TAKEN_AS_IT_IS
             or model.get("model_type", "llama") != "llama"
             or not settings.keys() <= _UNDERSTOOD
-            or inside.get("padding")
-            or not all({**token, "id": int(id)} == added[token["content"]] for id, token in (listed or {}).items())
+            or tokenizer.padded
+            or not all(_is_same(token, int(id), added) for id, token in (listed or {}).items())
             or (listed is None and not map_.items() <= settings.items())  # it is read only then
-            or not all(added[name]["special"] for name in names.values())
+            or not all(added[name][1].special for name in names.values())
         ):
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # transformers will explain the error, or can read it
-    special = {name: added[names[each]]["id"] if each in names else None for name, each in _SPECIAL.items()}
-    return {"definition": definition, "special": special}
+    except Exception:  # `tokenizers` knows no other
+        return None
+    return tokenizer, {name: added[names[each]][0] if each in names else None for name, each in _SPECIAL.items()}
 
 
-def _made_apart(path: str, additional: list[str]) -> dict[str, Any] | None:
+def _is_same(token: dict[str, Any], id: int, added: dict[str, tuple[int, Any]]) -> bool:
+    """Whether a token of the configuration is the one that tokenizer.json has."""
+    return (id, token) == (added[token["content"]][0], added[token["content"]][1].__getstate__())
+
+
+def _made_apart(path: str, additional: list[str]) -> tuple[FastModel, dict[str, int | None]] | None:
     """`made`, in a separate process."""
     command = [sys.executable, "-P", "-m", "megatron_meap.tokenization.without_torch", path, *additional]
     ended = subprocess.run(command, capture_output=True, text=True)
@@ -125,7 +135,14 @@ def _made_apart(path: str, additional: list[str]) -> dict[str, Any] | None:
                 f"gives; fetch its files where there is a connection, and name their folder ({reason})"
             )
         raise UsageError(f"{path}: not a tokenizer of --tokenizer-type HuggingFaceTokenizer: {reason}")
-    return json.loads(ended.stdout)
+    return of(json.loads(ended.stdout))
+
+
+def of(found: dict[str, Any] | None) -> tuple[FastModel, dict[str, int | None]] | None:
+    """The tokenizer and its special ids out of what `made` returns."""
+    if found is None:
+        return None
+    return FastModel(found["definition"].encode(), found["split_special_tokens"]), found["special"]
 
 
 def made(path: str, additional: list[str]) -> dict[str, Any] | None:
@@ -143,6 +160,7 @@ def made(path: str, additional: list[str]) -> dict[str, Any] | None:
     named = {name: getattr(tokenizer, attribute) for name, attribute in _SPECIAL.items()}
     return {
         "definition": tokenizer.backend_tokenizer.to_str(),
+        "split_special_tokens": tokenizer.split_special_tokens,
         "special": {
             name: None if token is None else tokenizer.convert_tokens_to_ids(token) for name, token in named.items()
         },

@@ -120,15 +120,18 @@ def test_what_cannot_be_merged(datasets, tmp_path, model):
     with pytest.raises(UsageError, match="exists already"):
         merge_datasets(datasets[:1], datasets[1])
     build(tmp_path / "wide", [[1]], np.int32)
-    with pytest.raises(UsageError, match="holds int32, but"):
+    with pytest.raises(UsageError, match=r"its ids are int32, those of .* uint16"):
         merge_datasets([datasets[0], str(tmp_path / "wide")], str(tmp_path / "all"))
     run_job([tmp_path / "a.jsonl"], tmp_path / "bos", sentencepiece_args(model), prepend_bos=True)
-    with pytest.raises(UsageError, match=r"before_document \[1\], but \[\] in"):
+    with pytest.raises(UsageError, match=r"begins with the ids \[1\], in .* it is nothing; .*--prepend-bos"):
         merge_datasets([datasets[0], str(tmp_path / "bos_text_document")], str(tmp_path / "all"))
     other = make_tokenizer(tmp_path / "empty", vocab_size=700)
     run_job([tmp_path / "a.jsonl"], tmp_path / "other", sentencepiece_args(other))
     with pytest.raises(UsageError, match="made with another tokenizer"):
         merge_datasets([datasets[0], str(tmp_path / "other_text_document")], str(tmp_path / "all"))
+    damage(tmp_path / "a_text_document.bin", 5)
+    with pytest.raises(UsageError, match=r"a_text_document\.bin: its sha256 is not its manifest's"):
+        merge_datasets(datasets, str(tmp_path / "all"))
     assert not [name for name in leftovers(tmp_path) if name.startswith("all") or "partial" in name]
 
 
@@ -206,7 +209,7 @@ def test_a_flipped_bit_takes_no_memory(manifest, tmp_path):
         write_manifest(tmp_path / "x", max_token_id=3)
     damage(tmp_path / "x.bin", 7, bit=1 << 6)
     tracemalloc.start()
-    with pytest.raises(UsageError, match=r"x\.bin: holds the id 1073741826, but (the manifest says|no vocabulary is)"):
+    with pytest.raises(UsageError, match=r"x\.bin: holds the id 1073741826, but (its manifest says|no vocabulary is)"):
         inspect(str(tmp_path / "x"))
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
@@ -268,7 +271,7 @@ def test_a_manifest_that_lies_is_noticed(datasets, tmp_path):
     manifest = json.loads(path.read_text())
     for name in ("documents", "tokens", "max_token_id"):
         path.write_text(json.dumps({**manifest, name: 1}))
-        with pytest.raises(UsageError, match=f"the manifest says {name} 1"):
+        with pytest.raises(UsageError, match=f"its manifest says {name} 1"):
             inspect(datasets[0])
 
 

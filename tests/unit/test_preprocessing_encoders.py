@@ -2,7 +2,9 @@
 
 import argparse
 import base64
+import itertools
 import json
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,7 @@ from megatron_meap.preprocessing.readers import InputOptions
 from megatron_meap.tokenization import encoders
 from megatron_meap.tokenization.encoders import GigatokenEncoder, ReferenceEncoder, choose_encoder, gigatoken_encoder
 from megatron_meap.tokenization.reference import TOKENIZER_TYPES, add_tokenizer_flags, load_reference
+from megatron_meap.tokenization.without_torch import FastModel
 from tests.unit.preprocessing import (
     TEXTS,
     make_tokenizer,
@@ -135,19 +138,19 @@ def test_the_flags_are_megatrons():
 @many
 @given(text=texts)
 def test_gigatoken_gives_the_ids_of_sentencepiece(text, references):
-    assert list(exact(references, "sentencepiece").encode(text)) == references["sentencepiece"][1].encode(text)
+    assert list(exact(references, "sentencepiece").encode(text.encode())) == references["sentencepiece"][1].encode(text)
 
 
 @many
 @given(text=texts)
 def test_gigatoken_gives_the_ids_of_huggingface(text, references):
-    assert list(exact(references, "huggingface").encode(text)) == references["huggingface"][1].encode(text)
+    assert list(exact(references, "huggingface").encode(text.encode())) == references["huggingface"][1].encode(text)
 
 
 @many
 @given(text=texts)
 def test_gigatoken_gives_the_ids_of_tiktoken(text, references):
-    assert list(exact(references, "tiktoken").encode(text)) == references["tiktoken"][1].encode(text)
+    assert list(exact(references, "tiktoken").encode(text.encode())) == references["tiktoken"][1].encode(text)
 
 
 _made: dict[str, GigatokenEncoder] = {}
@@ -193,6 +196,28 @@ def test_special_tokens_in_text_never_become_special(name, encoder, references, 
         assert tuple(ids[:before]) == reference.prefix
         assert ids[-1] == reference.eod
         assert not special.intersection(ids[before:-1])
+
+
+@pytest.mark.parametrize("content", ["<x>", " lead", "ing", "É"])
+def test_ordinary_added_tokens_are_exact_or_refused(content, huggingface_folder):
+    """Whatever their flags say about the text around them, and where the vocabulary has them already."""
+    definition = json.loads((huggingface_folder / "tokenizer.json").read_text())
+    draw, exact_ones = random.Random(0), 0
+    parts = [content, content.strip(), " ", "  ", "\n", "\u00a0", "word", "a", "E\u0301", "don't"]
+    names = ("lstrip", "rstrip", "single_word", "normalized")
+    for flags in itertools.product((False, True), repeat=4):
+        token = {"id": 800, "content": content, "special": False, **dict(zip(names, flags, strict=True))}
+        added = json.dumps({**definition, "added_tokens": [*definition["added_tokens"], token]})
+        model = FastModel(added.encode())
+        try:
+            encoder = gigatoken_encoder(SimpleNamespace(library="huggingface", model=model))
+        except encoders._NotPossibleError:
+            continue
+        exact_ones += 1
+        for _ in range(30):
+            text = "".join(draw.choices(parts, k=draw.randint(1, 9)))
+            assert encoder.encode(text.encode()).tolist() == model.plain(text), (flags, text)
+    assert exact_ones == (0 if content in ("ing", "É") else 2)
 
 
 def test_null_tokenizer(references, tmp_path):
@@ -253,7 +278,7 @@ class Wrong:
         self._reference, self._word = reference, word
 
     def encode(self, text):
-        return [7] if self._word in text else self._reference.encode(text)
+        return [7] if self._word in text.decode() else self._reference.encode(text.decode())
 
     def shed(self):
         pass

@@ -152,7 +152,11 @@ def test_a_glob_reads_what_the_shell_would_give(tmp_path):
     quoted = find([str(tmp_path / "*")])
     assert quoted.paths == expected == find([str(tmp_path)]).paths
     assert quoted.left_out() == "1 hidden, 3 of Spark's own"
+    (tmp_path / "b" / "d" / "up").symlink_to(tmp_path)  # which `**` follows until the system refuses
     assert find([str(tmp_path / "**")]).paths == expected
+    (tmp_path / "b" / "itself").symlink_to("itself")
+    with pytest.raises(UsageError, match=r"b/itself: cannot be read: Too many levels of symbolic links"):
+        find([str(tmp_path)])
 
 
 def test_what_is_read_is_said(args, tmp_path, capfd):

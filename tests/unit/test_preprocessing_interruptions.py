@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import mmap
 import multiprocessing
 import os
 import random
@@ -12,11 +13,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from pickle import PickleBuffer
 
+import numpy as np
 import pytest
 
 from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing.workers import _serve_until_closed
+from megatron_meap.preprocessing import workers as preprocessing_workers
+from megatron_meap.preprocessing.workers import WorkerPool, _Channel, _serve_until_closed
 from tests.unit.preprocessing import (
     leftovers,
     make_tokenizer,
@@ -204,16 +208,37 @@ def test_a_journal_cut_off_within_a_line_goes_on_after_the_line_before(args, tmp
 def test_a_worker_ends_quietly_when_its_parent_is_gone():
     """As after SIGTERM, in the middle of a block: the parent is gone."""
     ours, theirs = multiprocessing.Pipe()
+    shared = mmap.mmap(-1, 4096)
     waiting, go = os.pipe()
-    work = functools.partial(os.read, waiting)
-    process = multiprocessing.get_context("fork").Process(target=_serve_until_closed, args=(theirs, ours, work))
+    served = _Channel(theirs, shared), ours, functools.partial(os.read, waiting)
+    process = multiprocessing.get_context("fork").Process(target=_serve_until_closed, args=served)
     process.start()
     theirs.close()
-    ours.send(1)
+    _Channel(ours, shared).send(1)
     ours.close()
     os.write(go, b"x")
     process.join(10)
     assert process.exitcode == 0
+
+
+def test_buffers_of_any_size_arrive(monkeypatch):
+    """Through the memory that is shared, through the pipe where they have no room in it, and both in one message."""
+    monkeypatch.setattr(preprocessing_workers, "_SHARED_BYTES", 3 * mmap.PAGESIZE)
+    sizes = [0, 1, mmap.PAGESIZE, 3 * mmap.PAGESIZE, 3 * mmap.PAGESIZE + 1, 1 << 20]
+    draw = random.Random(0)
+    tasks = [
+        (number, [PickleBuffer(draw.randbytes(draw.choice(sizes))) for _ in range(draw.randrange(4))])
+        for number in range(60)
+    ]
+    with WorkerPool(_echo, 2) as pool:
+        for (number, sent), (at, (found, arrays)) in zip(tasks, pool.map(enumerate(tasks)), strict=True):
+            assert number == at == found
+            assert [bytes(buffer) for buffer in sent] == [array.tobytes() for array in arrays]
+
+
+def _echo(task):
+    number, buffers = task
+    return number, [np.frombuffer(buffer, np.uint8) for buffer in buffers]
 
 
 def test_interrupted_by_ctrl_c(long_job, model, tmp_path):

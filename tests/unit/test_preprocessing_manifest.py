@@ -81,6 +81,24 @@ def test_the_fingerprint_of_a_folder_is_of_its_vocabulary(tmp_path):
     assert tokenizer_fingerprint(args) != expected
 
 
+def test_a_name_on_the_hub_is_the_folder_of_its_files(tmp_path, monkeypatch):
+    """As the hub's cache has them; a name without files there is told from others by itself."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--org--name"
+    folder = cached / "snapshots" / ("0" * 40)
+    for path, text in ((cached / "refs" / "main", "0" * 40), (folder / "tokenizer.json", "{}")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    named = [
+        tokenizer_fingerprint(tokenizer_args("HuggingFaceTokenizer", tokenizer_model=name))
+        for name in (str(folder), "org/name", "org/other")
+    ]
+    assert named[0] == named[1] != named[2]
+
+
 def test_what_else_determines_the_ids(tmp_path):
     a, b = (str(tmp_path / name) for name in ("a.json", "b.txt"))
     (tmp_path / "a.json").write_text("[]")

@@ -205,6 +205,7 @@ def test_a_prefix_that_begins_no_name(name, message, args, tmp_path):
 
 BAD_LINES = {
     "not JSON": (b'{"text": "cut off', "not JSON"),
+    "plain text": (b"Once upon a time", "not JSON"),
     "no object": (b"[1, 2]", "not a JSON object but a list"),
     "no key": (b'{"body": "x"}', "no key 'text', only body"),
     "a number": (b'{"text": 7}', "'text' is not a string but a number"),
@@ -226,6 +227,8 @@ def test_a_bad_line_stops_with_file_and_line(name, args, tmp_path, small_blocks)
         run_job([source], folder / "out", args)
     assert str(error.value).startswith(f"{source}:71: ")
     assert reason in str(error.value)
+    for flag, begins in (("--json-keys", "no key"), ("--input-format text", "not JSON")):
+        assert (flag in str(error.value)) == reason.startswith(begins)
     assert leftovers(folder) == []
     manifest = run_job([source], folder / "out", args, skip_bad_lines=True)[0]
     assert (manifest["documents"], manifest["skipped_lines"]) == (140, 2)

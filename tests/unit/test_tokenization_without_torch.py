@@ -42,9 +42,13 @@ FOLDERS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "a token that is not there": ("byte level", {**FAST, "pad_token": "<nothing>"}, None),
     "padded": ("padded", FAST, None),
     "of a model with a tokenizer of its own": ("byte level", FAST, "phi3"),
+    "special tokens in a text are text": ("byte level", {**FAST, "split_special_tokens": True}, None),
+    "more special tokens": ("byte level", {**FAST, "extra_special_tokens": {"image_token": "<img>"}}, None),
+    "a list of more special tokens": ("byte level", {**FAST, "additional_special_tokens": ["<img>"]}, None),
+    "truncated": ("truncated", FAST, None),
     "a setting that is not known": ("byte level", {**FAST, "of_tomorrow": True}, None),
 }
-READ = ("as Llama 3's", "as Llama 3.1's", "as Megatron's, without BOS")
+READ = ("as Llama 3's", "as Llama 3.1's", "as Megatron's, without BOS", "truncated")
 """Those of which tokenizer.json is taken as it is."""
 
 
@@ -61,6 +65,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     definitions["no post-processor"] = json.dumps({**whole, "post_processor": None})
     padding = {"direction": "Right", "pad_id": 3, "pad_type_id": 0, "pad_token": "<pad>", "pad_to_multiple_of": None}
     definitions["padded"] = json.dumps({**whole, "padding": {"strategy": "BatchLongest", **padding}})
+    truncation = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    definitions["truncated"] = json.dumps({**whole, "truncation": truncation})
     made = {}
     for number, (name, (kind, configuration, model_type)) in enumerate(FOLDERS.items()):
         made[name] = root / str(number)
@@ -103,7 +109,7 @@ def made(folders: dict[str, Path]) -> dict[str, Any]:
 def test_what_megatron_loads(name: str, folders: dict[str, Path], made: dict[str, Any], monkeypatch) -> None:
     from tests.unit.test_preprocessing_encoders import megatron
 
-    monkeypatch.setattr(without_torch, "_made_apart", lambda path, additional: made[name][1])
+    monkeypatch.setattr(without_torch, "_made_apart", lambda path, additional: without_torch.of(made[name][1]))
     args = tokenizer_args("HuggingFaceTokenizer", tokenizer_model=str(folders[name]), special_tokens=["<extra>"])
     theirs, ours = megatron(args), load_reference(args)
     assert ours.tokenizer.library == theirs.library == "huggingface"
@@ -111,7 +117,7 @@ def test_what_megatron_loads(name: str, folders: dict[str, Path], made: dict[str
     for part in ("bos", "eod", "unk", "pad"):
         assert getattr(ours.tokenizer, part) == getattr(theirs, part), part
     assert ours.model.get_vocab() == theirs._tokenizer.tokenizer.get_vocab()
-    for text in [*TEXTS[:3], *TEXTS[4:], *topics()[:5], "a <|im_end|> b", "<extra>"]:
+    for text in [*TEXTS[:3], *TEXTS[4:], *topics()[:5], "a <|im_end|> b", "<extra>", "<img></s>"]:
         whole = ours.model(text)["input_ids"]
         assert whole == theirs.tokenize(text)
         if "<" not in text:
@@ -126,8 +132,8 @@ def test_what_is_read_without_transformers(name: str, folders: dict[str, Path], 
     assert (found is not None) == (name in READ)
     if not found:
         return
-    assert found["special"] == theirs["special"]
-    ours, other = (without_torch.FastModel(each["definition"]) for each in (found, theirs))
+    (ours, special), (other, theirs_special) = found, without_torch.of(theirs)
+    assert special == theirs_special
     assert ours.get_vocab() == other.get_vocab()
     assert ours.added_tokens_decoder == other.added_tokens_decoder
     for text in [*TEXTS[:3], *TEXTS[4:], *topics()[:5], "a </s> b"]:
