@@ -15,7 +15,10 @@ The sides alternate. Figures are medians of processor time, with one thread.
 """
 
 import argparse
+import contextlib
+import io
 import json
+import logging
 import os
 import resource
 import shutil
@@ -134,6 +137,7 @@ def evaluating(model: Any, models: int, flags: list[str], folder: Path) -> dict[
     from megatron_meap.evaluation.suites import TASKS
 
     directory, context = model.directory, context_length(model)
+    tasks, settings = samples_of(model, flags)
 
     def ours() -> tuple[float, Any]:
         shutil.rmtree(folder / "ours", ignore_errors=True)
@@ -143,8 +147,7 @@ def evaluating(model: Any, models: int, flags: list[str], folder: Path) -> dict[
 
     def theirs() -> tuple[float, Any]:
         seconds, found = 0.0, []
-        tasks, metadata = samples_of(model, flags)
-        metadata |= dict.fromkeys(("pretrained", "tokenizer"), str(directory))
+        metadata = settings | dict.fromkeys(("pretrained", "tokenizer"), str(directory))
         arguments = f"pretrained={directory},dtype=float32,max_length={context}"
         command = ["-m", "lm_eval", "--model", "hf", "--model_args", arguments, "--tasks", ",".join(tasks), "--device"]
         command += ["cpu", "--batch_size", "8", "--include_path", str(TASKS), "--metadata", json.dumps(metadata)]
@@ -163,7 +166,9 @@ def samples_of(model: Any, flags: list[str]) -> tuple[list[str], dict[str, Any]]
 
     parser = argparse.ArgumentParser()
     evaluate.add_flags(parser)
-    plan, tasks = evaluate.choose_tasks(parser.parse_args(flags), [model])
+    logging.disable(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        plan, tasks = evaluate.choose_tasks(parser.parse_args(flags), [model])
     return list(tasks), {name: value for name, value in plan.metadata.items() if value is not None}
 
 
