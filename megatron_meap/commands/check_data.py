@@ -10,7 +10,7 @@ from megatron_meap.errors import UsageError
 from megatron_meap.flags import Parser
 from megatron_meap.preprocessing.manifest import check_manifest
 from megatron_meap.preprocessing.statistics import Statistics, inspect, read_documents
-from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.tokenization.fingerprint import ids_fingerprint, tokenizer_fingerprint
 from megatron_meap.tokenization.reference import add_tokenizer_flags, load_reference
 
 
@@ -30,6 +30,7 @@ def main() -> None:
             check_manifest(
                 prefix,
                 tokenizer_sha256=tokenizer_fingerprint(args),
+                tokenizer_ids=ids_fingerprint(reference.tokenizer),
                 vocab_size=reference.vocab_size,
                 special={"bos": reference.bos, "eod": reference.eod},
             )

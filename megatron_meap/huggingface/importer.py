@@ -126,7 +126,7 @@ def _model_flags(model: Architecture, tokenizer: Path, job: ImportJob) -> list[s
 def _megatron_args(flags: list[str], dtype: torch.dtype) -> Namespace:
     """The arguments that a training run with these flags would save."""
     from megatron_meap.backend import megatron_patches
-    from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+    from megatron_meap.tokenization.fingerprint import ids_fingerprint, tokenizer_fingerprint
     from megatron_meap.trainer import arguments
     from megatron_meap.trainer.tokenizer import set_tokenizer
 
@@ -137,7 +137,7 @@ def _megatron_args(flags: list[str], dtype: torch.dtype) -> Namespace:
     with contextlib.redirect_stdout(io.StringIO()):
         args = arguments.parse_flags([*flags, *run, precision])
         arguments.check(args)
-        set_tokenizer(args)
+        args.meap_tokenizer_ids = ids_fingerprint(set_tokenizer(args))
     args.meap_tokenizer_sha256 = tokenizer_fingerprint(args)
     return args
 

@@ -9,6 +9,7 @@ from megatron_meap.checkpoint import latest, model_arguments
 from megatron_meap.checkpoint.integrity import FILE
 from megatron_meap.checkpoint.reader import Checkpoint, directory_of, open_checkpoint
 from megatron_meap.errors import UsageError
+from megatron_meap.tokenization.fingerprint import known_to_differ
 from megatron_meap.trainer import carried, schedule
 from megatron_meap.trainer.optimizers import is_distributed
 from megatron_meap.trainer.record import Verdict, differences, record_of, verdict
@@ -40,10 +41,10 @@ def compare(path: str, iteration: int | None, other: str) -> tuple[list[str], bo
     lines = [f"here: {here.directory}", f"there: {there.directory}"]
     names = [name for name in (*model_arguments.SHAPE, *model_arguments.FUNCTION) if hasattr(here.args, name)]
     model = model_arguments.differences(there.args, here.args, names)
-    tokenizer = "the tokenizer (SHA-256 of its files)"
-    digests = [getattr(each.args, "meap_tokenizer_sha256", None) for each in (there, here)]
-    if None not in digests and digests[0] != digests[1]:
-        model.append(f"{tokenizer} {digests[0]} there, {digests[1]} here")
+    for name, what in (("sha256", "files"), ("ids", "ids for fixed texts")):
+        then, now = (getattr(each.args, f"meap_tokenizer_{name}", None) for each in (there, here))
+        if known_to_differ(then, now):
+            model.append(f"the tokenizer (SHA-256 of its {what}) {then} there, {now} here")
     lines += [f"another model: {said}" for said in model]
     if problem := unusable_optimizer_state(there.directory, there.args, here.args):
         lines.append(f"another optimizer: the state there {problem}")

@@ -7,14 +7,16 @@ from typing import Any
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX
 from megatron_meap.records import misfit, read_json
+from megatron_meap.tokenization.fingerprint import known_to_differ
 
 FORMAT = 1
 
 _FILES = {".bin": {"bytes": int, "sha256": str}, ".idx": {"bytes": int, "sha256": str}}
+_SPECIAL = dict.fromkeys(("bos", "eod"), int | None)
 SHAPE = {
     "format": int,
     **dict.fromkeys(("documents", "tokens", "empty_documents", "skipped_lines", "text_bytes", "max_token_id"), int),
-    "tokenizer": {"type": str, "name": str, "sha256": str, **dict.fromkeys(("bos", "eod"), int | None)},
+    "tokenizer": {"type": str, "name": str, "sha256": str, "ids?": str | None, **_SPECIAL},
     "mask_token": dict | None,
     "before_document": [int],
     "after_document": [int],
@@ -56,13 +58,19 @@ def _named(name: str, id: int | None) -> str:
 
 
 def check_manifest(
-    prefix: str, *, tokenizer_sha256: str | None, vocab_size: int, special: dict[str, int | None] | None = None
+    prefix: str,
+    *,
+    tokenizer_sha256: str | None,
+    tokenizer_ids: str | None = None,
+    vocab_size: int,
+    special: dict[str, int | None] | None = None,
 ) -> None:
     """Refuse a dataset that does not fit a training run; without a manifest, nothing is known and nothing is refused.
 
     Args:
         prefix: as in `--data-path`, without `.bin` or `.idx`.
         tokenizer_sha256: `tokenizer_fingerprint` of the run's arguments; None does not compare.
+        tokenizer_ids: `ids_fingerprint` of the run's tokenizer; None does not compare.
         vocab_size: rows of the model's embedding in use (including the mask token, without padding).
         special: ids of `bos` and `eod` in the run's tokenizer, None for those it lacks; None does not compare.
 
@@ -78,6 +86,12 @@ def check_manifest(
             f"{prefix}: made with another tokenizer ({made_with['type']} {made_with['name']}, "
             f"sha256 {made_with['sha256'][:12]}) than this run's (sha256 {tokenizer_sha256[:12]}); "
             "train with that tokenizer, or preprocess the corpus again with this one"
+        )
+    if known_to_differ(made_with.get("ids"), tokenizer_ids):
+        raise UsageError(
+            f"{prefix}: made with a tokenizer that gives other ids than this run's, although their vocabulary files "
+            "are the same: settings beside them differ (tokenizer_config.json); train with that tokenizer, or "
+            "preprocess the corpus again with this one"
         )
     for name, now in (special or {}).items():
         if (then := made_with[name]) != now:

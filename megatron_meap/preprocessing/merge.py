@@ -123,6 +123,13 @@ def _compatible_manifests(prefixes: list[str]) -> list[dict[str, Any]] | None:
                     f"{prefix}: {has} {_shown(manifest[name])}, in {first} it is {_shown(other[name])}; preprocess one "
                     f"of them again, with the same {flags}"
                 )
+    ids = {prefix: known for prefix, manifest in manifests.items() if (known := manifest["tokenizer"].get("ids"))}
+    for prefix in ids:
+        if ids[prefix] != ids[first := next(iter(ids))]:
+            raise UsageError(
+                f"{prefix}: made with a tokenizer that gives other ids than that of {first}, although their vocabulary "
+                "files are the same: settings beside them differ (tokenizer_config.json); preprocess one of them again"
+            )
     parts = {prefix: [part for part in manifest["inputs"] if "files" in part] for prefix, manifest in manifests.items()}
     held: dict[str, str] = {}  # by the hash of a dataset, which holds it: itself, or what was merged of it and others
     for prefix in sorted(manifests, key=lambda prefix: len(parts[prefix])):
@@ -174,6 +181,7 @@ def _merged(
         "max_token_id": max(manifest["max_token_id"] for manifest in manifests),
         "made_by": f"megatron-meap {megatron_meap.__version__}",
         **{name: manifests[0][name] for name in _COMMON},
+        "tokenizer": max((manifest["tokenizer"] for manifest in manifests), key=lambda each: bool(each.get("ids"))),
         "inputs": [
             {"path": prefix, "documents": manifest["documents"], "files": manifest["files"]}
             for prefix, manifest in zip(prefixes, manifests, strict=True)

@@ -20,7 +20,7 @@ from megatron_meap.preprocessing.readers import InputOptions
 from megatron_meap.preprocessing.sources import Sources
 from megatron_meap.preprocessing.workers import WorkerPool
 from megatron_meap.tokenization.encoders import Choice, choose_encoder
-from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.tokenization.fingerprint import ids_fingerprint, tokenizer_fingerprint
 from megatron_meap.tokenization.reference import Reference, load_reference
 
 DEFAULT_WORKERS = 8
@@ -159,6 +159,7 @@ def _facts(job: Job, args: Any, reference: Reference, before: list[int], after: 
             "type": args.tokenizer_type,
             "name": os.path.basename(os.path.normpath(named)) if named else "",
             "sha256": tokenizer_fingerprint(args),
+            "ids": ids_fingerprint(reference.tokenizer),
             "vocab_size": reference.vocab_size,
             "bos": reference.bos,
             "eod": reference.eod,

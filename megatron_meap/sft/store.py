@@ -67,7 +67,8 @@ def open_store(files: list[str], args: Namespace, digest: str | None = None) -> 
     """
     encoder = None if digest else turn_encoder(args)
     digest = digest or digest_of(files, args, encoder)
-    folder = cache_folder(files, args) / f".meap-sft-{digest[:16]}"  # hidden: files may be named by their folder
+    named = f".meap-sft-{digest[:16]}-{args.meap_tokenizer_ids[:8]}"  # hidden: files may be named by their folder
+    folder = cache_folder(files, args) / named
     try:
         if not (folder / "facts.json").exists():
             _build(files, encoder or turn_encoder(args), folder, args.skip_bad_lines)

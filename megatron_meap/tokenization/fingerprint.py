@@ -1,12 +1,30 @@
-"""The digest that tells one tokenizer from another."""
+"""The digests that tell one tokenizer from another: of its files, and of the ids that it gives."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from megatron_meap.errors import refusing
+from megatron_meap.tokenization.reference import plain_encode
 
 _HF_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+
+_PROBE = (
+    "The quick brown fox jumps over the lazy dog. ALL CAPITALS, camelCase, snake_case; I'll, IT'S, don't, e-mail",
+    " begins and ends with a space ",
+    "two  three   four    many                spaces",
+    "\tdef f(x):\n\t\treturn x ** 2\r\n\n\n    # done\n",
+    "0 1 12 123 1234 12345 1234567890 3.14159 1,000,000 0x1F 1e-5 50% $9.99 №5 ½ ²",
+    "naïve café, Ångström, São Paulo, straße, ŒUVRE; e\u0301 n\u0303 \ufb01 \uff21\u3000",
+    "Привет, мир! Γειά σου Κόσμε. שלום עולם مرحبا بالعالم नमस्ते สวัสดี",
+    "東京都は日本の首都です。中文字符，標點；한국어 문장",
+    "😀 👍🏽 👩‍👩‍👧 ❤️ 🇫🇷 … — “quoted” ‘so’ €",
+    "\u200b\u00a0\u00ad\ufeff\x00\x7f",
+    "<s>a</s><unk><pad>[MASK][CLS] [SEP]<|endoftext|><|im_start|>user<0x0A>▁ĠĊ##ing",
+    "https://example.org/a_b?c=d&e=%20#f user@example.org C:\\dir\\file.txt {\"k\": [1, null]} <p class='x'>&amp;</p>",
+)
+"""Texts in which settings of a tokenizer show: never change them, because manifests and checkpoints hold the digest."""
 
 
 def tokenizer_fingerprint(args: Any) -> str:
@@ -35,6 +53,35 @@ def tokenizer_fingerprint(args: Any) -> str:
         if name and not place:
             digest.update(str(name).encode())  # there is nothing to look into, as loading it will say
     return digest.hexdigest()
+
+
+def ids_fingerprint(tokenizer: Any) -> str | None:
+    """sha256 of the ids that a tokenizer gives to fixed texts; None for one that has no files.
+
+    With one vocabulary file, what is set beside it (in tokenizer_config.json) may make other ids. Ordinary added tokens
+    are among the texts; special ones are not, because in a corpus their names are only text.
+
+    Args:
+        tokenizer: Megatron's, or the `tokenizer` of a `Reference`.
+    """
+    if getattr(tokenizer, "library", "") not in ("sentencepiece", "huggingface", "megatron", "tiktoken"):
+        return None
+    encode = plain_encode(tokenizer)
+    added = getattr(tokenizer._tokenizer.tokenizer, "added_tokens_decoder", {})
+    ordinary = sorted(token.content for token in added.values() if not token.special)
+
+    def ids_of(text: str) -> list[int] | None:
+        try:
+            return [int(id) for id in encode(text)]
+        except Exception:  # a library may raise anything for a text without a token for it
+            return None
+
+    return hashlib.sha256(json.dumps([ids_of(text) for text in (*_PROBE, *ordinary)]).encode()).hexdigest()
+
+
+def known_to_differ(one: str | None, other: str | None) -> bool:
+    """Whether two digests differ; one that is not known (None) does not."""
+    return None not in (one, other) and one != other
 
 
 def _from_hub(name: str) -> Path | None:

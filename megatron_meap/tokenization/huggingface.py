@@ -8,6 +8,7 @@ import copy
 import json
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from megatron_meap.errors import UsageError, refusing
-from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.tokenization.fingerprint import ids_fingerprint, known_to_differ, tokenizer_fingerprint
 from megatron_meap.tokenization.reference import SENTENCEPIECE_TYPES, around
 
 # Kinds of pieces in a SentencePiece model.
@@ -31,7 +32,7 @@ def moved(args: Namespace, path: str | None) -> Namespace:
     changed.tokenizer_model = path
     if Path(path).is_dir() and args.tokenizer_type != "HuggingFaceTokenizer":
         changed.tokenizer_type = "HuggingFaceTokenizer"
-        changed.meap_tokenizer_sha256 = None  # of other files
+        changed.meap_tokenizer_sha256 = changed.meap_tokenizer_ids = None  # of other files
     return changed
 
 
@@ -126,6 +127,13 @@ def _agree_with_training(tokenizer: Any, args: Namespace) -> None:
             f"tokenizer {args.tokenizer_model or args.vocab_file}: has changed since the training; give the right one "
             "with --tokenizer"
         )
+    if args.tokenizer_type == "HuggingFaceTokenizer":
+        loaded = SimpleNamespace(library="huggingface", _tokenizer=SimpleNamespace(tokenizer=tokenizer))
+        if known_to_differ(getattr(args, "meap_tokenizer_ids", None), ids_fingerprint(loaded)):
+            raise UsageError(
+                f"tokenizer {args.tokenizer_model}: gives other ids than in training: settings beside its vocabulary "
+                "have changed (tokenizer_config.json); give the right one with --tokenizer"
+            )
 
 
 def from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:

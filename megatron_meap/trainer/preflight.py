@@ -19,7 +19,7 @@ from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.index import read_index
 from megatron_meap.preprocessing.manifest import check_manifest
 from megatron_meap.sft import data as sft
-from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.tokenization.fingerprint import ids_fingerprint, tokenizer_fingerprint
 from megatron_meap.tokenization.mask_token import special_id
 from megatron_meap.trainer import model, schedule
 from megatron_meap.trainer.blend import blends, ranges
@@ -50,6 +50,7 @@ def check(args: Namespace, data_only: bool = False) -> torch.distributed.Store |
         megatron_patches.verified(found["start"])
     args.meap_sft_digests, args.meap_sft_train_digest = found["digests"], found["train"]
     args.meap_sft_date = found["date"]
+    args.meap_tokenizer_ids = found["tokenizer_ids"]
     args.meap_record = found["record"]
     for warning in found["warnings"] if args.rank == 0 else ():
         print(f"warning: {warning}", flush=True)
@@ -67,12 +68,13 @@ def look(args: Namespace, data_only: bool = False, hash_files: HashFiles | None 
     Returns:
         `iteration`, for `ckpt_step`, and `start`, the checkpoint that the run starts from (None for a new run);
         `eval_iters`, 0 without validation data; `digests` and `train`, which identify the conversations of fine-tuning;
-        `date`, which its template writes; `record`, of what determines the run; `warnings`, about differences from the
-        checkpoint, one per line.
+        `date`, which its template writes; `tokenizer_ids` (`ids_fingerprint`); `record`, of what determines the run;
+        `warnings`, about differences from the checkpoint, one per line.
     """
     if not data_only:
         schedule.check(args)
         model.check(args)
+    args.meap_tokenizer_ids = ids_fingerprint(get_tokenizer())
     args.meap_sft_digests, args.meap_sft_train_digest = {}, None
     if args.meap_sft:
         sft.check(args)
@@ -86,6 +88,7 @@ def look(args: Namespace, data_only: bool = False, hash_files: HashFiles | None 
         "digests": args.meap_sft_digests,
         "train": args.meap_sft_train_digest,
         "date": args.meap_sft_date,
+        "tokenizer_ids": args.meap_tokenizer_ids,
     }
     args.meap_record = found["record"] = describe(args, get_tokenizer())
     if data_only:
@@ -176,6 +179,7 @@ def _check_dataset(prefix: str, args: Namespace) -> None:
     check_manifest(
         prefix,
         tokenizer_sha256=args.meap_tokenizer_sha256,
+        tokenizer_ids=args.meap_tokenizer_ids,
         vocab_size=args.meap_tokenizer_vocab_size,
         special={name: special_id(tokenizer, name) for name in ("bos", "eod")},
     )

@@ -9,6 +9,7 @@ from megatron.core.safe_globals import register_safe_globals
 
 from megatron_meap.checkpoint import latest, model_arguments
 from megatron_meap.errors import UsageError, refusing
+from megatron_meap.tokenization.fingerprint import known_to_differ
 from megatron_meap.trainer import batch_sizes, schedule
 from megatron_meap.trainer.optimizers import is_distributed
 from megatron_meap.trainer.record import ALLOW, BEGINS, Verdict, differences
@@ -185,6 +186,12 @@ def _compare_model(flag: str, path: Path, saved: Namespace, args: Namespace, res
         raise UsageError(
             f"{flag}: {path} was trained with another tokenizer ({saved.tokenizer_model} there, "
             f"{args.tokenizer_model} here); use the same one"
+        )
+    if known_to_differ(getattr(saved, "meap_tokenizer_ids", None), args.meap_tokenizer_ids):
+        raise UsageError(
+            f"{flag}: {path} was trained with a tokenizer that gives other ids ({saved.tokenizer_model} there, "
+            f"{args.tokenizer_model} here): the vocabulary is the same, but settings beside it differ "
+            "(tokenizer_config.json); use the same ones"
         )
     changed = model_arguments.differences(saved, args, model_arguments.FUNCTION)
     if changed and not args.meap_allow_changed_settings:

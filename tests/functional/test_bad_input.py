@@ -14,11 +14,13 @@ from megatron.training.training import destroy_global_state
 from megatron_meap.backend import device
 from megatron_meap.cluster import meeting
 from megatron_meap.errors import JobError, UsageError
+from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.trainer import preflight
 from megatron_meap.trainer import run as trainer
 from tests.conftest import Corpus
 from tests.launch import ENTRY, MODEL, TRAINING, environment, free_port, launch_many, torchrun
 from tests.sft import prepare
-from tests.unit.preprocessing import write_manifest
+from tests.unit.preprocessing import sentencepiece_args, write_manifest
 
 HOLD_LOCK = """
 import fcntl, sys
@@ -221,9 +223,12 @@ def test_a_tokenizer_that_is_not_named(refused, flags: list[str]) -> None:
     assert refused(*flags).startswith("--tokenizer-model: missing, which --tokenizer-type SentencePieceTokenizer needs")
 
 
-def test_a_dataset_of_another_tokenizer(refused, flags: list[str], dataset: str) -> None:
+def test_a_dataset_of_another_tokenizer(refused, flags: list[str], dataset: str, corpus: Corpus) -> None:
     write_manifest(dataset, {"name": "other.model"})
     assert "another tokenizer" in refused(*flags, "--data-path", dataset)
+    sha256 = tokenizer_fingerprint(sentencepiece_args(corpus.tokenizer))
+    write_manifest(dataset, {"sha256": sha256, "ids": "0" * 64})
+    assert "made with a tokenizer that gives other ids" in refused(*flags, "--data-path", dataset)
 
 
 class TestCheckpoints:
@@ -280,6 +285,11 @@ class TestCheckpoints:
         other.write_bytes(Path(corpus.tokenizer).read_bytes() + b"\x1a\x00")  # the same pieces in another file
         message = refused(*flags, "--load", str(saved), "--tokenizer-model", str(other))
         assert "trained with another tokenizer" in message
+
+    def test_the_same_vocabulary_with_other_ids(self, refused, flags, saved: Path, monkeypatch) -> None:
+        """As another tokenizer_config.json beside the same tokenizer.json gives them."""
+        monkeypatch.setattr(preflight, "ids_fingerprint", lambda tokenizer: "0" * 64)
+        assert "trained with a tokenizer that gives other ids" in refused(*flags, "--load", str(saved))
 
     @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
     def test_a_damaged_checkpoint(self, refused, flags, copy: Path, damage: str) -> None:

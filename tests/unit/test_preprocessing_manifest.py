@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.manifest import check_manifest, read_manifest
-from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.preprocessing.merge import merge_datasets
+from megatron_meap.tokenization.fingerprint import ids_fingerprint, tokenizer_fingerprint
+from megatron_meap.tokenization.reference import load_reference
 from tests.unit.preprocessing import (
     TEXTS,
     make_tokenizer,
@@ -132,6 +135,48 @@ def test_other_special_tokens_are_refused(dataset, model):
     ]:
         with pytest.raises(UsageError, match=message):
             check_manifest(dataset, tokenizer_sha256=sha256, vocab_size=600, special=fits | {name: id})
+
+
+def test_other_ids_of_the_same_vocabulary_are_refused(dataset, model):
+    """Settings beside the vocabulary's file decide too; a manifest that is older says nothing about the ids."""
+    args = sentencepiece_args(model)
+    facts = {"tokenizer_sha256": tokenizer_fingerprint(args), "vocab_size": 600}
+    check_manifest(dataset, tokenizer_ids=ids_fingerprint(load_reference(args).tokenizer), **facts)
+    with pytest.raises(UsageError, match="gives other ids than this run's, although their vocabulary files are the"):
+        check_manifest(dataset, tokenizer_ids="another", **facts)
+    without_ids(dataset)
+    check_manifest(dataset, tokenizer_ids="another", **facts)
+
+
+def test_merging_datasets_of_other_ids(dataset, model, tmp_path):
+    """What one of them knows is known of the result."""
+    ids = ids_fingerprint(load_reference(sentencepiece_args(model)).tokenizer)
+    others = []
+    for number in range(2):
+        run_job(
+            [write_jsonl(tmp_path / "b.jsonl", ["b" * number, *TEXTS])],
+            tmp_path / f"{number}",
+            sentencepiece_args(model),
+        )
+        others.append(str(tmp_path / f"{number}_text_document"))
+    without_ids(dataset)
+    merged = merge_datasets([dataset, *others], str(tmp_path / "all"))
+    assert merged is not None
+    assert merged["tokenizer"]["ids"] == ids
+    path = Path(f"{others[1]}.manifest.json")
+    path.write_text(path.read_text().replace(ids, "f" * 64))
+    with pytest.raises(
+        UsageError, match=f"{others[1]}: made with a tokenizer that gives other ids than that of {others[0]}"
+    ):
+        merge_datasets([dataset, *others], str(tmp_path / "other"))
+
+
+def without_ids(prefix):
+    """A manifest as it was before it held a digest of the ids."""
+    path = Path(f"{prefix}.manifest.json")
+    manifest = json.loads(path.read_text())
+    del manifest["tokenizer"]["ids"]
+    path.write_text(json.dumps(manifest))
 
 
 def test_names_that_are_not_utf8_are_kept(tmp_path):

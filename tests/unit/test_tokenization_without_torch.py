@@ -4,13 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from megatron_meap.tokenization import without_torch
+from megatron_meap.tokenization.fingerprint import ids_fingerprint, tokenizer_fingerprint
 from megatron_meap.tokenization.reference import load_reference
 from tests.unit.preprocessing import TEXTS, make_tokenizer, run_job, tokenizer_args, topics, write_jsonl
 
@@ -25,6 +28,7 @@ ADDED = {"content": "<|im_end|>", "special": True, "normalized": False, "lstrip"
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast", **NAMES}
 PLAIN = {"special": True, **dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)}
 LISTED = {str(id): {"content": token, **PLAIN} for id, token in enumerate(SPECIAL)}
+ORDINARY = {"800": {**ADDED, "content": " the", "special": False}}
 OTHER = {**LISTED, "2": {**LISTED["2"], "lstrip": True}}
 
 FOLDERS: dict[str, tuple[str, dict[str, Any], str | None]] = {
@@ -46,9 +50,14 @@ FOLDERS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "more special tokens": ("byte level", {**FAST, "extra_special_tokens": {"image_token": "<img>"}}, None),
     "a list of more special tokens": ("byte level", {**FAST, "additional_special_tokens": ["<img>"]}, None),
     "truncated": ("truncated", FAST, None),
+    "an ordinary token added by the configuration": ("byte level", {**NAMES, "added_tokens_decoder": ORDINARY}, None),
+    "a space before a text": ("byte level", {**FAST, "add_prefix_space": True}, None),
+    "of BERT, cased": ("byte level", {"tokenizer_class": "BertTokenizer", "do_lower_case": False}, None),
+    "of BERT, uncased": ("byte level", {"tokenizer_class": "BertTokenizer", "do_lower_case": True}, None),
+    "with a chat template": ("byte level", {**FAST, "model_max_length": 7, "chat_template": "{{ messages }}"}, "llama"),
     "a setting that is not known": ("byte level", {**FAST, "of_tomorrow": True}, None),
 }
-READ = ("as Llama 3's", "as Llama 3.1's", "as Megatron's, without BOS", "truncated")
+READ = ("as Llama 3's", "as Llama 3.1's", "as Megatron's, without BOS", "truncated", "with a chat template")
 """Those of which tokenizer.json is taken as it is."""
 
 
@@ -123,6 +132,7 @@ def test_what_megatron_loads(name: str, folders: dict[str, Path], made: dict[str
         if "<" not in text:
             assert [*ours.prefix, *ours.encode(text), *ours.suffix] == whole
         assert ours.tokenizer.detokenize(whole) == theirs.detokenize(whole)
+    assert ids_fingerprint(ours.tokenizer) == ids_fingerprint(theirs)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -139,6 +149,26 @@ def test_what_is_read_without_transformers(name: str, folders: dict[str, Path], 
     for text in [*TEXTS[:3], *TEXTS[4:], *topics()[:5], "a </s> b"]:
         assert ours(text) == other(text)
         assert ours.plain(text) == other.plain(text)
+
+
+def test_what_is_set_beside_a_vocabulary_shows_in_the_ids(folders: dict[str, Path], made: dict[str, Any]) -> None:
+    """Two folders have the same fingerprint of ids if and only if they give other texts the same ids."""
+    models = {name: without_torch.of(made[name][0])[0] for name in FOLDERS}
+    texts = [*TEXTS, *topics()[:5], "a <|im_end|> b </s>", "IN the END"]
+    ids = {name: json.dumps([model.plain(text) for text in texts]) for name, model in models.items()}
+    prints = {
+        name: ids_fingerprint(SimpleNamespace(library="huggingface", _tokenizer=SimpleNamespace(tokenizer=model)))
+        for name, model in models.items()
+    }
+    for one, other in combinations(FOLDERS, 2):
+        assert (prints[one] == prints[other]) == (ids[one] == ids[other]), (one, other)
+    of_files = {name: fingerprint_of_files(folder) for name, folder in folders.items()}
+    same_file = {prints[name] for name in FOLDERS if of_files[name] == of_files["as Llama 3's"]}
+    assert len(same_file) > 4
+
+
+def fingerprint_of_files(folder: Path) -> str:
+    return tokenizer_fingerprint(tokenizer_args("HuggingFaceTokenizer", tokenizer_model=str(folder)))
 
 
 def test_files_that_transformers_may_act_on(folders: dict[str, Path], tmp_path: Path) -> None:
