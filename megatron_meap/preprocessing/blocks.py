@@ -1,4 +1,4 @@
-"""What a worker does: a block of input in, the token ids of its documents out."""
+"""A worker's task: turn a block of input into the token ids of its documents."""
 
 import os
 from collections.abc import Buffer, Sequence
@@ -14,29 +14,29 @@ from megatron_meap.tokenization.encoders import Encoder, Ids
 from megatron_meap.tokenization.reference import Reference
 
 CACHE_BYTES = 384 << 20
-"""Memory that the caches of all workers together may take."""
+"""Memory that the caches of all workers may take in total."""
 
 CHECKED_CHARACTERS = 2000
-"""Length of the text that is compared with the reference tokenizer in every block: about 1% of the work."""
+"""Characters of each block that are compared with the reference tokenizer: about 1% of the work."""
 
 
 @dataclass
 class KeyTokens:
-    """The documents of one block, for one key."""
+    """The documents of one block for one key."""
 
     tokens: Buffer = b""
-    """Ids of all documents, one after the other, in the dataset's dtype."""
+    """Ids of all documents in order, in the dataset's dtype."""
 
     lengths: Buffer = b""
     """Tokens of each document, int32."""
 
     documents: int = 0
     empty: int = 0
-    """Documents without a single token, which are left out."""
+    """Number of documents without tokens, which are left out."""
 
     text_bytes: int = 0
     largest: int = -1
-    """Largest id; -1 without documents."""
+    """Largest id; -1 if there are no documents."""
 
 
 @dataclass
@@ -45,17 +45,17 @@ class EncodedBlock:
 
     keys: list[KeyTokens]
     positions: int = 0
-    """Lines, rows or pieces that the block had."""
+    """Number of lines, rows or pieces in the block."""
 
     separated: bool = False
-    """Whether the separator of plain text occurs in it."""
+    """Whether the plain-text separator occurs in the block."""
 
     bad: list[tuple[int, str]] = field(default_factory=list)
-    """(position, reason) of what is not a document."""
+    """(position, reason) of everything that is not a document."""
 
 
 class BlockEncoder:
-    """Encodes blocks; one instance, forked into every worker."""
+    """Encodes blocks; every forked worker has a copy of one instance."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class BlockEncoder:
         dtype: type[np.number],
         workers: int,
     ) -> None:
-        """`prefix` and `suffix` are put around every document."""
+        """`prefix` and `suffix` are the ids to put before and after every document."""
         self._reference = reference
         self._encoder = encoder
         self._options = options
@@ -117,7 +117,7 @@ class BlockEncoder:
             raise BadDocumentError(f"the tokenizer refuses it: {error}") from None
 
     def _check_exact(self, text: str) -> None:
-        """Compare a piece of every block with the reference: the sample at the start is only a sample."""
+        """Compare part of every block with the reference: the comparison at the start covers only a sample."""
         if not np.array_equal(self._encoder.encode(text.encode()), self._reference.encode(text)):
             raise UsageError(
                 f"{self._encoder.name} gives other ids than {self._reference.library} for the text {text[:60]!r}...; "
@@ -125,7 +125,7 @@ class BlockEncoder:
             )
 
     def _join(self, found: list[Ids], tokens: KeyTokens) -> None:
-        """Put all documents of a key into one array, BOS and EOD around each."""
+        """Join all documents of a key into one array, each with its prefix and suffix."""
         if not found:
             return
         kind = found[0].dtype if isinstance(found[0], np.ndarray) else np.int64
@@ -137,7 +137,7 @@ class BlockEncoder:
         tokens.documents = len(found)
 
     def _checked(self, ids: np.ndarray) -> int:
-        """The largest id. None may lie outside the vocabulary, or be the mask token: text must never produce it."""
+        """The largest id; refuse ids outside the vocabulary, and the mask token, which text must never produce."""
         least, largest = (0 if ids.dtype.kind == "u" else int(ids.min())), int(ids.max())
         if least < 0 or largest >= self._reference.vocab_size:
             raise UsageError(
@@ -152,7 +152,7 @@ class BlockEncoder:
         return largest
 
     def _bound_memory(self) -> None:
-        """Empty the encoder's caches when this process has grown by its share."""
+        """Empty the encoder's caches once this process has grown by its share of `CACHE_BYTES`."""
         size = _resident_bytes()
         if not self._baseline:
             self._baseline = size
@@ -162,7 +162,7 @@ class BlockEncoder:
 
 
 def _resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not say."""
+    """Resident memory of this process; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -89,9 +89,9 @@ def check_manifest(
         )
     if known_to_differ(made_with.get("ids"), tokenizer_ids):
         raise UsageError(
-            f"{prefix}: made with a tokenizer that gives other ids than this run's, although their vocabulary files "
-            "are the same: settings beside them differ (tokenizer_config.json); train with that tokenizer, or "
-            "preprocess the corpus again with this one"
+            f"{prefix}: made with a tokenizer that gives different ids from this run's: their vocabulary files are the "
+            "same, but other settings differ (tokenizer_config.json); train with that tokenizer, or preprocess the "
+            "corpus again with this one"
         )
     for name, now in (special or {}).items():
         if (then := made_with[name]) != now:

@@ -1,4 +1,4 @@
-"""Several datasets made one, their documents one after the other."""
+"""Merge several datasets into one, keeping the order of their documents."""
 
 import contextlib
 import hashlib
@@ -26,16 +26,16 @@ _DECIDED_BY = {
     "after_document": ("each of its documents ends with", "--append-eod"),
     "dtype": ("its ids are", "--tokenizer-type and --tokenizer-model"),
 }
-"""What may not differ beside the tokenizer: how to say what a dataset has, and the flags that decide it."""
+"""What, besides the tokenizer, must be the same: how to state what a dataset has, and the flags that determine it."""
 
 
 def find_datasets(inputs: list[str], output_prefix: str) -> list[str]:
-    """Prefixes of datasets: as they are given, and of all datasets in a folder that is given, by name.
+    """Prefixes of the given datasets, where a folder stands for all datasets in it, sorted by name.
 
-    The output of an earlier merge, which a folder of inputs may hold, is left out.
+    The output of an earlier merge is left out if it is in such a folder.
 
     Raises:
-        UsageError: a folder without datasets, one dataset by two names, or the output among those that are named.
+        UsageError: a folder has no datasets, a dataset is given twice, or the output is one of the inputs.
     """
     output, found = _identity(output_prefix), dict[Any, str]()
     for name in inputs:
@@ -60,7 +60,7 @@ def find_datasets(inputs: list[str], output_prefix: str) -> list[str]:
 
 
 def _identity(prefix: str) -> Any:
-    """What tells a dataset from all others, whatever its name: device and inode; its path where there is none."""
+    """What identifies a dataset, whatever its name: device and inode of its index; its path if it has no index."""
     with contextlib.suppress(OSError):
         stat = os.stat(prefix + ".idx")
         return stat.st_dev, stat.st_ino
@@ -68,20 +68,20 @@ def _identity(prefix: str) -> Any:
 
 
 def merge_datasets(prefixes: list[str], output_prefix: str, *, overwrite: bool = False) -> dict[str, Any] | None:
-    """Write the documents of all datasets, in that order, to one; all or nothing.
+    """Write the documents of all datasets, in the given order, to a single dataset; all or nothing.
 
     Returns:
-        The manifest of the merged dataset; None where one of the inputs has none, and so neither has the result.
+        The manifest of the merged dataset; None if one of the inputs has no manifest: then the result has none either.
 
     Raises:
-        UsageError: datasets that are damaged, hold nothing, or were made with different tokenizers or flags.
+        UsageError: a dataset is damaged, all are empty, or they were made with different tokenizers or flags.
     """
     begun = time.monotonic()
     refuse_prefix(output_prefix)
     if not overwrite:
         refuse_existing([output_prefix])
     dtype, documents = read_index(prefixes[0]).dtype, 0
-    for prefix in prefixes:  # an index stays open as long as it is held, and there may be more than a process may open
+    for prefix in prefixes:  # hold one index at a time: each keeps a file open, and there may be thousands
         index = read_index(prefix)
         if index.dtype != dtype:
             raise UsageError(
@@ -111,7 +111,7 @@ def merge_datasets(prefixes: list[str], output_prefix: str, *, overwrite: bool =
 
 
 def _compatible_manifests(prefixes: list[str]) -> list[dict[str, Any]] | None:
-    """The manifests of all; None where one is missing."""
+    """The manifests of all datasets; None if one is missing."""
     manifests = {prefix: manifest for prefix in prefixes if (manifest := read_manifest(prefix))}
     for prefix, manifest in manifests.items():
         first, other = next(iter(manifests.items()))
@@ -127,11 +127,11 @@ def _compatible_manifests(prefixes: list[str]) -> list[dict[str, Any]] | None:
     for prefix in ids:
         if ids[prefix] != ids[first := next(iter(ids))]:
             raise UsageError(
-                f"{prefix}: made with a tokenizer that gives other ids than that of {first}, although their vocabulary "
-                "files are the same: settings beside them differ (tokenizer_config.json); preprocess one of them again"
+                f"{prefix}: made with a tokenizer that gives different ids from that of {first}: their vocabulary "
+                "files are the same, but other settings differ (tokenizer_config.json); preprocess one of them again"
             )
     parts = {prefix: [part for part in manifest["inputs"] if "files" in part] for prefix, manifest in manifests.items()}
-    held: dict[str, str] = {}  # by the hash of a dataset, which holds it: itself, or what was merged of it and others
+    held: dict[str, str] = {}  # hash of a dataset: the input that contains it, as such or merged with others
     for prefix in sorted(manifests, key=lambda prefix: len(parts[prefix])):
         for each in (manifests[prefix], *parts[prefix]):
             again = held.setdefault(each["files"][".bin"]["sha256"], prefix)
@@ -142,7 +142,7 @@ def _compatible_manifests(prefixes: list[str]) -> list[dict[str, Any]] | None:
 
 
 def _shown(fact: Any) -> str:
-    """The value of a manifest for people: ids, a mask token, a type."""
+    """A value of a manifest, as shown to people: ids, a mask token or a type."""
     if isinstance(fact, dict):
         return f"{fact.get('text')} (id {fact.get('id')})"
     return f"the ids {fact}" if fact else "nothing" if isinstance(fact, list) else str(fact)
@@ -163,7 +163,7 @@ def _append(writer: DatasetWriter, prefix: str, index: Index) -> None:
 
 
 def _boundaries(prefixes: list[str]) -> Iterator[np.ndarray]:
-    """Document boundaries of all datasets together."""
+    """Document boundaries of the merged dataset, in pieces."""
     yield np.zeros(1, np.int64)
     sequences = 0
     for index in map(read_index, prefixes):

@@ -1,4 +1,4 @@
-"""All that a job writes: a dataset for each key, and the report of skipped lines."""
+"""Everything that a job writes: a dataset for each key, and a report of skipped lines."""
 
 import contextlib
 import json
@@ -24,16 +24,20 @@ def dataset_prefix(prefix: str, key: str) -> str:
 
 
 def refuse_prefix(prefix: str) -> None:
-    """Raise a UsageError for what cannot be meant as the beginning of the names of a dataset's files."""
+    """Raise a UsageError for a prefix that cannot be the beginning of the names of a dataset's files."""
     if prefix.endswith((".bin", ".idx")):
-        raise UsageError(f"--output-prefix {prefix}: give it without {prefix[-4:]}: both files' names begin with it")
+        raise UsageError(
+            f"--output-prefix {prefix}: leave out {prefix[-4:]}: the names of both files begin with the prefix"
+        )
     if os.path.basename(prefix) in ("", ".", ".."):
         name = os.path.join(prefix, "train")
-        raise UsageError(f"--output-prefix {prefix}: names a folder; add how the files' names begin, such as {name}")
+        raise UsageError(
+            f"--output-prefix {prefix}: is a folder; add the beginning of the files' names, such as {name}"
+        )
 
 
 def refuse_existing(prefixes: list[str]) -> None:
-    """Raise a UsageError where one of the datasets exists already."""
+    """Raise a UsageError if one of the datasets already exists."""
     for prefix in prefixes:
         for suffix in (".bin", ".idx", MANIFEST_SUFFIX):
             path = prefix + suffix
@@ -49,46 +53,46 @@ class _Totals:
 
 
 def state_shape(keys: tuple[str, ...]) -> Any:
-    """What `Outputs.state` looks like when it is read back (`records.misfit`)."""
+    """The shape of `Outputs.state` when it is read back (see `records.misfit`)."""
     written = {key: {"documents": int, "tokens": int, "bin_sha256": str} for key in keys}
     totals = {key: {"empty": int, "text_bytes": int, "largest": int} for key in keys}
     return {"written": written, "totals": totals, "skipped": int, "separated": bool, "report_bytes": int}
 
 
 class Outputs:
-    """The files of a job under their temporary names, and its counts, until `publish`."""
+    """A job's files, under temporary names until `publish`, and its counts."""
 
     def __init__(
         self, prefix: str, keys: tuple[str, ...], dtype: type[np.number], state: dict[str, Any] | None = None
     ) -> None:
-        """Begin, or continue at a `state()` of an earlier run.
+        """Start, or continue from a `state()` of an earlier run.
 
         Raises:
-            UsageError: the files cannot be made, or are not those of the earlier run.
+            UsageError: the files cannot be created, or are not those of the earlier run.
         """
         starts = {key: Written(**state["written"][key]) if state else None for key in keys}
         self._writers = {key: DatasetWriter(dataset_prefix(prefix, key), dtype, starts[key]) for key in keys}
         self._totals = {key: _Totals(**state["totals"][key]) if state else _Totals() for key in keys}
         self.skipped: int = state["skipped"] if state else 0
         self.separated: bool = state["separated"] if state else False
-        """Whether the separator of plain text has occurred."""
+        """Whether the plain-text separator has occurred."""
         self.report_path = Path(prefix + REPORT_SUFFIX)
         self._report = open(f"{self.report_path}.partial", "a+b")  # noqa: SIM115 - closed with the writers
         self._report.truncate(state["report_bytes"] if state else 0)
 
     @property
     def documents(self) -> int:
-        """Documents written so far, of all keys."""
+        """Documents written so far, for all keys."""
         return sum(writer.documents for writer in self._writers.values())
 
     @property
     def tokens(self) -> int:
-        """Tokens written so far, of all keys."""
+        """Tokens written so far, for all keys."""
         return sum(writer.tokens for writer in self._writers.values())
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of text (UTF-8) encoded so far, of all keys."""
+        """Bytes of text (UTF-8) encoded so far, for all keys."""
         return sum(total.text_bytes for total in self._totals.values())
 
     def add(self, block: EncodedBlock) -> None:
@@ -101,12 +105,12 @@ class Outputs:
             total.largest = max(total.largest, found.largest)
 
     def add_bad(self, file: str, position: int, reason: str) -> None:
-        """Note a skipped line (row, document), counted from 1."""
+        """Record a skipped line, row or document; `position` counts from 1."""
         self.skipped += 1
         self._report.write(json.dumps({"file": file, "position": position, "reason": reason}).encode() + b"\n")
 
     def state(self) -> dict[str, Any]:
-        """All that is needed to continue from here."""
+        """Everything that is needed to continue from here."""
         self._report.flush()
         return {
             "written": {key: asdict(writer.state()) for key, writer in self._writers.items()},
@@ -117,16 +121,16 @@ class Outputs:
         }
 
     def publish(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
-        """Complete all files, then give them their names.
+        """Complete all files, then give them their final names.
 
         Args:
-            facts: what the manifests say beside the counts, which are added here; `inputs` among them.
+            facts: what the manifests contain besides the counts, which are added here; `inputs` must be included.
 
         Returns:
             The manifests, in the order of the keys.
 
         Raises:
-            UsageError: a key without a single document.
+            UsageError: a key has no documents.
         """
         for key, writer in self._writers.items():
             if not writer.documents:
@@ -160,7 +164,7 @@ class Outputs:
         return manifests
 
     def close(self, *, remove: bool) -> None:
-        """Close everything; `remove` the temporary files too."""
+        """Close all files; with `remove`, also delete the temporary ones."""
         for writer in self._writers.values():
             writer.discard() if remove else writer.close()
         with contextlib.suppress(OSError):  # what did not fit on a full disk does not fit now either

@@ -1,4 +1,4 @@
-"""The whole of preprocessing: input files in, a Megatron dataset for each key out, or nothing at all."""
+"""A whole preprocessing job: it makes a Megatron dataset for each key from the input files, or nothing at all."""
 
 import os
 import sys
@@ -24,11 +24,11 @@ from megatron_meap.tokenization.fingerprint import ids_fingerprint, tokenizer_fi
 from megatron_meap.tokenization.reference import Reference, load_reference
 
 DEFAULT_WORKERS = 8
-"""Most workers that are started unasked: each costs memory, and eight encode faster than one thread can unpack."""
+"""The most workers started by default: each costs memory, and eight encode faster than one thread can decompress."""
 
 _POSITIONS = {"jsonl": "line", "text": "document", "parquet": "row"}
 _REMEDIES = {"no key": "name another key with --json-keys", "not JSON": "read plain text with --input-format text"}
-"""What else may be meant, by how the reason begins that a line is bad."""
+"""What the user may have meant, by the beginning of the reason why a line is bad."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Job:
     prepend_bos: bool = False
 
     workers: int | None = None
-    """Processes; None takes the cores there are, at most `DEFAULT_WORKERS`."""
+    """Number of processes; None means one for each available core, at most `DEFAULT_WORKERS`."""
 
     encoder: Choice = "auto"
     skip_bad_lines: bool = False
@@ -68,7 +68,7 @@ def preprocess(job: Job, tokenizer_args: Any) -> list[dict[str, Any]]:
         The manifest of each dataset, in the order of the keys.
 
     Raises:
-        UsageError: anything in the input, the flags or the machine that has to be fixed first.
+        UsageError: something in the input, the flags or the machine has to be fixed first.
     """
     begun = time.monotonic()
     found = find(job.inputs)
@@ -115,7 +115,7 @@ def available_cores() -> int:
 
 
 def _prepare_outputs(job: Job, inputs: list[str]) -> None:
-    """Everything that can be refused before any work is done."""
+    """Refuse what can be refused before any work is done, and create the output folder."""
     if job.workers is not None and job.workers < 1:
         raise UsageError(f"--workers {job.workers}: at least 1")
     if job.log_interval is not None and job.log_interval < 1:
@@ -131,13 +131,13 @@ def _prepare_outputs(job: Job, inputs: list[str]) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--output-prefix {job.output_prefix}: cannot make {folder}: {error.strerror}") from error
+        raise UsageError(f"--output-prefix {job.output_prefix}: cannot create {folder}: {error.strerror}") from error
     if not job.overwrite:
         refuse_existing([dataset_prefix(job.output_prefix, key) for key in job.options.keys])
 
 
 def _around_documents(job: Job, reference: Reference) -> tuple[list[int], list[int]]:
-    """Ids before and after every document: the tokenizer's own, BOS and EOD as asked."""
+    """Ids before and after every document: those that the tokenizer adds, and BOS and EOD if asked for."""
     before, after = list(reference.prefix), list(reference.suffix)
     if job.prepend_bos and before[:1] != [reference.bos]:
         if reference.bos is None:
@@ -180,7 +180,7 @@ def _facts(job: Job, args: Any, reference: Reference, before: list[int], after: 
 
 
 def _encode_all(job: Job, files: Sources, pool: Any, outputs: Outputs, journal: Journal) -> None:
-    """Read, encode and write, in order, from the first file that the journal does not call finished."""
+    """Read, encode and write the files in order, from the first one that the journal does not list as finished."""
     first = journal.finished
     if first:
         print(f"resuming after {first} of {len(files.paths)} files", file=sys.stderr, flush=True)
@@ -219,7 +219,7 @@ def _check_separated(job: Job, files: Sources, outputs: Outputs) -> None:
 
 
 def _explained(error: BaseException, job: Job, keep: bool) -> BaseException:
-    """The error for the user: a full disk in words, and how to resume where files are finished."""
+    """The error for the user: it explains a full disk, and how to resume if any input files are finished."""
     if isinstance(error, OSError):
         error = cannot_write(error.filename or job.output_prefix, error)
     if keep and isinstance(error, UsageError):

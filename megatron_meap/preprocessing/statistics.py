@@ -1,4 +1,4 @@
-"""Look into a dataset: is it what its manifest says, and what is in it?"""
+"""Inspect a dataset: does it match its manifest, and what does it contain?"""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from megatron_meap.preprocessing.index import CHUNK, Index, read_index
 from megatron_meap.preprocessing.manifest import read_manifest
 
 _LARGEST_ID = 1 << 24
-"""Counting ids takes eight bytes for each one up to the largest, and a damaged file may hold any."""
+"""Counting takes eight bytes for each id up to the largest, and a damaged file may contain any number."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is in a dataset."""
+    """What a dataset contains."""
 
     documents: int
     tokens: int
@@ -26,10 +26,10 @@ class Statistics:
     """[largest id + 1] How often each id occurs."""
 
     histogram: list[tuple[int, int, int]]
-    """(shortest, longest, how many) documents by their length in tokens, in powers of two."""
+    """(shortest, longest, number of documents) for each range of lengths in tokens, in powers of two."""
 
     lengths: tuple[int, float, int]
-    """Tokens of the shortest, the mean and the longest document."""
+    """Shortest, mean and longest length of a document in tokens."""
 
     def count(self, token: int | None) -> int:
         """How often an id occurs."""
@@ -37,16 +37,16 @@ class Statistics:
 
 
 def inspect(prefix: str) -> tuple[Statistics, dict[str, Any] | None]:
-    """Read a dataset through and compare it with its manifest.
+    """Read a whole dataset and compare it with its manifest.
 
     Args:
         prefix: the dataset, without `.bin` and `.idx`.
 
     Returns:
-        Statistics, and the manifest (None where there is none to compare with).
+        Statistics, and the manifest (None if there is none to compare with).
 
     Raises:
-        UsageError: files that are missing, damaged or not what the manifest says; the message says which.
+        UsageError: a file is missing, damaged or not what the manifest says; the message names it.
     """
     index, manifest = read_index(prefix), read_manifest(prefix)
     if not index.tokens:
@@ -73,7 +73,7 @@ def inspect(prefix: str) -> tuple[Statistics, dict[str, Any] | None]:
 
 
 def _read_tokens(prefix: str, index: Index, largest: int | None) -> tuple[np.ndarray, str]:
-    """How often each id occurs, and the sha256 of the file; no id is counted that cannot be one."""
+    """How often each id occurs, and the sha256 of the file. Impossible ids are refused before they are counted."""
     counts, digest = np.zeros(0, np.int64), hashlib.sha256()
     with open(prefix + ".bin", "rb") as file:
         while chunk := file.read(CHUNK * 8):
@@ -94,7 +94,7 @@ def _read_tokens(prefix: str, index: Index, largest: int | None) -> tuple[np.nda
 
 
 def _lengths(index: Index) -> tuple[list[tuple[int, int, int]], tuple[int, float, int]]:
-    """Histogram and extremes of the documents' lengths in tokens."""
+    """Histogram of the documents' lengths in tokens; shortest, mean and longest length."""
     histogram = np.zeros(64, np.int64)
     shortest, longest = np.iinfo(np.int64).max, 0
     for lengths in _document_lengths(index):

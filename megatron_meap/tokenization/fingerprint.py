@@ -24,7 +24,7 @@ _PROBE = (
     "<s>a</s><unk><pad>[MASK][CLS] [SEP]<|endoftext|><|im_start|>user<0x0A>▁ĠĊ##ing",
     "https://example.org/a_b?c=d&e=%20#f user@example.org C:\\dir\\file.txt {\"k\": [1, null]} <p class='x'>&amp;</p>",
 )
-"""Texts in which settings of a tokenizer show: never change them, because manifests and checkpoints hold the digest."""
+"""Texts that show a tokenizer's settings. Never change them: manifests and checkpoints hold their digest."""
 
 
 def tokenizer_fingerprint(args: Any) -> str:
@@ -56,10 +56,10 @@ def tokenizer_fingerprint(args: Any) -> str:
 
 
 def ids_fingerprint(tokenizer: Any) -> str | None:
-    """sha256 of the ids that a tokenizer gives to fixed texts; None for one that has no files.
+    """sha256 of the ids that a tokenizer gives to fixed texts; None if it has no vocabulary of text.
 
-    With one vocabulary file, what is set beside it (in tokenizer_config.json) may make other ids. Ordinary added tokens
-    are among the texts; special ones are not, because in a corpus their names are only text.
+    The same vocabulary file can give different ids if other settings differ (tokenizer_config.json). The texts include
+    the tokenizer's ordinary added tokens, but not its special ones, whose names are plain text in a corpus.
 
     Args:
         tokenizer: Megatron's, or the `tokenizer` of a `Reference`.
@@ -80,7 +80,7 @@ def ids_fingerprint(tokenizer: Any) -> str | None:
 
 
 def known_to_differ(one: str | None, other: str | None) -> bool:
-    """Whether two digests differ; one that is not known (None) does not."""
+    """Whether two digests differ; an unknown one (None) does not count as different."""
     return None not in (one, other) and one != other
 
 

@@ -131,8 +131,8 @@ def _agree_with_training(tokenizer: Any, args: Namespace) -> None:
         loaded = SimpleNamespace(library="huggingface", _tokenizer=SimpleNamespace(tokenizer=tokenizer))
         if known_to_differ(getattr(args, "meap_tokenizer_ids", None), ids_fingerprint(loaded)):
             raise UsageError(
-                f"tokenizer {args.tokenizer_model}: gives other ids than in training: settings beside its vocabulary "
-                "have changed (tokenizer_config.json); give the right one with --tokenizer"
+                f"tokenizer {args.tokenizer_model}: gives different ids from those in training: its vocabulary is the "
+                "same, but other settings have changed (tokenizer_config.json); give the right one with --tokenizer"
             )
 
 

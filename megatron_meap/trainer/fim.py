@@ -35,7 +35,7 @@ def check(args: Namespace, tokenizer: Any, mask_id: int) -> tuple[int, ...]:
     names = [*_SENTINELS, "eod", *(["split_sample"] if args.fim_split_sample else [])]
     ids = {name: _known(args, tokenizer, name) for name in names}
     used = {mask_id: "the mask token", special_id(tokenizer, "eod"): "the end of a document"}
-    for name in _SENTINELS:
+    for name in (name for name in names if name != "eod"):
         if ids[name] in used and (name, used[ids[name]]) != ("pad", "the end of a document"):
             raise UsageError(f"{_flag(name)}: the same token as {used[ids[name]]} (id {ids[name]}); name another")
         used[ids[name]] = _flag(name)

@@ -189,9 +189,9 @@ def _compare_model(flag: str, path: Path, saved: Namespace, args: Namespace, res
         )
     if known_to_differ(getattr(saved, "meap_tokenizer_ids", None), args.meap_tokenizer_ids):
         raise UsageError(
-            f"{flag}: {path} was trained with a tokenizer that gives other ids ({saved.tokenizer_model} there, "
-            f"{args.tokenizer_model} here): the vocabulary is the same, but settings beside it differ "
-            "(tokenizer_config.json); use the same ones"
+            f"{flag}: {path} was trained with a tokenizer that gives different ids ({saved.tokenizer_model} there, "
+            f"{args.tokenizer_model} here): its vocabulary files are the same, but other settings differ "
+            "(tokenizer_config.json); use the same tokenizer"
         )
     changed = model_arguments.differences(saved, args, model_arguments.FUNCTION)
     if changed and not args.meap_allow_changed_settings:

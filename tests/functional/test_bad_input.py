@@ -228,7 +228,7 @@ def test_a_dataset_of_another_tokenizer(refused, flags: list[str], dataset: str,
     assert "another tokenizer" in refused(*flags, "--data-path", dataset)
     sha256 = tokenizer_fingerprint(sentencepiece_args(corpus.tokenizer))
     write_manifest(dataset, {"sha256": sha256, "ids": "0" * 64})
-    assert "made with a tokenizer that gives other ids" in refused(*flags, "--data-path", dataset)
+    assert "made with a tokenizer that gives different ids" in refused(*flags, "--data-path", dataset)
 
 
 class TestCheckpoints:
@@ -289,7 +289,7 @@ class TestCheckpoints:
     def test_the_same_vocabulary_with_other_ids(self, refused, flags, saved: Path, monkeypatch) -> None:
         """As another tokenizer_config.json beside the same tokenizer.json gives them."""
         monkeypatch.setattr(preflight, "ids_fingerprint", lambda tokenizer: "0" * 64)
-        assert "trained with a tokenizer that gives other ids" in refused(*flags, "--load", str(saved))
+        assert "trained with a tokenizer that gives different ids" in refused(*flags, "--load", str(saved))
 
     @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
     def test_a_damaged_checkpoint(self, refused, flags, copy: Path, damage: str) -> None:

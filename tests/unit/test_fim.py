@@ -73,6 +73,14 @@ def flags(**changes) -> SimpleNamespace:
         ({"fim_eod_token": "<s>"}, r"--fim-eod-token <s>: documents end with this tokenizer's EOD \(id 257\)"),
         ({"fim_split_sample": "<file>"}, "--fim-fragment-rate None: give a probability"),
         ({"fim_split_sample": "<file>", "fim_fragment_rate": 0.5}, "--fim-split-sample <file>: the tokenizer has no"),
+        *(
+            ({"fim_split_sample": token, "fim_fragment_rate": 0.5}, f"--fim-split-sample: the same token as {other}")
+            for token, other in {
+                "[MASK]": "the mask token",
+                "<|endoftext|>": "the end of a document",
+                "<fim_middle>": "--fim-middle-token",
+            }.items()
+        ),
         ({"fim_rate": 1.5}, "--fim-rate 1.5: give a probability from 0 to 1"),
         ({"fim_spm_rate": float("nan")}, "--fim-spm-rate nan: give a probability from 0 to 1"),
     ],

@@ -142,7 +142,7 @@ def test_other_ids_of_the_same_vocabulary_are_refused(dataset, model):
     args = sentencepiece_args(model)
     facts = {"tokenizer_sha256": tokenizer_fingerprint(args), "vocab_size": 600}
     check_manifest(dataset, tokenizer_ids=ids_fingerprint(load_reference(args).tokenizer), **facts)
-    with pytest.raises(UsageError, match="gives other ids than this run's, although their vocabulary files are the"):
+    with pytest.raises(UsageError, match="gives different ids from this run's: their vocabulary files are the"):
         check_manifest(dataset, tokenizer_ids="another", **facts)
     without_ids(dataset)
     check_manifest(dataset, tokenizer_ids="another", **facts)
@@ -166,7 +166,7 @@ def test_merging_datasets_of_other_ids(dataset, model, tmp_path):
     path = Path(f"{others[1]}.manifest.json")
     path.write_text(path.read_text().replace(ids, "f" * 64))
     with pytest.raises(
-        UsageError, match=f"{others[1]}: made with a tokenizer that gives other ids than that of {others[0]}"
+        UsageError, match=f"{others[1]}: made with a tokenizer that gives different ids from that of {others[0]}"
     ):
         merge_datasets([dataset, *others], str(tmp_path / "other"))
 

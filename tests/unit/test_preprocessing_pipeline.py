@@ -194,7 +194,7 @@ def test_nothing_produced_is_a_failure(args, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("", "names a folder; add how the files' names begin"), ("a.bin", "give it without .bin")]
+    ("name", "message"), [("", "is a folder; add the beginning of the files' names"), ("a.bin", "leave out .bin")]
 )
 def test_a_prefix_that_begins_no_name(name, message, args, tmp_path):
     prefix = f"{tmp_path}/out/{name}"
@@ -267,7 +267,7 @@ def test_an_existing_dataset_is_replaced_only_when_asked(args, tmp_path):
 
 def test_outputs_that_cannot_be_written(args, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ["x"])
-    with pytest.raises(UsageError, match=r"--output-prefix .*cannot make .*: "):
+    with pytest.raises(UsageError, match=r"--output-prefix .*cannot create .*: "):
         run_job([source], source / "out", args)
     with pytest.raises(UsageError, match="File name too long"):
         run_job([source], tmp_path / ("n" * 300), args)
