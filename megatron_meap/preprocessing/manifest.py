@@ -1,6 +1,8 @@
 """The manifest: what a dataset was made of and with, in `PREFIX.manifest.json` beside its `.bin` and `.idx`."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from megatron_meap.tokenization.fingerprint import known_to_differ
 FORMAT = 1
 
 _FILES = {".bin": {"bytes": int, "sha256": str}, ".idx": {"bytes": int, "sha256": str}}
-_SPECIAL = dict.fromkeys(("bos", "eod"), int | None)
+_SPECIAL = dict.fromkeys(("bos", "eod", "unk?"), int | None)
 SHAPE = {
     "format": int,
     **dict.fromkeys(("documents", "tokens", "empty_documents", "skipped_lines", "text_bytes", "max_token_id"), int),
@@ -51,6 +53,32 @@ def to_bytes(manifest: dict[str, Any]) -> bytes:
     return (json.dumps({"format": FORMAT, **manifest}, indent=1, ensure_ascii=False) + "\n").encode(
         errors="backslashreplace"
     )
+
+
+def check_contents(prefix: str, manifest: dict[str, Any], bin_sha256: str, facts: dict[str, Any]) -> None:
+    """Refuse a dataset that is not what its manifest says.
+
+    Args:
+        prefix: the dataset.
+        manifest: its manifest.
+        bin_sha256: of its `.bin`.
+        facts: what else was found in it, under the names of the manifest's entries.
+
+    Raises:
+        UsageError: a difference; the message names it.
+    """
+    with open(prefix + ".idx", "rb") as file:
+        digests = {".bin": bin_sha256, ".idx": hashlib.file_digest(file, "sha256").hexdigest()}
+    for suffix, found in digests.items():
+        if found != manifest["files"][suffix]["sha256"]:
+            raise UsageError(f"{prefix}{suffix}: its sha256 is not its manifest's; make the dataset again")
+    sizes = {f"bytes of {suffix}": os.path.getsize(prefix + suffix) for suffix in digests}
+    said = manifest | {f"bytes of {suffix}": manifest["files"][suffix]["bytes"] for suffix in digests}
+    for name, value in (facts | sizes).items():
+        if said[name] != value:
+            raise UsageError(
+                f"{prefix}: its manifest says {name} {said[name]}, but it has {value}; make the dataset again"
+            )
 
 
 def _named(name: str, id: int | None) -> str:

@@ -14,7 +14,7 @@ import megatron_meap
 from megatron_meap.errors import UsageError
 from megatron_meap.files import cannot_write
 from megatron_meap.preprocessing.index import CHUNK, Index, read_index
-from megatron_meap.preprocessing.manifest import read_manifest, to_bytes
+from megatron_meap.preprocessing.manifest import check_contents, read_manifest, to_bytes
 from megatron_meap.preprocessing.outputs import refuse_existing, refuse_prefix
 from megatron_meap.preprocessing.writer import DatasetWriter
 
@@ -149,13 +149,15 @@ def _shown(fact: Any) -> str:
 
 
 def _append(writer: DatasetWriter, prefix: str, index: Index) -> None:
-    before, digest, manifest = writer.tokens, hashlib.sha256(), read_manifest(prefix)
+    before, digest, largest = writer.tokens, hashlib.sha256(), 0
     with open(prefix + ".bin", "rb") as file:
         while chunk := file.read(CHUNK * index.dtype.itemsize):
             writer.add(chunk, b"")
             digest.update(chunk)
-    if manifest and digest.hexdigest() != manifest["files"][".bin"]["sha256"]:
-        raise UsageError(f"{prefix}.bin: its sha256 is not its manifest's; make the dataset again")
+            largest = max(largest, int(np.frombuffer(chunk, index.dtype).max()))
+    if manifest := read_manifest(prefix):
+        facts = {"documents": index.documents, "tokens": index.tokens, "max_token_id": largest}
+        check_contents(prefix, manifest, digest.hexdigest(), facts)
     if writer.tokens - before != index.tokens:
         raise UsageError(f"{prefix}.bin: changed while it was read; merge again when it is complete")
     for first in range(0, len(index.lengths), CHUNK):

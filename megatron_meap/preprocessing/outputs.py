@@ -13,7 +13,7 @@ from megatron_meap.errors import UsageError
 from megatron_meap.files import sync
 from megatron_meap.preprocessing.blocks import EncodedBlock
 from megatron_meap.preprocessing.manifest import to_bytes
-from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX, DatasetWriter, Written
+from megatron_meap.preprocessing.writer import MANIFEST_SUFFIX, DatasetWriter, Written, refuse_folders
 
 REPORT_SUFFIX = ".bad_lines.jsonl"
 
@@ -71,13 +71,22 @@ class Outputs:
             UsageError: the files cannot be created, or are not those of the earlier run.
         """
         starts = {key: Written(**state["written"][key]) if state else None for key in keys}
-        self._writers = {key: DatasetWriter(dataset_prefix(prefix, key), dtype, starts[key]) for key in keys}
+        self.report_path = Path(prefix + REPORT_SUFFIX)
+        report = f"{self.report_path}.partial"
+        refuse_folders(self.report_path, report)
+        self._writers: dict[str, DatasetWriter] = {}
+        try:
+            for key in keys:
+                self._writers[key] = DatasetWriter(dataset_prefix(prefix, key), dtype, starts[key])
+        except UsageError:
+            for writer in self._writers.values():
+                writer.close() if state else writer.discard()
+            raise
         self._totals = {key: _Totals(**state["totals"][key]) if state else _Totals() for key in keys}
         self.skipped: int = state["skipped"] if state else 0
         self.separated: bool = state["separated"] if state else False
         """Whether the plain-text separator has occurred."""
-        self.report_path = Path(prefix + REPORT_SUFFIX)
-        self._report = open(f"{self.report_path}.partial", "a+b")  # noqa: SIM115 - closed with the writers
+        self._report = open(report, "a+b")  # noqa: SIM115 - closed with the writers
         self._report.truncate(state["report_bytes"] if state else 0)
 
     @property

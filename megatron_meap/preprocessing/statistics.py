@@ -3,14 +3,13 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.index import CHUNK, Index, read_index
-from megatron_meap.preprocessing.manifest import read_manifest
+from megatron_meap.preprocessing.manifest import check_contents, read_manifest
 
 _LARGEST_ID = 1 << 24
 """Counting takes eight bytes for each id up to the largest, and a damaged file may contain any number."""
@@ -54,21 +53,13 @@ def inspect(prefix: str) -> tuple[Statistics, dict[str, Any] | None]:
     counts, digest = _read_tokens(prefix, index, manifest["max_token_id"] if manifest else None)
     statistics = Statistics(index.documents, index.tokens, counts, *_lengths(index))
     if manifest:
-        digests = {".bin": digest, ".idx": hashlib.sha256(Path(prefix + ".idx").read_bytes()).hexdigest()}
-        for suffix, found in digests.items():
-            if found != manifest["files"][suffix]["sha256"]:
-                raise UsageError(f"{prefix}{suffix}: its sha256 is not the manifest's; make the dataset again")
         facts = {
             "documents": index.documents,
             "tokens": index.tokens,
             "max_token_id": len(counts) - 1,
             "dtype": index.dtype.name,
         }
-        for name, value in facts.items():
-            if manifest[name] != value:
-                raise UsageError(
-                    f"{prefix}: its manifest says {name} {manifest[name]}, but it has {value}; make the dataset again"
-                )
+        check_contents(prefix, manifest, digest, facts)
     return statistics, manifest
 
 

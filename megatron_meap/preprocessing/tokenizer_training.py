@@ -98,20 +98,24 @@ def train_tokenizer(
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).split("] ")[-1]
-        raise UsageError(f"--vocab-size {vocab_size}: {reason}; give more text, or a smaller vocabulary") from error
+        larger = "is smaller than" in reason  # than the characters of the text
+        remedy = "name a larger one" if larger else "give more text, or a smaller vocabulary"
+        raise UsageError(f"--vocab-size {vocab_size}: {reason}; {remedy}") from error
     with whole_file(output) as file:
         file.write(model.getvalue())
     return used
 
 
 def _check_names(mask_token: str, pad_token: str | None) -> None:
-    """Refuse the names of other tokens, and what could be a piece: a character or a byte."""
+    """Refuse the names of other tokens, what could be a piece (a character or a byte), and what cannot be typed."""
     taken = dict.fromkeys(("<unk>", "<s>", "</s>"), "one of UNK, BOS and EOS")
     for flag, name in (("--mask-token", mask_token), ("--pad-token", pad_token)):
         if name is None:
             continue
-        if len(name.strip()) < 2 or re.fullmatch("<0x[0-9A-F]{2}>", name):
-            raise UsageError(f"{flag} {name!r}: may not be a single character or a byte; name it such as [MASK]")
+        if len(name.strip()) < 2 or not name.isprintable() or re.fullmatch("<0x[0-9A-F]{2}>", name):
+            raise UsageError(
+                f"{flag} {name!r}: must be printable, and not a single character or a byte; name it such as [MASK]"
+            )
         if name in taken:
             raise UsageError(f"{flag} {name}: is {taken[name]} of this tokenizer already; name another")
         taken[name] = f"the token of {flag}"

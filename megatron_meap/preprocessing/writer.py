@@ -5,6 +5,7 @@ The `.bin` file contains the ids of all documents, one after the other; `index` 
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 from collections.abc import Buffer, Iterator
@@ -30,6 +31,13 @@ class Written:
     bin_sha256: str = ""
 
 
+def refuse_folders(*paths: str | Path) -> None:
+    """Raise an OSError if a file cannot have one of these names, which would only show at the end of a job."""
+    for path in paths:
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+
+
 class DatasetWriter:
     """Writes one dataset to `PREFIX.bin` and `PREFIX.idx`.
 
@@ -50,6 +58,8 @@ class DatasetWriter:
             Path(f"{prefix}.{kind}.partial") for kind in ("bin", "lengths", "idx")
         )
         try:
+            names = [prefix + suffix for suffix in (".bin", ".idx", MANIFEST_SUFFIX, ".manifest.partial")]
+            refuse_folders(*names, self._bin_path, self._lengths_path, self._idx_path)
             self._bin = open(self._bin_path, "r+b" if start else "wb")  # noqa: SIM115 - closed by close()
             self._lengths = open(self._lengths_path, "r+b" if start else "w+b")  # noqa: SIM115
         except OSError as error:

@@ -10,6 +10,7 @@ import pytest
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing.manifest import check_manifest, read_manifest
 from megatron_meap.preprocessing.merge import merge_datasets
+from megatron_meap.preprocessing.statistics import inspect
 from megatron_meap.tokenization.fingerprint import ids_fingerprint, tokenizer_fingerprint
 from megatron_meap.tokenization.reference import load_reference
 from tests.unit.preprocessing import (
@@ -154,7 +155,7 @@ def test_merging_datasets_of_other_ids(dataset, model, tmp_path):
     others = []
     for number in range(2):
         run_job(
-            [write_jsonl(tmp_path / "b.jsonl", ["b" * number, *TEXTS])],
+            [write_jsonl(tmp_path / "b.jsonl", [f"{number}", *TEXTS])],
             tmp_path / f"{number}",
             sentencepiece_args(model),
         )
@@ -169,6 +170,32 @@ def test_merging_datasets_of_other_ids(dataset, model, tmp_path):
         UsageError, match=f"{others[1]}: made with a tokenizer that gives different ids from that of {others[0]}"
     ):
         merge_datasets([dataset, *others], str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (("documents",), "says documents 17, but it has"),
+        (("tokens",), "says tokens 17, but it has"),
+        (("max_token_id",), "max_token_id 17"),
+        (("files", ".bin", "bytes"), r"says bytes of \.bin 17, but it has"),
+        (("files", ".idx", "bytes"), r"says bytes of \.idx 17, but it has"),
+        (("files", ".bin", "sha256"), r"\.bin: its sha256 is not its manifest's"),
+        (("files", ".idx", "sha256"), r"\.idx: its sha256 is not its manifest's"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(dataset, tmp_path, entry, message):
+    """By whatever reads the whole dataset: merging would pass it on under a manifest of its own."""
+    path = Path(f"{dataset}.manifest.json")
+    manifest = part = json.loads(path.read_text())
+    for name in entry[:-1]:
+        part = part[name]
+    part[entry[-1]] = "17" if entry[-1] == "sha256" else 17
+    path.write_text(json.dumps(manifest))
+    for read in (lambda: inspect(dataset), lambda: merge_datasets([dataset], str(tmp_path / "all"))):
+        with pytest.raises(UsageError, match=message):
+            read()
+    assert not list(tmp_path.glob("all*"))
 
 
 def without_ids(prefix):

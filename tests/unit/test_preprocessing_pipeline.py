@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_meap.errors import UsageError
-from megatron_meap.preprocessing import readers
+from megatron_meap.preprocessing import pipeline, readers
 from tests.unit.preprocessing import (
     TEXTS,
     compressed,
@@ -300,3 +300,44 @@ def test_the_manifest_says_what_was_done(args, tmp_path):
     assert written["flags"]["prepend_bos"] is True
     assert written["inputs"][0]["bytes"] == source.stat().st_size
     assert leftovers(tmp_path) == ["a.jsonl", *(f"out_text_document.{end}" for end in ("bin", "idx", "manifest.json"))]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"_text_document.{kind}" for kind in ("bin", "idx", "manifest.json")),
+        *(f"_text_document.{kind}.partial" for kind in ("bin", "idx", "lengths", "manifest")),
+        *(".bad_lines.jsonl", ".bad_lines.jsonl.partial", ".journal.partial"),
+    ],
+)
+def test_a_folder_with_the_name_of_a_file_is_refused_at_the_start(name, args, tmp_path, monkeypatch):
+    """Hours of work would be lost if it showed only when the files get their names."""
+    monkeypatch.setattr(pipeline, "_encode_all", lambda *_: pytest.fail("it began"))
+    (tmp_path / f"x{name}").mkdir()
+    corpus = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    with pytest.raises(UsageError, match="Is a directory"):
+        run_job([corpus], tmp_path / "x", args, workers=1, overwrite=True)
+    assert leftovers(tmp_path) == sorted([f"x{name}", "in.jsonl"])
+
+
+def test_names_that_are_too_long_are_refused_at_the_start(args, tmp_path, monkeypatch):
+    """Some of a job's names are longer than others."""
+    corpus = write_jsonl(tmp_path / "in.jsonl", TEXTS)
+    began = False
+
+    def begin(*_):
+        nonlocal began
+        began = True
+        encode_all(*_)
+
+    encode_all = pipeline._encode_all
+    monkeypatch.setattr(pipeline, "_encode_all", begin)
+    for length in range(223, 229):
+        began, said = False, ""
+        try:
+            run_job([corpus], tmp_path / ("y" * length), args, workers=1)
+        except UsageError as error:
+            said = str(error)
+        assert began != ("File name too long" in said)
+        assert not list(tmp_path.glob("*.partial"))
+    assert not began

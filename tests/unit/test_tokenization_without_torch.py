@@ -28,6 +28,7 @@ ADDED = {"content": "<|im_end|>", "special": True, "normalized": False, "lstrip"
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast", **NAMES}
 PLAIN = {"special": True, **dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)}
 LISTED = {str(id): {"content": token, **PLAIN} for id, token in enumerate(SPECIAL)}
+BERT = {"tokenizer_class": "BertTokenizer", "unk_token": "<unk>"}
 ORDINARY = {"800": {**ADDED, "content": " the", "special": False}}
 OTHER = {**LISTED, "2": {**LISTED["2"], "lstrip": True}}
 
@@ -52,8 +53,8 @@ FOLDERS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "truncated": ("truncated", FAST, None),
     "an ordinary token added by the configuration": ("byte level", {**NAMES, "added_tokens_decoder": ORDINARY}, None),
     "a space before a text": ("byte level", {**FAST, "add_prefix_space": True}, None),
-    "of BERT, cased": ("byte level", {"tokenizer_class": "BertTokenizer", "do_lower_case": False}, None),
-    "of BERT, uncased": ("byte level", {"tokenizer_class": "BertTokenizer", "do_lower_case": True}, None),
+    "of BERT, cased": ("byte level", {**BERT, "do_lower_case": False}, None),
+    "of BERT, uncased": ("byte level", {**BERT, "do_lower_case": True}, None),
     "with a chat template": ("byte level", {**FAST, "model_max_length": 7, "chat_template": "{{ messages }}"}, "llama"),
     "a setting that is not known": ("byte level", {**FAST, "of_tomorrow": True}, None),
 }

@@ -121,9 +121,12 @@ def test_the_limit_is_shared_among_files(tmp_path):
         ({"mask_token": "<s>"}, "--mask-token <s>: is one of UNK, BOS and EOS of this tokenizer already"),
         ({"pad_token": "</s>"}, "--pad-token </s>: is one of UNK, BOS and EOS of"),
         ({"pad_token": "[MASK]"}, r"--pad-token \[MASK\]: is the token of --mask-token of this tokenizer already"),
-        ({"mask_token": ""}, "--mask-token '': may not be a single character"),
-        ({"mask_token": "a"}, "--mask-token 'a': may not be a single character"),
-        ({"pad_token": "<0x0A>"}, "--pad-token '<0x0A>': may not be a single character or a byte"),
+        ({"mask_token": ""}, "--mask-token '': must be printable, and not a single character"),
+        ({"mask_token": "a"}, "--mask-token 'a': must be printable, and not a single character"),
+        ({"mask_token": "<a\nb>"}, r"--mask-token '<a\\nb>': must be printable"),
+        ({"mask_token": "<a\0b>"}, r"--mask-token '<a\\x00b>': must be printable"),
+        ({"pad_token": "<pad\udcff>"}, r"--pad-token '<pad\\udcff>': must be printable"),
+        ({"pad_token": "<0x0A>"}, "--pad-token '<0x0A>': must be printable, and not a single character or a byte"),
     ],
 )
 def test_tokens_that_are_another_one(names, message, tmp_path):
@@ -136,12 +139,14 @@ def test_what_cannot_work(tmp_path, folder):
     corpus = str(folder / "corpus.jsonl")
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
     short = write_jsonl(tmp_path / "short.jsonl", ["hello"])
+    many = write_jsonl(tmp_path / "many.jsonl", ["".join(map(chr, range(0x4E00, 0x5000)))])
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "x"}\n\n{"body": "x"}\n')
     for inputs, size, message in [
         ([str(tmp_path / "missing")], 400, "nothing there"),
         ([str(empty)], 400, "no text in it; give a corpus"),
         ([str(short)], 4000, "--vocab-size 4000: .*give more text, or a smaller vocabulary"),
+        ([str(many)], 400, "--vocab-size 400: .*; name a larger one"),
         ([str(bad)], 400, r"bad\.jsonl:3: no key 'text', only body"),
         ([corpus], 260, "--vocab-size 260: at least 355"),
     ]:
