@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface.selfcheck import SAMPLES
 from megatron_meap.huggingface.training_data import trained_tokenizer
-from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
+from megatron_meap.tokenization.fingerprint import ids_fingerprint, tokenizer_fingerprint
 from megatron_meap.tokenization.huggingface import (
     add_mask_token,
     begin_with_bos,
@@ -23,9 +24,10 @@ from megatron_meap.tokenization.huggingface import (
     save_tokenizer,
     tokenizer_of,
 )
+from megatron_meap.tokenization.reference import load_reference
 from megatron_meap.tokenization.text_bytes import text_bytes
 from tests.conftest import Corpus
-from tests.unit.preprocessing import write_manifest
+from tests.unit.preprocessing import tokenizer_args, write_manifest
 
 KINDS = {
     "bpe": {"model_type": "bpe", "byte_fallback": True, "control_symbols": ["[MASK]"]},
@@ -167,6 +169,27 @@ def test_huggingface_directory(huggingface_folder: Path) -> None:
         ids = tokenizer(text, split_special_tokens=True)["input_ids"]
         assert text_bytes(tokenizer)[ids].sum() == len(text.encode())
     assert text_bytes(tokenizer)[tokenizer.all_special_ids].sum() == 0
+
+
+def test_settings_beside_the_vocabulary_are_those_of_the_training(huggingface_folder: Path, tmp_path: Path) -> None:
+    """With the same tokenizer.json, another list of added tokens is another tokenizer; a chat template is not."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(huggingface_folder, folder)
+    known = tokenizer_args("HuggingFaceTokenizer", tokenizer_model=str(folder))
+    args = arguments("HuggingFaceTokenizer", str(folder), 600, 600)
+    args.meap_tokenizer_sha256 = tokenizer_fingerprint(known)
+    args.meap_tokenizer_ids = ids_fingerprint(load_reference(known).tokenizer)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({"chat_template": "{{ messages }}", **dict(reversed(settings.items()))}))
+    vocabulary = tokenizer_of(args).get_vocab()  # type: ignore[union-attr]
+    assert len(vocabulary) == 601
+    piece = max((piece for piece in vocabulary if piece.isalpha() and piece.isascii()), key=len)
+    ordinary = {"content": piece, **dict.fromkeys(("special", "normalized", "lstrip", "rstrip", "single_word"), False)}
+    path.write_text(json.dumps(settings | {"added_tokens_decoder": {str(vocabulary[piece]): ordinary}}))
+    assert tokenizer_fingerprint(known) == args.meap_tokenizer_sha256
+    with pytest.raises(UsageError, match="gives different ids from those in training"):
+        tokenizer_of(args)
 
 
 def test_tiktoken(tmp_path: Path) -> None:
