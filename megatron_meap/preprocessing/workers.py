@@ -30,8 +30,23 @@ class WorkerPool[Task, Answer]:
     """
 
     def __init__(self, work: Callable[[Task], Answer], size: int) -> None:
+        """Start the processes.
+
+        Raises:
+            UsageError: the system does not allow so many.
+        """
         self.size = size
-        self._workers = [_Worker(work, number) for number in range(size)]
+        self._workers: list[_Worker] = []
+        try:
+            for number in range(size):
+                self._workers.append(_Worker(work, number))
+        except OSError as error:  # open files, processes or memory
+            for worker in self._workers:
+                worker.end()
+            raise UsageError(
+                f"--workers {size}: only {len(self._workers)} could be started: {error.strerror}; use fewer, or raise "
+                "the limit (ulimit -a shows it)"
+            ) from error
 
     def __enter__(self) -> "WorkerPool[Task, Answer]":
         self._idle: SimpleQueue[_Worker] = SimpleQueue()

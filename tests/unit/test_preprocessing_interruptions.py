@@ -221,6 +221,23 @@ def test_a_worker_ends_quietly_when_its_parent_is_gone():
     assert process.exitcode == 0
 
 
+def test_more_workers_than_the_system_allows():
+    """Wherever the limit is met, in a pipe or in the process: one line, and those that were started end."""
+    before, (soft, hard) = multiprocessing.active_children(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = os.open(os.devnull, os.O_RDONLY)  # takes the lowest free number
+    os.close(opened)
+    for more in range(3, 8):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + more, hard))
+        try:
+            with pytest.raises(
+                UsageError, match=r"--workers 99: only [0-9]+ could be started: Too many open files; use"
+            ):
+                WorkerPool(_echo, 99)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert multiprocessing.active_children() == before
+
+
 def test_buffers_of_any_size_arrive(monkeypatch):
     """Through the memory that is shared, through the pipe where they have no room in it, and both in one message."""
     monkeypatch.setattr(preprocessing_workers, "_SHARED_BYTES", 3 * mmap.PAGESIZE)
