@@ -81,7 +81,8 @@ def check_contents(prefix: str, manifest: dict[str, Any], bin_sha256: str, facts
             )
 
 
-def _named(name: str, id: int | None) -> str:
+def named(name: str, id: int | None) -> str:
+    """A special token for people: its name in the manifest (`bos`, `eod`) and its id."""
     return f"no {name.upper()} token" if id is None else f"the {name.upper()} token {id}"
 
 
@@ -124,7 +125,7 @@ def check_manifest(
     for name, now in (special or {}).items():
         if (then := made_with[name]) != now:
             raise UsageError(
-                f"{prefix}: made with {_named(name, then)}, but this run's tokenizer has {_named(name, now)}: it would "
+                f"{prefix}: made with {named(name, then)}, but this run's tokenizer has {named(name, now)}: it would "
                 "not see where documents begin and end; set its special tokens as they were, or preprocess again"
             )
     if manifest["max_token_id"] >= vocab_size:

@@ -14,7 +14,7 @@ import megatron_meap
 from megatron_meap.errors import UsageError
 from megatron_meap.files import cannot_write
 from megatron_meap.preprocessing.index import CHUNK, Index, read_index
-from megatron_meap.preprocessing.manifest import check_contents, read_manifest, to_bytes
+from megatron_meap.preprocessing.manifest import check_contents, named, read_manifest, to_bytes
 from megatron_meap.preprocessing.outputs import refuse_existing, refuse_prefix
 from megatron_meap.preprocessing.writer import DatasetWriter
 
@@ -117,6 +117,13 @@ def _compatible_manifests(prefixes: list[str]) -> list[dict[str, Any]] | None:
         first, other = next(iter(manifests.items()))
         if manifest["tokenizer"]["sha256"] != other["tokenizer"]["sha256"]:
             raise UsageError(f"{prefix}: made with another tokenizer than {first}; preprocess one of them again")
+        for name in ("bos", "eod"):
+            here, there = manifest["tokenizer"][name], other["tokenizer"][name]
+            if here != there:
+                raise UsageError(
+                    f"{prefix}: made with {named(name, here)}, {first} with {named(name, there)}; preprocess one of "
+                    "them again, with the same special tokens"
+                )
         for name, (has, flags) in _DECIDED_BY.items():
             if manifest[name] != other[name]:
                 raise UsageError(

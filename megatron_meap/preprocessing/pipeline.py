@@ -124,6 +124,10 @@ def _prepare_outputs(job: Job, inputs: list[str]) -> None:
         raise UsageError("--resume: standard input cannot be read again; give files")
     if len(set(job.options.keys)) < len(job.options.keys):
         raise UsageError(f"--json-keys {' '.join(job.options.keys)}: a key is named twice")
+    if unfit := [key for key in job.options.keys if "/" in key]:
+        raise UsageError(
+            f"--json-keys {unfit[0]}: has a slash, which the name of its dataset cannot have; rename the key"
+        )
     if job.options.separator == "":
         raise UsageError("--text-separator '': is empty; leave it out, and each file is one document")
     refuse_prefix(job.output_prefix)

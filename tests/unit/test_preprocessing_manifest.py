@@ -165,7 +165,13 @@ def test_merging_datasets_of_other_ids(dataset, model, tmp_path):
     assert merged is not None
     assert merged["tokenizer"]["ids"] == ids
     path = Path(f"{others[1]}.manifest.json")
-    path.write_text(path.read_text().replace(ids, "f" * 64))
+    whole = path.read_text()
+    path.write_text(whole.replace('"eod": 2', '"eod": 7'))
+    with pytest.raises(
+        UsageError, match=f"{others[1]}: made with the EOD token 7, {dataset} with the EOD token 2; pre"
+    ):
+        merge_datasets([dataset, *others], str(tmp_path / "other"))
+    path.write_text(whole.replace(ids, "f" * 64))
     with pytest.raises(
         UsageError, match=f"{others[1]}: made with a tokenizer that gives different ids from that of {others[0]}"
     ):

@@ -278,6 +278,7 @@ def test_settings_that_make_no_sense(args, tmp_path):
     for settings_, message in [
         ({"workers": 0}, "--workers 0"),
         ({"keys": ("text", "text")}, "named twice"),
+        ({"keys": ("text", "meta/title")}, "--json-keys meta/title: has a slash"),
     ]:
         with pytest.raises(UsageError, match=message):
             run_job([source], tmp_path / "out", args, **settings_)
