@@ -5,6 +5,7 @@ samples a process reads, and in which order. The classes have Megatron's names, 
 caches.
 """
 
+import copy
 import zlib
 from functools import cached_property
 from types import SimpleNamespace
@@ -122,8 +123,12 @@ class StatelessFIMDataset(_CleanCache, GPTFIMDataset):
     again: a document that mentions `[MASK]` would have the mask's id in its inputs and labels.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any) -> None:
+        *others, config = args
+        config = copy.copy(config)
+        if isinstance(config.fim_split_sample, str):  # which tiktoken would take for a list of characters
+            config.fim_split_sample = [config.fim_split_sample]
+        super().__init__(*others, config)
         self._text = SimpleNamespace(_tokenizer=_PlainText(self.config.tokenizer))
 
     def _permute(self, sample: Any, fim_rate: float, fim_spm_rate: float, tokenizer: Any, **settings: Any) -> Any:

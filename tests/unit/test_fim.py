@@ -1,17 +1,22 @@
 """Fill-in-the-middle: text stays text, and settings that give wrong samples are refused before the start."""
 
+import base64
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.tokenizers import MegatronTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_meap.errors import UsageError
-from megatron_meap.tokenization.reference import plain_encode
+from megatron_meap.tokenization.mask_token import token_id
+from megatron_meap.tokenization.reference import load_reference, plain_encode
 from megatron_meap.trainer import fim
 from megatron_meap.trainer.documents import StatelessFIMDataset, _PlainText
+from tests.unit.preprocessing import tokenizer_args
 
 SPECIAL = ["<s>", "<|endoftext|>", "[MASK]", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"]
 
@@ -43,6 +48,44 @@ def test_text_that_names_special_tokens_is_encoded_as_text(tokenizer):
         kept = sample[sample < 256]
         assert sorted(sample[sample >= 256]) == [259, 260, 261]
         assert sorted(kept.tolist()) == sorted(plain)
+
+
+@pytest.fixture(scope="module")
+def tiktoken(tmp_path_factory):
+    """Bytes, after special tokens with the names that Megatron requires and those of fill-in-the-middle."""
+    path = tmp_path_factory.mktemp("tiktoken") / "bytes.json"
+    ranks = [{"rank": byte, "token_bytes": base64.b64encode(bytes([byte])).decode()} for byte in range(256)]
+    path.write_text(json.dumps([{**each, "token_str": ""} for each in ranks]))
+    names = ["<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>", *SPECIAL[1:]]
+    return load_reference(
+        tokenizer_args(
+            "TikTokenizer", tokenizer_model=str(path), special_tokens=names, tiktoken_num_special_tokens=len(names),
+            vocab_size=256 + len(names),
+        )
+    ).tokenizer  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "tiktoken"])
+def test_samples_are_split_at_one_token(kind, request, monkeypatch):
+    """Tiktoken's wrapper would look up each character of its name."""
+    found = request.getfixturevalue(kind)
+    monkeypatch.setattr(GPTDataset, "__init__", lambda self, *args: setattr(self, "config", args[-1]))
+    names = {name: f"<fim_{name}>" for name in ("prefix", "middle", "suffix", "pad")} | {"eod": "<|endoftext|>"}
+    settings = dict.fromkeys(("fim_rate", "fim_spm_rate", "fim_fragment_rate", "fim_no_prefix"))
+    config = SimpleNamespace(tokenizer=found, random_seed=1, fim_split_sample="<s>", fim_extra_tokens=names, **settings)
+    dataset = StatelessFIMDataset(None, None, None, 1, None, config)
+    assert dataset.fim_split_sample == token_id(found, "<s>")
+    assert config.fim_split_sample == "<s>"
+    expected = [token_id(found, names[name]) for name in ("prefix", "middle", "suffix", "pad", "eod")]
+    tokens = [
+        dataset.prefix_tok_id,
+        dataset.middle_tok_id,
+        dataset.suffix_tok_id,
+        dataset.pad_tok_id,
+        dataset.eod_tok_id,
+    ]
+    assert tokens == expected
+    assert len(set(tokens)) == 5
 
 
 def flags(**changes) -> SimpleNamespace:
