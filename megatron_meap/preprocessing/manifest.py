@@ -71,7 +71,7 @@ def check_contents(prefix: str, manifest: dict[str, Any], bin_sha256: str, facts
         digests = {".bin": bin_sha256, ".idx": hashlib.file_digest(file, "sha256").hexdigest()}
     for suffix, found in digests.items():
         if found != manifest["files"][suffix]["sha256"]:
-            raise UsageError(f"{prefix}{suffix}: its sha256 is not its manifest's; make the dataset again")
+            raise UsageError(f"{prefix}{suffix}: its sha256 differs from its manifest's; make the dataset again")
     sizes = {f"bytes of {suffix}": os.path.getsize(prefix + suffix) for suffix in digests}
     said = manifest | {f"bytes of {suffix}": manifest["files"][suffix]["bytes"] for suffix in digests}
     for name, value in (facts | sizes).items():

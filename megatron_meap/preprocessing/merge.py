@@ -143,8 +143,8 @@ def _compatible_manifests(prefixes: list[str]) -> list[dict[str, Any]] | None:
         for each in (manifests[prefix], *parts[prefix]):
             again = held.setdefault(each["files"][".bin"]["sha256"], prefix)
             if again != prefix:
-                some = "documents that are in" if parts[again] else "the documents of"
-                raise UsageError(f"{prefix}: holds {some} {again} already; leave one of the two out")
+                some = "documents" if parts[again] else "the documents"
+                raise UsageError(f"{prefix}: already contains {some} of {again}; leave out one of the two")
     return list(manifests.values()) if len(manifests) == len(prefixes) else None
 
 

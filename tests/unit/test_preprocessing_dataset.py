@@ -130,7 +130,7 @@ def test_what_cannot_be_merged(datasets, tmp_path, model):
     with pytest.raises(UsageError, match="made with another tokenizer"):
         merge_datasets([datasets[0], str(tmp_path / "other_text_document")], str(tmp_path / "all"))
     damage(tmp_path / "a_text_document.bin", 5)
-    with pytest.raises(UsageError, match=r"a_text_document\.bin: its sha256 is not its manifest's"):
+    with pytest.raises(UsageError, match=r"a_text_document\.bin: its sha256 differs from its manifest's"):
         merge_datasets(datasets, str(tmp_path / "all"))
     assert not [name for name in leftovers(tmp_path) if name.startswith("all") or "partial" in name]
 
@@ -160,14 +160,14 @@ def test_merging_again_never_doubles_a_document(datasets, tmp_path, monkeypatch)
         assert sorted(inputs) == ["a_text_document", "b_text_document"]
         made = merge_datasets(inputs, output, overwrite=True)
         assert made["documents"] == len(TEXTS) + 4
-    with pytest.raises(UsageError, match="all: holds the documents of a_text_document already"):
+    with pytest.raises(UsageError, match="all: already contains the documents of a_text_document"):
         merge_datasets(find_datasets(["."], "again"), "again")
     for suffix in (".bin", ".idx", ".manifest.json"):
         shutil.copy(f"b_text_document{suffix}", f"copy{suffix}")
-    with pytest.raises(UsageError, match="copy: holds the documents of b_text_document already"):
+    with pytest.raises(UsageError, match="copy: already contains the documents of b_text_document"):
         merge_datasets(["a_text_document", "b_text_document", "copy"], "again")
     merge_datasets(["b_text_document"], "other")
-    with pytest.raises(UsageError, match=r"all: holds documents that are in other already"):
+    with pytest.raises(UsageError, match=r"all: already contains documents of other"):
         merge_datasets(["all", "other"], "again")
 
 

@@ -186,8 +186,8 @@ def test_merging_datasets_of_other_ids(dataset, model, tmp_path):
         (("max_token_id",), "max_token_id 17"),
         (("files", ".bin", "bytes"), r"says bytes of \.bin 17, but it has"),
         (("files", ".idx", "bytes"), r"says bytes of \.idx 17, but it has"),
-        (("files", ".bin", "sha256"), r"\.bin: its sha256 is not its manifest's"),
-        (("files", ".idx", "sha256"), r"\.idx: its sha256 is not its manifest's"),
+        (("files", ".bin", "sha256"), r"\.bin: its sha256 differs from its manifest's"),
+        (("files", ".idx", "sha256"), r"\.idx: its sha256 differs from its manifest's"),
     ],
 )
 def test_a_manifest_that_lies_is_refused(dataset, tmp_path, entry, message):
