@@ -15,8 +15,8 @@ from megatron_meap.tokenization.fingerprint import tokenizer_fingerprint
 from megatron_meap.tokenization.huggingface import tokenizer_of
 from megatron_meap.trainer import carried
 from tests.conftest import Corpus
-from tests.functional.test_record import flags_of, save
-from tests.sft import prepare
+from tests.functional.test_record import flags_of
+from tests.sft import prepare, save
 from tests.unit.preprocessing import write_manifest
 
 TEXT = "The quick brown fox; def main(): return 'über'"
@@ -70,7 +70,7 @@ def folder(corpus: Corpus, tmp_path: Path) -> Path:
     facts = {"type": args.tokenizer_type, "sha256": args.meap_tokenizer_sha256}
     write_manifest(elsewhere / "data", facts, before_document=[1], tokens=7, files=files)
     args = prepare(*flags(corpus, tmp_path))
-    save(args, tmp_path)
+    save(args, tmp_path / "run")
     carried.write(tmp_path / "run" / "iter_0000002", carried.collect(args))
     return tmp_path
 

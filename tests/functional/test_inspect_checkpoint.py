@@ -14,8 +14,8 @@ from megatron_meap.errors import UsageError
 from megatron_meap.inspection import checkpoints
 from megatron_meap.trainer import carried
 from tests.conftest import Corpus
-from tests.functional.test_record import flags_of, save
-from tests.sft import prepare
+from tests.functional.test_record import flags_of
+from tests.sft import prepare, save
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def folder(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, extra in changes.items():
         args = prepare(*flags_of(corpus, folder / name, *extra))
-        save(args, folder / name)
+        save(args, folder / name / "run")
         carried.write(folder / name / "run/iter_0000002", carried.collect(args))
     return folder
 
