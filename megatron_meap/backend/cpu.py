@@ -282,6 +282,7 @@ def adapt_megatron() -> None:
 
     `tests/unit/test_megatron_patches.py` shows why each is needed.
     """
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.transformer.moe import token_dispatcher
     from megatron.training import initialize
 
@@ -292,8 +293,15 @@ def adapt_megatron() -> None:
     replace(token_dispatcher, "maybe_move_tensor_to_cpu", lambda _: as_asked)
     # It compiles nothing here, but draws its inputs from the generator from which the weights are drawn next.
     replace(initialize, "_warmup_jit_function", lambda _: lambda tp_size=None: None)
-    # The process that saves in the background: a new one would import everything anew before its first save.
-    replace(initialize, "init_persistent_async_worker", lambda start: lambda rank, mp_mode: start(rank, "fork"))
+    PersistentAsyncCaller.async_loop = staticmethod(_checkpoint_worker)
+
+
+def _checkpoint_worker(*args: Any) -> None:
+    """The process in which Megatron saves in the background: a new one, where the CPU takes the device's place anew."""
+    install()
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    PersistentAsyncCaller.async_loop(*args)
 
 
 def unsupported(args: Any) -> list[tuple[str, str]]:

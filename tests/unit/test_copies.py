@@ -1,5 +1,7 @@
 """A save in the background writes the state at its beginning; if one waits for another, this is reported."""
 
+import multiprocessing
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +12,11 @@ from megatron_meap.backend import device
 
 device.prepare()
 
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, PersistentAsyncCaller  # noqa: E402
 from megatron.training import async_utils  # noqa: E402
 
 from megatron_meap.checkpoint.copies import Copies  # noqa: E402
+from megatron_meap.errors import UsageError  # noqa: E402
 
 SIZES = [(), (0, 3), (7,), (300, 200), (40000,)]
 
@@ -76,3 +79,20 @@ def test_a_save_says_that_it_waits_for_the_one_before(
     assert said[1].startswith("waited ")
     assert done == [True]
     assert saved == ["run/iter_0000002", "run/iter_0000004"]
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_a_killed_saving_process_ends_the_training(monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
+    """Megatron's own wait for it has no end."""
+    Copies(lambda state, folder: None)
+    context = multiprocessing.get_context("fork")
+    caller = PersistentAsyncCaller()
+    monkeypatch.setattr(PersistentAsyncCaller, "_persistent_comp_q", context.Queue())
+    worker = context.Process(target=time.sleep, args=(600,))
+    worker.start()
+    monkeypatch.setattr(caller, "process", worker)
+    worker.kill()
+    worker.join()
+    with pytest.raises(UsageError, match=r"the process that saves has ended with status -9"):
+        caller.is_current_async_call_done(blocking=blocking)
+    monkeypatch.setattr(caller, "process", None)  # its destructor would wait for it

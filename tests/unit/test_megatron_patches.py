@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_meap.backend import device, megatron_patches
+from megatron_meap.backend import cpu, device, megatron_patches
 
 device.prepare()
 
@@ -224,9 +224,9 @@ def test_warming_up_draws_from_the_generator_of_the_weights(monkeypatch: pytest.
     assert not torch.equal(before, torch.get_rng_state())
 
 
-def test_the_process_that_saves_in_the_background_starts_anew() -> None:
-    """And would find no GPU: the CPU has taken its place in this process alone."""
-    assert "init_persistent_async_worker(args.rank, 'forkserver')" in inspect.getsource(initialize)
+def test_the_process_that_saves_in_the_background_asks_for_a_gpu() -> None:
+    """It starts anew, and the CPU has taken the GPU's place in this process alone."""
+    assert cpu._checkpoint_worker.__module__ == "megatron_meap.backend.cpu"
     assert "torch.cuda.set_device(rank % torch.cuda.device_count())" in inspect.getsource(async_utils)
 
 
