@@ -163,8 +163,8 @@ def _while_the_worker_lives(is_done: Callable) -> Callable:
         while worker is not None and self.cur_item is None and self._persistent_comp_q.empty():
             if not worker.is_alive():
                 raise UsageError(
-                    f"--async-save: the process that saves has ended with status {worker.exitcode} (negative: killed by "
-                    "that signal, perhaps for lack of memory); its unfinished save is lost, earlier ones are complete"
+                    f"--async-save: the process that saves has ended with status {worker.exitcode} (negative: killed "
+                    "by that signal, perhaps for lack of memory); its unfinished save is lost, earlier ones are complete"
                 )
             if not blocking:
                 break
