@@ -164,7 +164,7 @@ def _while_the_worker_lives(is_done: Callable) -> Callable:
             if not worker.is_alive():
                 raise UsageError(
                     f"--async-save: the process that saves has ended with status {worker.exitcode} (negative: killed "
-                    "by that signal, perhaps for lack of memory); its unfinished save is lost, earlier ones are complete"
+                    "by that signal, perhaps for lack of memory); the save is lost, earlier ones are complete"
                 )
             if not blocking:
                 break
