@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from megatron_meap.backend.patching import replace
+from megatron_meap.errors import UsageError
 
 
 def end_with_this_process() -> None:
@@ -54,6 +56,33 @@ def say_results_in_bytes() -> None:
         "get_write_results_queue",
         lambda original: lambda *args, **more: _InBytes(original(*args, **more)),
     )
+
+
+def notice_a_killed_one() -> None:
+    """A run whose saving process is killed ends in one line: Megatron waits for it without end.
+
+    Raises (in the run):
+        UsageError: it has ended before the save was done.
+    """
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    def while_it_lives(is_done: Callable) -> Callable:
+        def asked(self: Any, blocking: bool = False, no_dist: bool = False) -> bool:
+            worker = self.process
+            while worker is not None and self.cur_item is None and self._persistent_comp_q.empty():
+                if not worker.is_alive():
+                    raise UsageError(
+                        f"--async-save: the process that saves has ended with status {worker.exitcode} (negative: "
+                        "killed by that signal, perhaps for lack of memory); the save is lost, earlier ones are complete"
+                    )
+                if not blocking:
+                    break
+                time.sleep(0.1)
+            return is_done(self, blocking, no_dist)
+
+        return asked
+
+    replace(PersistentAsyncCaller, "is_current_async_call_done", while_it_lives)
 
 
 def _beside_the_parent(target: Callable, *args: Any, **kwargs: Any) -> None:

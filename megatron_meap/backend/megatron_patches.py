@@ -48,6 +48,7 @@ def apply() -> None:
     _use_shipped_dataset_helpers()
     helpers.end_with_this_process()
     helpers.say_results_in_bytes()
+    helpers.notice_a_killed_one()
     optimizer_patches.apply()
     _load_weights_or_fail()
     _decay_all_parameters_on_request()

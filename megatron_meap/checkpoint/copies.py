@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, PersistentAsyncCaller
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.training import async_utils
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-from megatron_meap.backend.patching import replace
-from megatron_meap.errors import UsageError
 
 _ALIGNED = 64
 _COPIED_AT_ONCE = 2**16  # bytes; what else than the optimizer changes is small, as the biases of an expert's router
@@ -93,7 +90,6 @@ class Copies:
         self.copied: Future | None = None
         self.folder: Path | None = None
         register_optimizer_step_pre_hook(self._wait)
-        replace(PersistentAsyncCaller, "is_current_async_call_done", _while_the_worker_lives)
 
     def __call__(self, state: Any, folder: Any, *args: Any, **kwargs: Any) -> Any:
         """Save, or begin to."""
@@ -153,22 +149,3 @@ def _copy(memory: mmap.mmap, sources: list[tuple[_Place, Tensor]]) -> None:
         if source.nbytes > _COPIED_AT_ONCE:
             place.of(memory).copy_(source)
     memory[_DONE] = 1
-
-
-def _while_the_worker_lives(is_done: Callable) -> Callable:
-    """Wraps Megatron's question whether a save is done: it waits without end for a process that has been killed."""
-
-    def asked(self: PersistentAsyncCaller, blocking: bool = False, no_dist: bool = False) -> bool:
-        worker = self.process
-        while worker is not None and self.cur_item is None and self._persistent_comp_q.empty():
-            if not worker.is_alive():
-                raise UsageError(
-                    f"--async-save: the process that saves has ended with status {worker.exitcode} (negative: killed "
-                    "by that signal, perhaps for lack of memory); the save is lost, earlier ones are complete"
-                )
-            if not blocking:
-                break
-            time.sleep(0.1)
-        return is_done(self, blocking, no_dist)
-
-    return asked

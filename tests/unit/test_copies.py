@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_meap.backend import device
+from megatron_meap.backend import device, helpers
 
 device.prepare()
 
@@ -84,7 +84,7 @@ def test_a_save_says_that_it_waits_for_the_one_before(
 @pytest.mark.parametrize("blocking", [False, True])
 def test_a_killed_saving_process_ends_the_training(monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
     """Megatron's own wait for it has no end."""
-    Copies(lambda state, folder: None)
+    helpers.notice_a_killed_one()
     context = multiprocessing.get_context("fork")
     caller = PersistentAsyncCaller()
     monkeypatch.setattr(PersistentAsyncCaller, "_persistent_comp_q", context.Queue())
