@@ -73,7 +73,7 @@ def notice_a_killed_one() -> None:
                 if not worker.is_alive():
                     raise UsageError(
                         f"--async-save: the process that saves has ended with status {worker.exitcode} (negative: "
-                        "killed by that signal, perhaps for lack of memory); the save is lost, earlier ones are complete"
+                        "killed by that signal, perhaps for lack of memory); that save is lost, earlier ones are whole"
                     )
                 if not blocking:
                     break
