@@ -15,7 +15,12 @@ from megatron_meap.study.grid import BASELINE, Grid, Point
 _IN_A_ROW = 3
 """Panels per row: with more, they are too small to read on a page of usual width."""
 
-COLORS = {"ntp": "black", "meap": "tab:red", "replace": "tab:blue", "uniform": "tab:green", "mir": "tab:orange"}
+_COLORS = {"ntp": "black", "meap": "tab:red", "replace": "tab:blue", "uniform": "tab:green", "mir": "tab:orange"}
+
+
+def _color(objective: str) -> str:
+    """That of the objective, in its variants too (`mir-samples`)."""
+    return _COLORS.get(objective.partition("-")[0], "tab:gray")
 
 
 def draw_losses(grid: Grid, done: Sequence[Point], results: Results, path: Path) -> None:
@@ -54,10 +59,8 @@ def _draw_curves(
             runs = [point for point in own if point.objective == name]
             curves = np.array([list(results[point][quantity].values()) for point in runs])
             places = [place(runs[0], int(step)) for step in results[runs[0]][quantity]]
-            axes.plot(places, curves.T, linewidth=0.6, alpha=0.5, color=COLORS.get(name))
-            axes.plot(
-                places, curves.mean(axis=0), linewidth=2, color=COLORS.get(name), label=f"{name}, {len(runs)} seeds"
-            )
+            axes.plot(places, curves.T, linewidth=0.6, alpha=0.5, color=_color(name))
+            axes.plot(places, curves.mean(axis=0), linewidth=2, color=_color(name), label=f"{name}, {len(runs)} seeds")
         axes.set(title=f"{tokens:,} tokens of text", xlabel=across, ylabel=up)
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
@@ -75,7 +78,7 @@ def draw_differences(panels: Mapping[str, Iterable[Comparison]], path: Path) -> 
     for axes, (title, rows) in zip(places, panels.items(), strict=True):
         shown = [row for row in rows if row.point.objective != BASELINE and len(row.seeds) > 1][::-1]
         for height, row in enumerate(shown):
-            color = COLORS.get(row.point.objective)
+            color = _color(row.point.objective)
             axes.plot([row.low, row.high], [height, height], color=color)
             axes.plot(row.difference, height, "o", color=color)
         axes.axvline(0, color="black", linewidth=0.8)
