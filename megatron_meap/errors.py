@@ -100,6 +100,7 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        sys.stdout.flush()
     except UsageError as error:
         # A data loader's worker process sends its traceback along; the message is at the end.
         message = re.split(r"^megatron_meap[\w.]+: ", str(error).strip(), flags=re.MULTILINE)[-1]
@@ -115,6 +116,10 @@ def run(main: Callable[[], None]) -> None:
         # The reader of our output closed it (`tool | head`): nothing is wrong, and nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        if error.filename is None and (reason := _output_problem()):
+            _leave(f"error: standard output cannot be written: {reason}; what the command wrote elsewhere is kept", 1)
+        raise
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _REQUIRED:
             raise
@@ -124,6 +129,16 @@ def run(main: Callable[[], None]) -> None:
     except Exception:
         _tell_torchrun(traceback.format_exc())
         raise
+
+
+def _output_problem() -> str | None:
+    """Why nothing more can be printed, as on a full disk; the output goes nowhere from then on."""
+    try:
+        print(flush=True)  # where nothing is buffered, a flush alone would not tell
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return one_line(error)
+    return None
 
 
 def end_at_once(*_: object) -> None:

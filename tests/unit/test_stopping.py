@@ -141,3 +141,19 @@ def test_helpers_end_with_a_killed_rank() -> None:
         assert not ended(helpers, 0)
         os.kill(rank.pid, signal.SIGKILL)
     assert ended(helpers, 20)
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("line", ["print('a line')", "pass"])
+def test_output_that_cannot_be_written_is_one_line(buffered: bool, line: str) -> None:
+    """A full disk behind `> log`, while a command prints or at its end; another error is told as it is."""
+    run_it = f"from megatron_meap import errors\ndef main():\n print('begun')\n {line}\nerrors.run(main)"
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, *([] if buffered else ["-u"]), "-c", run_it]
+        ended_as = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment())
+    assert ended_as.returncode == 1
+    assert ended_as.stderr.startswith("error: standard output cannot be written: ")
+    assert ended_as.stderr.count("\n") == 1
+    other = run_it.replace(line, "raise OSError(28, 'elsewhere')")
+    failed = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, env=environment())
+    assert "elsewhere" in failed.stderr and "standard output" not in failed.stderr
