@@ -156,4 +156,5 @@ def test_output_that_cannot_be_written_is_one_line(buffered: bool, line: str) ->
     assert ended_as.stderr.count("\n") == 1
     other = run_it.replace(line, "raise OSError(28, 'elsewhere')")
     failed = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, env=environment())
-    assert "elsewhere" in failed.stderr and "standard output" not in failed.stderr
+    assert "elsewhere" in failed.stderr
+    assert "standard output" not in failed.stderr
