@@ -116,17 +116,15 @@ def run(main: Callable[[], None]) -> None:
         # The reader of our output closed it (`tool | head`): nothing is wrong, and nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except OSError as error:
-        if error.filename is None and (reason := _output_problem()):
-            _leave(f"error: standard output cannot be written: {reason}; what the command wrote elsewhere is kept", 1)
-        raise
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _REQUIRED:
             raise
         _leave(
             f"error: {sys.executable} has no {error.name}: `source .venv/bin/activate` in the checkout, after `make`", 2
         )
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is None and (reason := _output_problem()):
+            _leave(f"error: standard output cannot be written: {reason}; what the command wrote elsewhere is kept", 1)
         _tell_torchrun(traceback.format_exc())
         raise
 

@@ -8,7 +8,7 @@ import torch
 from megatron.core.safe_globals import register_safe_globals
 
 from megatron_meap.checkpoint import latest, model_arguments
-from megatron_meap.errors import UsageError, refusing
+from megatron_meap.errors import UsageError, refuse, refusing
 from megatron_meap.tokenization.fingerprint import known_to_differ
 from megatron_meap.trainer import batch_sizes, schedule
 from megatron_meap.trainer.optimizers import is_distributed
@@ -77,7 +77,8 @@ def _later_ones(choice: latest.Choice, args: Namespace) -> list[str]:
 def nothing_left(choice: latest.Choice, args: Namespace) -> list[str]:
     """A line if the checkpoint already has all the steps asked for."""
     steps = sum(phase.steps for phase in batch_sizes.phases(args))
-    if args.finetune or args.skip_train or choice.iteration < steps:
+    reached = choice.iteration if args.override_ckpt_iteration is None else args.override_ckpt_iteration
+    if args.finetune or args.skip_train or reached < steps:
         return []
     return [
         f"{choice.path}: has all {steps:,} steps, nothing is left to train; docs/first_runs.md says how to train longer"
@@ -128,6 +129,7 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
         return warnings + ([f"{flag}: {path} was trained with {'; '.join(changed)}"] if changed else [])
     if is_old:
         _refuse_what_the_old_format_cannot(path, saved, args)
+    _refuse_another_place_in_the_data(path, saved, args)
     _refuse_another_optimizer(path, saved, args)
     found = list(differences(saved, args))
     refused = [said for outcome, said in found if outcome is Verdict.REFUSED]
@@ -147,6 +149,22 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
     if not hasattr(saved, "meap_record"):
         warnings.append(f"{path} is older than the record of data and versions: whether these are the same is unknown")
     return warnings
+
+
+def _refuse_another_place_in_the_data(path: Path, saved: Namespace, args: Namespace) -> None:
+    """Refuse an iteration to continue at that the run does not have, or whose first sample cannot be told."""
+    place, steps = args.override_ckpt_iteration, sum(phase.steps for phase in batch_sizes.phases(args))
+    if place is None:
+        return
+    flag, batch = f"--override-ckpt-iteration {place}", getattr(saved, "global_batch_size", args.global_batch_size)
+    refuse(
+        (not 0 <= place <= steps, f"{flag}: this run has {steps:,} steps; give one from 0 to {steps}"),
+        (
+            batch != args.global_batch_size,
+            f"{flag}: needs the global batch size of {path}, {batch}; --global-batch-size {args.global_batch_size} is "
+            "another",
+        ),
+    )
 
 
 def _state_in_old_format(flag: str, path: Path) -> dict[str, Any]:

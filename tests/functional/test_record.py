@@ -71,6 +71,21 @@ def test_what_decides_the_run_is_refused(resume, extra: str, said: str) -> None:
     assert said in warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ("--override-ckpt-iteration 1000", "--override-ckpt-iteration 1000: this run has 20 steps"),
+        ("--override-ckpt-iteration 21", "--override-ckpt-iteration 21: this run has 20 steps"),
+        ("--override-ckpt-iteration -1", "--override-ckpt-iteration -1: this run has 20 steps"),
+        ("--override-ckpt-iteration 1 --global-batch-size 4", "needs the global batch size of"),
+    ],
+)
+def test_a_place_in_the_data_that_the_run_lacks_is_refused(resume, extra: str, said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        resume(*extra.split())
+    assert resume("--override-ckpt-iteration", "1") == []
+
+
 def test_another_blend_is_refused(resume, corpus: Corpus, tmp_path: Path) -> None:
     """Other weights, another order, other files under the same names; the same files elsewhere are the same."""
     one, two = corpus.prefix, corpus.second_prefix
