@@ -23,6 +23,7 @@ def arguments(**changes) -> Namespace:
         "global_batch_size": None, "step_batch_size_schedule": None,
         "decrease_batch_size_if_needed": False, "train_iters": None, "train_samples": None,
         "virtual_pipeline_model_parallel_size": None, "phase_transition_iterations": None,
+        "override_ckpt_iteration": None,
     }  # fmt: skip
     return Namespace(**fields | changes)
 
@@ -127,6 +128,8 @@ def test_a_run_that_has_all_its_steps_says_so(iteration: int, is_said: bool) -> 
         args = arguments(global_batch_size=16, finetune=False, skip_train=False, **size)
         said = resume.nothing_left(latest.Choice(iteration, Path("saved"), None), args)
         assert bool(said) == is_said
+        args.override_ckpt_iteration = 3
+        assert resume.nothing_left(latest.Choice(iteration, Path("saved"), None), args) == []
     assert (
         resume.nothing_left(latest.Choice(12, Path("saved"), None), Namespace(**vars(args) | {"finetune": True})) == []
     )
