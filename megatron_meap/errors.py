@@ -98,6 +98,9 @@ def run(main: Callable[[], None]) -> None:
     Exit status: 0 success, 1 a `JobError` or no memory left, 2 a `UsageError`, 130 interrupted by Ctrl-C. Other
     exceptions pass through.
     """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # `>&-`: the next file that is opened would have its number
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
     try:
         main()
         sys.stdout.flush()

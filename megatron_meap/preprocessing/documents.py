@@ -1,6 +1,7 @@
 """Parses and checks the documents of a block of input; each bad one is reported with its line and the reason."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -48,7 +49,23 @@ def _from_json(line: bytes, options: InputOptions) -> Texts | None:
         data, checked = _lenient_json(line, error), _checked_unicode
     if not isinstance(data, dict):
         raise BadDocumentError(f"not a JSON object but {_kind_of(data)}")
-    return tuple(checked(data, key) for key in options.keys)
+    texts = tuple(checked(data, key) for key in options.keys)
+    for key, text in zip(options.keys, texts, strict=True):
+        if _is_repeated(line, key, text):
+            raise BadDocumentError(f"the key {key!r} occurs twice")
+    return texts
+
+
+def _is_repeated(line: bytes, key: str, text: str) -> bool:
+    """Whether an object has a key twice: parsers take the last one, so that the other document would be lost.
+
+    `text` is that one's value. It follows the key, so only a few bytes have to be searched.
+    """
+    quoted, before = json.dumps(key, ensure_ascii=False).encode(), line[: len(line) - len(text)]
+    if before.count(quoted) < 2 or len(re.findall(re.escape(quoted) + rb"\s*:", before)) < 2:
+        return False
+    pairs = json.JSONDecoder(object_pairs_hook=list).decode(line.decode())
+    return sum(name == key for name, _ in pairs) > 1
 
 
 def _lenient_json(line: bytes, error: orjson.JSONDecodeError) -> Any:

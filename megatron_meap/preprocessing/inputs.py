@@ -4,6 +4,7 @@ import errno
 import glob
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,7 +17,9 @@ STDIN = "-"
 _OUTPUTS = re.compile(
     r".*(\.(bin|idx|lengths|journal|manifest|bad_lines\.jsonl)\.partial|\.manifest\.json|\.bad_lines\.jsonl)"
 )
-_SPARKS = re.compile(r"_(SUCCESS|metadata|common_metadata|(started|committed)_.*)")
+_SPARKS = re.compile(r"_(SUCCESS|metadata|common_metadata|(started|committed)_.*|temporary|spark_metadata)")
+_TABLES = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
+"""What the folder of a table has that keeps the files of its older versions beside those that are valid."""
 
 
 @dataclass
@@ -97,6 +100,7 @@ def _matches(pattern: str, found: Found) -> Iterator[str]:
             raise UsageError(f"{found.flag} {pattern}: written by a preprocessing job, not text; leave it out")
         yield pattern
     else:
+        _refuse_closed_folders(pattern, found.flag)
         for match in sorted(glob.glob(pattern, recursive=True)):
             if os.path.isdir(match):
                 yield from sorted(_files_under(match, found, entered))
@@ -115,12 +119,26 @@ def _files_under(folder: str, found: Found, entered: set[tuple[int, int]]) -> It
     except OSError as error:
         raise UsageError(f"{found.flag} {error.filename or folder}: cannot be read: {error.strerror}") from error
     for entry, is_folder in entries:
-        if is_folder and not entry.name.startswith("."):
+        if entry.name in _TABLES:
+            raise UsageError(
+                f"{found.flag} {folder}: a table of {_TABLES[entry.name]}, whose folder also has files that no longer "
+                "belong to it; export it to a new folder, or name its valid files"
+            )
+        if is_folder and not entry.name.startswith(".") and not _SPARKS.fullmatch(entry.name):
             yield from _files_under(entry.path, found, entered)
         elif entry.name.startswith("."):
             found.hidden += 1
         elif _is_read(entry.path, found):
             yield entry.path
+
+
+def _refuse_closed_folders(pattern: str, flag: str) -> None:
+    """Refuse a folder in which a glob may have matches, but which cannot be read: a glob silently skips it."""
+    while glob.has_magic(pattern):
+        pattern = os.path.dirname(pattern)
+        for path in glob.glob(pattern, recursive=True):
+            if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
+                raise UsageError(f"{flag} {path}: cannot be read: {os.strerror(errno.EACCES)}")
 
 
 def _is_loop(path: str) -> bool:
@@ -150,9 +168,11 @@ def _is_output(path: str) -> bool:
 
 def _identity(path: str, flag: str, *, folder: bool = False) -> tuple[int, int]:
     """Device and inode of a file."""
-    if not folder and not os.path.isfile(
-        path
-    ):  # a pipe could be read only once, but a job checks its files before it reads them
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        leads = f"a link to {os.readlink(path)}, which " if os.path.islink(path) else ""
+        raise UsageError(f"{flag} {path}: {leads}cannot be read: {error.strerror}") from error
+    if not folder and not stat.S_ISREG(found.st_mode):  # a pipe can be read only once; files are checked before that
         raise UsageError(f"{flag} {path}: not a file; leave it out, or pipe it into standard input ({flag} -)")
-    stat = os.stat(path)
-    return stat.st_dev, stat.st_ino
+    return found.st_dev, found.st_ino

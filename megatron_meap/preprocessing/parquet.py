@@ -16,7 +16,7 @@ def open_parquet(name: str, raw: BinaryIO, keys: tuple[str, ...]) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(raw, pre_buffer=False)
+        file = pq.ParquetFile(raw, pre_buffer=False, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(name, error) from error
     for key in keys:
@@ -74,7 +74,10 @@ def _check_column(name: str, schema: Any, key: str) -> None:
         raise UsageError(f"{name}: {problem} (--json-keys)")
     kind = schema.field(key).type
     strings = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(strings) or pa.types.is_large_string(strings) or pa.types.is_string_view(strings)):
+    types = pa.types
+    # pandas does not know the type of a column without values, such as that of an empty part
+    known = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    if not any(is_one(strings) for is_one in known):
         raise UsageError(f"{name}: column {key!r} holds {kind}, not strings: name another with --json-keys")
 
 

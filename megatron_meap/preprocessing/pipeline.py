@@ -8,7 +8,7 @@ from typing import Any
 
 import megatron_meap
 from megatron_meap.backend.garbage import nothing_is_garbage
-from megatron_meap.errors import UsageError
+from megatron_meap.errors import UsageError, refuse, refusing
 from megatron_meap.files import cannot_write
 from megatron_meap.preprocessing.blocks import BlockEncoder
 from megatron_meap.preprocessing.index import token_dtype
@@ -116,20 +116,18 @@ def available_cores() -> int:
 
 def _prepare_outputs(job: Job, inputs: list[str]) -> None:
     """Refuse what can be refused before any work is done, and create the output folder."""
-    if job.workers is not None and job.workers < 1:
-        raise UsageError(f"--workers {job.workers}: at least 1")
-    if job.log_interval is not None and job.log_interval < 1:
-        raise UsageError(f"--log-interval {job.log_interval}: at least 1")
-    if job.resume and inputs == [STDIN]:
-        raise UsageError("--resume: standard input cannot be read again; give files")
-    if len(set(job.options.keys)) < len(job.options.keys):
-        raise UsageError(f"--json-keys {' '.join(job.options.keys)}: a key is named twice")
-    if unfit := [key for key in job.options.keys if "/" in key]:
-        raise UsageError(
-            f"--json-keys {unfit[0]}: has a slash, which the name of its dataset cannot have; rename the key"
-        )
-    if job.options.separator == "":
-        raise UsageError("--text-separator '': is empty; leave it out, and each file is one document")
+    keys, separator = "--json-keys " + " ".join(job.options.keys), job.options.separator
+    refuse(
+        (job.workers is not None and job.workers < 1, f"--workers {job.workers}: at least 1"),
+        (job.log_interval is not None and job.log_interval < 1, f"--log-interval {job.log_interval}: at least 1"),
+        (job.resume and inputs == [STDIN], "--resume: standard input cannot be read again; give files"),
+        (len(set(job.options.keys)) < len(job.options.keys), f"{keys}: a key is named twice"),
+        ("/" in keys, f"{keys}: has a slash, which the name of its dataset cannot have; rename the key"),
+        (separator == "", "--text-separator '': is empty; leave it out, and each file is one document"),
+    )
+    for given in (keys, f"--text-separator {separator}"):
+        with refusing(f"{given}: cannot occur in text that is UTF-8", UnicodeEncodeError):
+            given.encode()
     refuse_prefix(job.output_prefix)
     folder = os.path.dirname(job.output_prefix) or os.curdir
     try:

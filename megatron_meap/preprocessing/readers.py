@@ -15,7 +15,14 @@ from typing import BinaryIO
 from megatron_meap.errors import UsageError, shown
 from megatron_meap.preprocessing import parquet
 from megatron_meap.preprocessing.inputs import STDIN
-from megatron_meap.preprocessing.recognition import BYTE_ORDER_MARK, HEAD_BYTES, Kind, check_compression, recognise
+from megatron_meap.preprocessing.recognition import (
+    BYTE_ORDER_MARK,
+    HEAD_BYTES,
+    Kind,
+    check_compression,
+    recognise,
+    refuse_pointer,
+)
 from megatron_meap.preprocessing.streams import CountingReader, DamagedError, cut, decompressed
 
 BLOCK_BYTES = 2 << 20
@@ -57,8 +64,9 @@ class InputFile:
         except (OSError, DamagedError) as error:
             raise self._unreadable(error) from error
         default: Kind | None = "jsonl" if path == STDIN else None
-        self.kind: Kind = recognise(self.name, head, asked=options.kind, default=default)
+        refuse_pointer(self.name, head)
         check_compression(self.name, self.compression, empty=not head)
+        self.kind: Kind = recognise(self.name, head, asked=options.kind, default=default)
         if self.kind == "text" and len(options.keys) > 1:
             raise UsageError(f"{self.name}: plain text has one key only; give one (--json-keys)")
         if self.kind == "parquet":

@@ -22,8 +22,12 @@ _UNREADABLE = {
     (".csv", ".tsv"): "a table: convert it to Parquet or JSON lines, or give --input-format text if each such file is "
     "one document",
     (".dvc",): "the pointer that DVC leaves, not the file; fetch it with `dvc pull`",
-    (".zip", ".7z", ".tar", ".lz4", ".lzma", ".lzo", ".br", ".z", ".snappy"): "not unpacked here: unpack it, or "
-    "compress it with gzip, zstd, xz or bzip2",
+    (".zip", ".7z", ".rar", ".tar", ".tgz", ".lz4", ".lzma", ".lzo", ".br", ".z", ".snappy"): "not unpacked here: "
+    "unpack it, or compress it with gzip, zstd, xz or bzip2",
+    (".arrow", ".feather", ".orc", ".avro"): "a table: convert it to Parquet",
+    (".part", ".crdownload", ".aria2", ".incomplete", "._copying_", ".tmp"): "an unfinished download, by its name: "
+    "complete it, or rename it",
+    ("~", ".bak", ".orig", ".swp"): "an editor's copy, by its name: remove it, or rename it",
 }
 _WEB_PAGE = re.compile(
     rb"(<\?xml[^>]*>\s*)?<(!doctype\s+html|html|error)\b", re.IGNORECASE
@@ -34,7 +38,11 @@ _POINTERS = {  # what a checkout contains in place of a large file, and how to f
     b"/annex/objects/": "git-annex leaves, not the file; fetch it with `git annex get`",
     b"# xet version": "Git Xet leaves, not the file; fetch it with `git xet checkout`",
 }
-_PAGES = (b"%PDF-", b"%!PS", b"{\\rtf")
+_NOT_TEXT = {  # by its first bytes, and how to get the text
+    (b"%PDF-", b"%!PS", b"{\\rtf"): "PDF, PostScript or RTF; convert it to text (pdftotext, pandoc)",
+    (b"ARROW1\0", b"FEA1\0", b"Obj\x01"): "Arrow, Feather or Avro; convert it to Parquet",
+    (b"WARC/1.", b"<mediawiki "): "an archive of pages (WARC, Wikipedia); extract their texts",
+}
 
 
 def check_compression(name: str, compression: str | None, empty: bool) -> None:
@@ -57,7 +65,6 @@ def recognise(name: str, head: bytes, *, asked: Kind | None = None, default: Kin
     Raises:
         UsageError: it is not what its name claims, or cannot be read at all.
     """
-    refuse_pointer(name, head)
     kind = asked or _recognise(name, head, default)
     if kind == "jsonl":
         _check_json_lines(name, head)
@@ -77,6 +84,9 @@ def _recognise(name: str, head: bytes, default: Kind | None) -> Kind:
         stem = stem.removesuffix(compression.suffix)
     if head.startswith(b"PAR1"):
         return "parquet"
+    for magics, reason in _NOT_TEXT.items() if default is None else ():
+        if head.startswith(magics):
+            raise UsageError(f"{name}: {reason}")
     if stem.endswith(".parquet"):
         begins = f"begins with {head[:20].decode(errors='replace')!r}" if head else "is empty"
         raise UsageError(f"{name}: its name says Parquet, but it {begins}; fetch or write it again, or rename it")
@@ -96,8 +106,6 @@ def _recognise(name: str, head: bytes, default: Kind | None) -> Kind:
             f"{name}: a web page, as a download that failed leaves it; fetch it again, or give --input-format text if "
             "pages are meant"
         )
-    if default is None and head.startswith(_PAGES):
-        raise UsageError(f"{name}: PDF, PostScript or RTF; convert it to text (pdftotext, pandoc)")
     if default is None and b"\0" in head:
         raise UsageError(f"{name}: binary data; expected JSON lines, text (UTF-8) or Parquet")
     return default or "text"

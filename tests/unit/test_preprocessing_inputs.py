@@ -159,6 +159,47 @@ def test_a_glob_reads_what_the_shell_would_give(tmp_path):
         find([str(tmp_path)])
 
 
+@pytest.mark.parametrize("pattern", ["*/*.jsonl", "b/d*/e.jsonl", "**/e.jsonl", "b/d/*", "b/d"])
+def test_a_folder_that_cannot_be_read_is_not_skipped(pattern, tmp_path, monkeypatch):
+    """Python's glob and the shell skip it without a word."""
+    for name in ("a.jsonl", "b/c.jsonl", "b/d/e.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / name, ["x"])
+    (tmp_path / "b" / "d").chmod(0)
+    if os.access(tmp_path / "b" / "d", os.R_OK):  # root reads everything
+        closed, access, scandir = str(tmp_path / "b" / "d"), os.access, os.scandir
+
+        def refused(path):
+            if path == closed:
+                raise PermissionError(13, "Permission denied", path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))
+        monkeypatch.setattr(os, "scandir", refused)
+    place = "b" if pattern == "*/*.jsonl" else "b/d"
+    if place == "b":
+        (tmp_path / "b").chmod(0o755)
+        assert find([str(tmp_path / pattern)]).paths == [str(tmp_path / "b" / "c.jsonl")]  # needs nothing of b/d
+        return
+    with pytest.raises(UsageError, match=f"{place}: cannot be read: Permission denied"):
+        find([str(tmp_path / pattern)])
+
+
+def test_folders_that_are_not_read(args, tmp_path):
+    """What failed attempts of Spark left is skipped, as by Spark itself; a table of several versions is refused."""
+    folder = tmp_path / "table"
+    for name in ("part-0", "year=2026/part-1", "_temporary/0/part-0", "_spark_metadata/0"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(folder / f"{name}.parquet", [name])
+    run_job([folder], tmp_path / "x", args)
+    assert written(tmp_path / "x", args) == Counter(["part-0", "year=2026/part-1"])
+    for name, table in (("_delta_log", "Delta Lake"), (".hoodie", "Hudi")):
+        (folder / name).mkdir()
+        with pytest.raises(UsageError, match=f"/table: a table of {table}, whose folder also has files"):
+            run_job([tmp_path / "t*"], tmp_path / "y", args)
+        (folder / name).rmdir()
+
+
 def test_what_is_read_is_said(args, tmp_path, capfd):
     write_jsonl(tmp_path / "a.jsonl", ["one"])
     write_parquet(tmp_path / "b.parquet", ["two"])
@@ -193,6 +234,15 @@ NOT_WHAT_THEY_CLAIM = {
     "an archive": ("a.lz4", "x", "not unpacked here"),
     "an array": ("a.json", '[{"text": "x"}, {"text": "y"}]', "a JSON array, not JSON lines"),
     "an array of any name": ("a", '[\n {"text": "x"},\n {"text": "y"}\n]\n', "a JSON array, not JSON lines"),
+    "an archive packed": ("a.tgz", "x", "not unpacked here"),
+    "pages": ("a.warc.gz.txt", "WARC/1.0\r\nWARC-Type: conversion\r\n", "an archive of pages"),
+    "articles": ("dump.xml", '<mediawiki xmlns="x">\n<page>', "an archive of pages"),
+    "a table of records": ("part-0", "Obj\x01\x02x", "Arrow, Feather or Avro; convert it"),
+    "a table of columns": ("data-0.arrow", "ARROW1\0\0", "Arrow, Feather or Avro; convert it"),
+    "half of a download": ("a.jsonl.part", '{"text": "x"}\n', "an unfinished download, by its name"),
+    "half of a copy": ("a.jsonl._COPYING_", '{"text": "x"}\n', "an unfinished download, by its name"),
+    "what an editor left": ("a.jsonl~", '{"text": "x"}\n', "an editor's copy, by its name"),
+    "something packed otherwise": ("a.jsonl.gz", "\0\1", "its name says gzip, but it is not compressed"),
     "a printed array": ("a.json", '[\n "x",\n "y"\n]\n', r"JSON over several lines \(pretty-printed\)"),
     "a printed object": ("a.jsonl", '{\n  "text": "x"\n}\n', r"JSON over several lines \(pretty-printed\)"),
     "printed objects": ("a.json", '{ "text":\n "x" }\n' * 2, r"JSON over several lines \(pretty-printed\)"),
@@ -266,6 +316,27 @@ def test_parquet_without_rows(args, tmp_path):
     assert written(tmp_path / "out", args) == Counter(["one", "two"])
     with pytest.raises(UsageError, match="no documents for 'text'"):
         run_job([tmp_path / "0.parquet", tmp_path / "1.parquet"], tmp_path / "none", args)
+
+
+def test_parquet_of_a_column_without_values(args, tmp_path):
+    """Of which pandas does not know that it holds strings: an empty part is fine, and each null is a bad row."""
+    for name, values in (("0", []), ("1", [None, None])):
+        pq.write_table(pa.table({"text": pa.array(values, pa.null())}), tmp_path / f"{name}.parquet")
+    write_parquet(tmp_path / "2.parquet", ["one"])
+    with pytest.raises(UsageError, match=r"1\.parquet:1 \(row 1\): the value of 'text' is null"):
+        run_job([tmp_path], tmp_path / "out", args)
+    assert run_job([tmp_path], tmp_path / "out", args, skip_bad_lines=True)[0]["skipped_lines"] == 2
+    assert written(tmp_path / "out", args) == Counter(["one"])
+
+
+def test_parquet_whose_checksums_do_not_fit(args, tmp_path):
+    table, path = pa.table({"text": [f"document {n}" for n in range(9)]}), tmp_path / "a.parquet"
+    pq.write_table(table, path, write_page_checksum=True, use_dictionary=False, compression="none")
+    whole = path.read_bytes()
+    place = whole.find(b"document 5") + 9
+    path.write_bytes(whole[:place] + b"6" + whole[place + 1 :])
+    with pytest.raises(UsageError, match=r"a\.parquet: damaged Parquet file: .*CRC"):
+        run_job([path], tmp_path / "out", args)
 
 
 def test_parquet_with_a_column_twice(args, tmp_path):

@@ -213,6 +213,8 @@ BAD_LINES = {
     "a list": (b'{"text": ["a"]}', "'text' is not a string but a list"),
     "not UTF-8": (b'{"text": "\xff\xfe"}', "not UTF-8"),
     "lone surrogate": (b'{"text": "\\ud800"}', "not Unicode text"),
+    "a key twice": (b'{"text": "lost", "id": 1, "text": "found"}', "the key 'text' occurs twice"),
+    "a key twice with NaN": (b'{"text" : null, "x": NaN, "text": "found"}', "the key 'text' occurs twice"),
 }
 
 
@@ -237,10 +239,16 @@ def test_a_bad_line_stops_with_file_and_line(name, args, tmp_path, small_blocks)
     assert all(reason in entry["reason"] and entry["file"] == str(source) for entry in report)
 
 
-def test_not_a_number_in_another_field_is_no_error(args, tmp_path):
+def test_lines_that_only_look_bad(args, tmp_path):
+    """A number that JSON does not know is in another field, and a second key of that name in another object."""
     source = tmp_path / "a.jsonl"
-    source.write_text('{"text": "x", "score": NaN}\n')
-    assert run_job([source], tmp_path / "out", args)[0]["documents"] == 1
+    lines = [
+        '{"text": "x", "score": NaN}',
+        '{"type": "text", "text": "\\"text\\": x"}',
+        '{"text": "é", "more": {"text": "y", "a": ["text"]}}',
+    ]
+    source.write_text("\n".join(lines))
+    assert run_job([source], tmp_path / "out", args)[0]["documents"] == len(lines)
 
 
 def test_bad_rows_and_texts_are_named(args, tmp_path):
@@ -278,7 +286,9 @@ def test_settings_that_make_no_sense(args, tmp_path):
     for settings_, message in [
         ({"workers": 0}, "--workers 0"),
         ({"keys": ("text", "text")}, "named twice"),
-        ({"keys": ("text", "meta/title")}, "--json-keys meta/title: has a slash"),
+        ({"keys": ("text", "meta/title")}, "--json-keys text meta/title: has a slash"),
+        ({"separator": "\udcff"}, "--text-separator \udcff: cannot occur in text that is UTF-8"),
+        ({"keys": ("\udcff",)}, "--json-keys \udcff: cannot occur"),
     ]:
         with pytest.raises(UsageError, match=message):
             run_job([source], tmp_path / "out", args, **settings_)

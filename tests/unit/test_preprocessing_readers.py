@@ -103,9 +103,9 @@ def test_what_is_not_text(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UsageError, match=f"{name}: binary data"):
             InputFile(str(tmp_path / name), InputOptions())
-    (tmp_path / "inside.gz").write_bytes(lzma.compress(bytes(100)))
-    with pytest.raises(UsageError, match=r"inside\.gz: binary data"):
-        InputFile(str(tmp_path / "inside.gz"), InputOptions())
+    (tmp_path / "inside").write_bytes(lzma.compress(bytes(100)))
+    with pytest.raises(UsageError, match="inside: binary data"):
+        InputFile(str(tmp_path / "inside"), InputOptions())
 
 
 def test_parquet_without_the_column(tmp_path):
@@ -133,9 +133,11 @@ def test_inputs_that_are_not_there(tmp_path):
         find_inputs([str(tmp_path / "a.jsonl"), str(tmp_path / "*.jsonl")])
     (tmp_path / "empty" / "dangling").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe")
-    for name in ("empty", "pipe"):
-        with pytest.raises(UsageError, match="not a file; leave it out, or pipe it into standard input"):
+    for name in ("empty", "empty/*"):
+        with pytest.raises(UsageError, match="dangling: a link to nowhere, which cannot be read: No such file"):
             find_inputs([str(tmp_path / name)])
+    with pytest.raises(UsageError, match="not a file; leave it out, or pipe it into standard input"):
+        find_inputs([str(tmp_path / "pipe")])
     with pytest.raises(UsageError, match="cannot be combined"):
         find_inputs(["-", str(tmp_path / "a.jsonl")])
 

@@ -143,6 +143,19 @@ def test_helpers_end_with_a_killed_rank() -> None:
     assert ended(helpers, 20)
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_the_shell_closed(closed: str, tmp_path: Path) -> None:
+    """What a command prints goes nowhere, and above all not into the next file, which would have their number."""
+    lines = ["print('said', flush=True)", "os.write(1, b'said')", "os.write(2, b'said')"]
+    body = ["with open('file', 'w') as file:", *(f" {line}" for line in lines), " file.write(sys.stdin.read(4))"]
+    body += [" sys.stderr.isatty()"]
+    code = "\n ".join(["import os, sys\nfrom megatron_meap import errors\ndef main():", *body])
+    shell = ["bash", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, f"{code}\nerrors.run(main)"]
+    ended_as = subprocess.run(shell, cwd=tmp_path, env=environment(), input="", capture_output=True, text=True)
+    assert (ended_as.returncode, (tmp_path / "file").read_text()) == (0, ""), ended_as.stderr
+    assert "Traceback" not in ended_as.stderr
+
+
 @pytest.mark.parametrize("buffered", [True, False])
 @pytest.mark.parametrize("line", ["print('a line')", "pass"])
 def test_output_that_cannot_be_written_is_one_line(buffered: bool, line: str) -> None:
