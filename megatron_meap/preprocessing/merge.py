@@ -96,8 +96,12 @@ def merge_datasets(prefixes: list[str], output_prefix: str, *, overwrite: bool =
         Path(output_prefix).parent.mkdir(parents=True, exist_ok=True)
         writer = DatasetWriter(output_prefix, dtype.type)
         try:
+            held: dict[str, str] = {}  # what no manifest tells
             for prefix in prefixes:
-                _append(writer, prefix, read_index(prefix))
+                index = read_index(prefix)
+                same = held.setdefault(_append(writer, prefix, index), prefix)
+                if same != prefix and index.tokens:
+                    raise UsageError(f"{prefix}: has the same documents as {same}; leave out one of the two")
             files = writer.finish(_boundaries(prefixes), documents)
             manifest = (
                 _merged(manifests, prefixes, output_prefix, files, time.monotonic() - begun) if manifests else None
@@ -155,7 +159,8 @@ def _shown(fact: Any) -> str:
     return f"the ids {fact}" if fact else "nothing" if isinstance(fact, list) else str(fact)
 
 
-def _append(writer: DatasetWriter, prefix: str, index: Index) -> None:
+def _append(writer: DatasetWriter, prefix: str, index: Index) -> str:
+    """Write the documents of a dataset; returns the sha256 of its ids."""
     before, digest, largest = writer.tokens, hashlib.sha256(), 0
     with open(prefix + ".bin", "rb") as file:
         while chunk := file.read(CHUNK * index.dtype.itemsize):
@@ -169,6 +174,7 @@ def _append(writer: DatasetWriter, prefix: str, index: Index) -> None:
         raise UsageError(f"{prefix}.bin: changed while it was read; merge again when it is complete")
     for first in range(0, len(index.lengths), CHUNK):
         writer.add(b"", index.lengths[first : first + CHUNK].tobytes())
+    return digest.hexdigest()
 
 
 def _boundaries(prefixes: list[str]) -> Iterator[np.ndarray]:

@@ -102,7 +102,7 @@ def preprocess(job: Job, tokenizer_args: Any) -> list[dict[str, Any]]:
             if outputs:
                 outputs.close(remove=not keep)
             journal.close(remove=not keep)
-            if (explained := _explained(error, job, keep)) is error:
+            if (explained := _explained(error, job, keep and outputs is not None)) is error:
                 raise
             raise explained from error
         journal.close(remove=True)

@@ -57,7 +57,7 @@ def train_tokenizer(
 
     Raises:
         UsageError: the corpus has no text, or too little for that many pieces; the output exists or is a directory;
-            the mask or padding token is also another token.
+            the mask or padding token is also another token; the output is an input.
     """
     import sentencepiece
 
@@ -72,7 +72,10 @@ def train_tokenizer(
         raise UsageError(
             f"--vocab-size {vocab_size}: at least {least}, for the bytes, printable ASCII and the special tokens alone"
         )
-    lines, used = _sample(find_inputs(inputs), options, max_bytes)
+    paths = find_inputs(inputs)
+    if any(Path(output).exists() and path != STDIN and os.path.samefile(path, output) for path in paths):
+        raise UsageError(f"--output {output}: is one of the inputs; name another file")
+    lines, used = _sample(paths, options, max_bytes)
     if not lines:
         raise UsageError(f"--input {' '.join(inputs)}: no text in it; give a corpus")
     model = io.BytesIO()

@@ -63,6 +63,8 @@ class DatasetWriter:
             self._bin = open(self._bin_path, "r+b" if start else "wb")  # noqa: SIM115 - closed by close()
             self._lengths = open(self._lengths_path, "r+b" if start else "w+b")  # noqa: SIM115
         except OSError as error:
+            if start and isinstance(error, FileNotFoundError):
+                raise UsageError(f"{error.filename}: no longer there; start without --resume") from error
             raise cannot_write(error.filename, error) from error
         self._hash = hashlib.sha256()
         if start:

@@ -31,7 +31,12 @@ from tests.unit.preprocessing import (
 
 documents = st.lists(st.lists(st.integers(0, 65499), min_size=1, max_size=20), min_size=1, max_size=20)
 sequences = st.lists(st.lists(st.integers(0, 9), min_size=1), min_size=1)
-parts = st.lists(st.lists(sequences, min_size=1), min_size=1, max_size=3)
+parts = st.lists(
+    st.lists(sequences, min_size=1),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda part: tuple(id for document in part for sequence in document for id in sequence),
+)
 in_one_folder = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -166,6 +171,11 @@ def test_merging_again_never_doubles_a_document(datasets, tmp_path, monkeypatch)
         shutil.copy(f"b_text_document{suffix}", f"copy{suffix}")
     with pytest.raises(UsageError, match="copy: already contains the documents of b_text_document"):
         merge_datasets(["a_text_document", "b_text_document", "copy"], "again")
+    for suffix in (".bin", ".idx"):  # which Megatron-LM's tool makes without manifests
+        shutil.copy(f"b_text_document{suffix}", f"bare{suffix}")
+    with pytest.raises(UsageError, match="bare: has the same documents as b_text_document"):
+        merge_datasets(["a_text_document", "b_text_document", "bare"], "again")
+    assert not [name for name in leftovers(tmp_path) if name.startswith("again")]
     merge_datasets(["b_text_document"], "other")
     with pytest.raises(UsageError, match=r"all: already contains documents of other"):
         merge_datasets(["all", "other"], "again")

@@ -325,8 +325,11 @@ def test_resuming_damaged_remains_is_refused(args, tmp_path):
     data = bytearray(remains.read_bytes())
     data[10] ^= 1
     remains.write_bytes(data)
-    with pytest.raises(UsageError, match="not what the earlier run wrote; start without --resume"):
+    with pytest.raises(UsageError, match=r"not what the earlier run wrote; start without --resume$"):
         run_job(paths, folder / "x", args, resume=True)
+    remains.rename(folder / "x_text_document.bin")  # as a run leaves it that is killed while it gives out the names
+    with pytest.raises(UsageError, match=r"\.bin\.partial: no longer there; start without --resume$"):
+        run_job(paths, folder / "x", args, resume=True, overwrite=True)
 
 
 def test_two_runs_with_one_prefix_are_kept_apart(corpus, model, args, tmp_path):

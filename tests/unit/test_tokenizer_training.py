@@ -47,6 +47,9 @@ def test_an_existing_tokenizer_is_kept(tmp_path):
     assert (tmp_path / "m").read_text() == "mine"
     train_tokenizer([str(source)], tmp_path / "m", vocab_size=400, overwrite=True)
     assert (tmp_path / "m").stat().st_size > 1000
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(UsageError, match=r"--output .*/link: is one of the inputs; name another file"):
+        train_tokenizer([str(tmp_path / "*.jsonl")], tmp_path / "link", vocab_size=400, overwrite=True)
     with pytest.raises(UsageError, match=r"is a directory; name the .model file, such as .*/new/tokenizer.model"):
         train_tokenizer([str(source)], f"{tmp_path}/new/", vocab_size=400)
 
