@@ -40,12 +40,22 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
         manifest = read_json(path, object, "make the dataset again")
     except FileNotFoundError:
         return None
-    wrong = misfit(manifest, SHAPE)
+    wrong = misfit(manifest, SHAPE) or _impossible_id(manifest)
     if wrong or manifest["format"] != FORMAT:
         raise UsageError(
             f"{path}: not a manifest of format {FORMAT} ({wrong or 'but another'}); make the dataset again"
         )
     return manifest
+
+
+def _impossible_id(manifest: dict[str, Any]) -> str | None:
+    """The first id that no token of any dataset can have, and where it is; None if there is none."""
+    special = {f"tokenizer.{name}": [manifest["tokenizer"].get(name.rstrip("?"))] for name in _SPECIAL}
+    for at, ids in (special | {name: manifest[name] for name in ("before_document", "after_document")}).items():
+        for id in ids:
+            if id is not None and not 0 <= id < 2**31:
+                return f"{at.rstrip('?')}: {id} is no token"
+    return None
 
 
 def to_bytes(manifest: dict[str, Any]) -> bytes:

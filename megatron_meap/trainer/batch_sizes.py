@@ -102,6 +102,32 @@ def phases(args: Namespace) -> list[Phase]:
     return [Phase(steps, args.global_batch_size, args.global_batch_size // together)]
 
 
+def check_interleaved(args: Namespace) -> None:
+    """Refuse steps and evaluations whose micro batches do not fill interleaved pipeline stages: Megatron ends at them.
+
+    Args:
+        args: validated by Megatron.
+    """
+    if args.virtual_pipeline_model_parallel_size is None:
+        return
+    stages = args.pipeline_model_parallel_size
+    group = args.microbatch_group_size_per_vp_stage or stages
+    numbers = {phase.micro_batches: f"a step of {phase.batch_size} sequences" for phase in phases(args) if phase.steps}
+    if args.full_validation:
+        numbers[1] = "--full-validation"
+    elif args.eval_iters:
+        of_all = args.eval_micro_batch_size * args.data_parallel_size
+        numbers[args.eval_global_batch_size // of_all] = f"an evaluation of {args.eval_global_batch_size} sequences"
+    for number, what in numbers.items():
+        if not group <= number or 0 < number % group < stages:
+            raise UsageError(
+                f"{what}: {number} micro batches on each data-parallel rank do not fill interleaved pipeline stages; "
+                f"make them a multiple of {group} (--global-batch-size, --eval-global-batch-size; "
+                "--full-validation has one at a time), or do not interleave (--num-layers-per-virtual-pipeline-stage, "
+                "--num-virtual-stages-per-pipeline-rank)"
+            )
+
+
 def samples(args: Namespace) -> int:
     """Training samples of a whole run."""
     return sum(phase.steps * phase.batch_size for phase in phases(args))

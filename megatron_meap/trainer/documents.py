@@ -18,6 +18,7 @@ from megatron.core.datasets.utils import Split
 from megatron.core.utils import accepts_parameter
 from megatron.training.datasets.fim_dataset import GPTFIMDataset
 
+from megatron_meap.tokenization.mask_token import special_id
 from megatron_meap.tokenization.reference import plain_encode
 
 
@@ -120,7 +121,8 @@ class StatelessFIMDataset(_CleanCache, GPTFIMDataset):
     """Fill-in-the-middle samples.
 
     Megatron's own draws from one running generator per process, and parses special tokens in the text that it encodes
-    again: a document that mentions `[MASK]` would have the mask's id in its inputs and labels.
+    again: a document that mentions `[MASK]` would have the mask's id in its inputs and labels. And it loses the BOS of a
+    document, which is not text: here that stays in front of the sentinels.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -132,7 +134,9 @@ class StatelessFIMDataset(_CleanCache, GPTFIMDataset):
         self._text = SimpleNamespace(_tokenizer=_PlainText(self.config.tokenizer))
 
     def _permute(self, sample: Any, fim_rate: float, fim_spm_rate: float, tokenizer: Any, **settings: Any) -> Any:
-        return super()._permute(sample, fim_rate, fim_spm_rate, self._text, **settings)
+        start = int(len(sample) > 0 and sample[0] == special_id(tokenizer, "bos"))
+        permuted = super()._permute(sample[start:], fim_rate, fim_spm_rate, self._text, **settings)
+        return np.concatenate([sample[:start], permuted])
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, Any, list]:
         self.np_rng = np.random.RandomState([self.config.random_seed % 2**32, idx])

@@ -5,6 +5,7 @@ import os
 import secrets
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron.training import global_vars
@@ -49,6 +50,15 @@ def begin(args: Namespace) -> None:
     except (wandb.Error, ValueError) as error:  # the latter is Megatron's, without --wandb-exp-name
         said = one_line(error).rstrip(".")
         raise UsageError(f"--wandb-project: {said}; WANDB_MODE=offline keeps the run here") from error
+    if global_vars._GLOBAL_TENSORBOARD_WRITER is None:  # with which alone Megatron logs its values to W&B, too
+        global_vars._GLOBAL_TENSORBOARD_WRITER = _NoBoard()
+
+
+class _NoBoard:
+    """In the place of TensorBoard's writer: takes every value and keeps none."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
 
 
 def _starts_anew(args: Namespace) -> bool:

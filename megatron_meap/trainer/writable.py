@@ -1,5 +1,6 @@
 """Directories and files that a run writes to: known to be writable before anything is written."""
 
+import importlib.util
 import os
 import tempfile
 from argparse import Namespace
@@ -26,6 +27,8 @@ def check(args: Namespace) -> None:
     for name in _DIRECTORIES:
         if directory := getattr(args, name):
             check_writable(f"--{name.replace('_', '-')}", directory)
+    if args.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
+        raise UsageError("--tensorboard-dir: needs the package tensorboard; install it (pip install tensorboard)")
     if (file := args.result_rejected_tracker_filename) and not Path(file).absolute().parent.is_dir():
         raise UsageError(f"--result-rejected-tracker-filename {file}: its directory is not there; make it")
     if args.profile and args.use_pytorch_profiler and not args.tensorboard_dir:

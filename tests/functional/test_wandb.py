@@ -48,7 +48,9 @@ def begin(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> N
             start.setenv(name, "")
             start.delenv(name)
         start.setattr(global_vars, "_GLOBAL_WANDB_WRITER", None)
+        start.setattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER", None)
         wandb_run.begin(args)
+        assert bool(global_vars.get_tensorboard_writer()) == (args.rank == 1)  # without one Megatron logs nothing
 
 
 def test_a_resumed_training_continues_its_run(begun: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,3 +110,5 @@ def test_wandb_itself_offline(corpus: Corpus, tmp_path: Path, monkeypatch: pytes
     names = [path.name for path in (folder / "wandb/wandb").glob("offline-run-*")]
     assert len(names) == 2
     assert all(name.endswith(f"-{id}") for name in names)
+    kept = [path.read_bytes() for path in (folder / "wandb/wandb").glob("offline-run-*/*.wandb")]
+    assert all(b"learning-rate" in each and b"tokens/s" in each for each in kept)  # Megatron's values and ours

@@ -81,6 +81,30 @@ def test_what_no_run_can_follow_is_refused(changes: dict, message: str | None) -
         batch_sizes.settle(arguments(**changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_batch_size": 4}, "^a step of 4 sequences: 1 micro batches .* multiple of 2 "),
+        ({"step_batch_size_schedule": "0:8 1K:12", "train_samples": 40}, "^a step of 12 sequences: 3 "),
+        ({"full_validation": True}, "^--full-validation: 1 "),
+        ({"eval_iters": 1, "eval_global_batch_size": 8, "eval_micro_batch_size": 4}, "^an evaluation of 8 .*: 1 "),
+        ({"microbatch_group_size_per_vp_stage": 5}, "^a step of 16 .* multiple of 5 "),
+        ({"microbatch_group_size_per_vp_stage": 4}, None),
+        ({"eval_iters": 1, "eval_global_batch_size": 8, "eval_micro_batch_size": 2}, None),
+        ({"global_batch_size": 4, "virtual_pipeline_model_parallel_size": None}, None),
+    ],
+)
+def test_interleaved_stages_are_filled(changes: dict, message: str | None) -> None:
+    fields = {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2,
+              "microbatch_group_size_per_vp_stage": None, "full_validation": False, "eval_iters": 0,
+              "train_iters": 3, "global_batch_size": 16}  # fmt: skip
+    args = arguments(**fields | changes)
+    if message is None:
+        return batch_sizes.check_interleaved(args)
+    with pytest.raises(UsageError, match=message):
+        batch_sizes.check_interleaved(args)
+
+
 def test_a_decreased_batch_is_the_batch_of_all(capsys: pytest.CaptureFixture) -> None:
     """Two steps of 8 instead of 12: the clean half is the second one."""
     args = arguments(global_batch_size=12, decrease_batch_size_if_needed=True, train_iters=2)

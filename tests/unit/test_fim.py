@@ -44,9 +44,11 @@ def test_text_that_names_special_tokens_is_encoded_as_text(tokenizer):
     sentinels = {f"{name}_tok_id": 259 + number for number, name in enumerate(("prefix", "middle", "suffix", "pad"))}
     for seed in range(20):
         dataset.np_rng = np.random.RandomState(seed)
-        sample = dataset._permute(np.array(plain), 1.0, 0.5, tokenizer, truncate_or_pad=False, **sentinels)
+        bos = [256] * (seed % 2)  # which stays in front
+        sample = dataset._permute(np.array([*bos, *plain]), 1.0, 0.5, tokenizer, truncate_or_pad=False, **sentinels)
+        assert sample[: len(bos)].tolist() == bos
         kept = sample[sample < 256]
-        assert sorted(sample[sample >= 256]) == [259, 260, 261]
+        assert sorted(sample[len(bos) :][sample[len(bos) :] >= 256]) == [259, 260, 261]
         assert sorted(kept.tolist()) == sorted(plain)
 
 

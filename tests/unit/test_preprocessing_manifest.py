@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -176,6 +177,29 @@ def test_merging_datasets_of_other_ids(dataset, model, tmp_path):
         UsageError, match=f"{others[1]}: made with a tokenizer that gives different ids from that of {others[0]}"
     ):
         merge_datasets([dataset, *others], str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        (("tokenizer", "bos"), -1),
+        (("tokenizer", "eod"), 2**40),
+        (("tokenizer", "unk"), -5),
+        (("after_document",), [-2]),
+    ],
+)
+def test_ids_that_no_token_has_are_refused(dataset, entry, value):
+    path = Path(f"{dataset}.manifest.json")
+    manifest = part = json.loads(path.read_text())
+    *names, last = entry
+    for name in names:
+        part = part[name]
+    part[last] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(
+        UsageError, match=rf"manifest\.json: not a manifest .*{re.escape('.'.join(entry))}: .* is no token"
+    ):
+        read_manifest(dataset)
 
 
 @pytest.mark.parametrize(

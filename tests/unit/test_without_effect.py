@@ -12,6 +12,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_meap.errors import UsageError
 from megatron_meap.trainer import without_effect
 from megatron_meap.trainer.arguments import add_arguments
+from tests import combinations
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,12 @@ def parser() -> argparse.ArgumentParser:
     return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), [])
 
 
-def check(parser: argparse.ArgumentParser, flags: str) -> None:
-    args = argparse.ArgumentParser.parse_args(parser, flags.split())
+def parse(parser: argparse.ArgumentParser, flags: list[str]) -> argparse.Namespace:
+    return argparse.ArgumentParser.parse_args(parser, flags)
+
+
+def check(parser: argparse.ArgumentParser, flags: list[str]) -> None:
+    args = parse(parser, flags)
     given = without_effect.changed(parser, args)
     without_effect.refuse_unread(given)
     without_effect.refuse_unaccompanied(given, args)
@@ -61,7 +66,7 @@ def check(parser: argparse.ArgumentParser, flags: str) -> None:
 def test_a_flag_without_its_partner(parser: argparse.ArgumentParser, flags: str, needed: str) -> None:
     flag = re.findall(r"--\S+", flags)[-1]
     with pytest.raises(UsageError, match=f"^{flag}: .*{needed}"):
-        check(parser, flags)
+        check(parser, flags.split())
 
 
 @pytest.mark.parametrize(
@@ -79,7 +84,31 @@ def test_a_flag_without_its_partner(parser: argparse.ArgumentParser, flags: str,
     ],
 )
 def test_a_flag_with_its_partner(parser: argparse.ArgumentParser, flags: str) -> None:
-    check(parser, flags)
+    check(parser, flags.split())
+
+
+SATISFIED = {
+    "adam_*": "--optimizer sgd",
+    "eval_*_batch_size meap_mask_validation start_eval_at_iter": "--eval-iters 0",
+}
+"""Companions that the defaults give: with what they are missing."""
+VALUES = {"cuda_graph_modules": ["mlp"], "cuda_graph_scope_deprecated": ["mlp"]}
+
+
+def test_every_flag_of_the_table_is_refused_without_its_companion(parser: argparse.ArgumentParser) -> None:
+    refused = 0
+    for patterns, companion, is_there in without_effect._NEEDS:
+        absent = SATISFIED.get(patterns, "").split()
+        assert not is_there(parse(parser, absent)), companion
+        for action in parser._actions:
+            if any(fnmatchcase(action.dest, each) for each in patterns.split()):
+                flag = combinations.spelled(action, VALUES.get(action.dest) or combinations.values(action, True)[0])
+                if is_there(parse(parser, [*absent, *flag])):
+                    continue  # the companion itself
+                with pytest.raises(UsageError, match=f"^{flag[0].partition('=')[0]}: (changes nothing|megatron-core)"):
+                    check(parser, [*absent, *flag])
+                refused += 1
+    assert refused > len(without_effect._NEEDS)
 
 
 def test_every_pattern_names_arguments_of_this_megatron(parser: argparse.ArgumentParser) -> None:
@@ -102,8 +131,6 @@ OTHERS = (
 )
 """What Megatron has for those."""
 HARMLESS = {
-    "cuda_graph_modules": "of training's too",
-    "cuda_graph_scope_deprecated": "translated to that",
     "deprecated_use_mcore_models": "it is so",
 }
 """Arguments that nothing reads, or of a group above, which may be given all the same, and why."""
