@@ -121,8 +121,8 @@ class StatelessFIMDataset(_CleanCache, GPTFIMDataset):
     """Fill-in-the-middle samples.
 
     Megatron's own draws from one running generator per process, and parses special tokens in the text that it encodes
-    again: a document that mentions `[MASK]` would have the mask's id in its inputs and labels. And it loses the BOS of a
-    document, which is not text: here that stays in front of the sentinels.
+    again: a document that mentions `[MASK]` would have the mask's id in its inputs and labels. And it loses the BOS
+    of a document, which is not text: here that stays in front of the sentinels.
     """
 
     def __init__(self, *args: Any) -> None:
