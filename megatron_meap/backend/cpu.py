@@ -332,9 +332,16 @@ def unsupported(args: Any) -> list[tuple[str, str]]:
             "gloo gathers tensors of one size only",
         ),
         ("--gpu-sniff-test-interval", args.gpu_sniff_test_interval is not None, "its products would take minutes"),
-        ("--log-straggler", args.log_straggler, "it queries NVIDIA's driver"),
-        ("--log-device-memory-used", args.log_device_memory_used, "it queries NVIDIA's driver"),
-        ("--record-memory-history", args.record_memory_history, "it queries NVIDIA's driver"),
+        (
+            "--profile without --use-pytorch-profiler",
+            args.profile and not args.use_pytorch_profiler,
+            "it is for NVIDIA's Nsight",
+        ),
+        *(
+            (f"--{name.replace('_', '-')}", getattr(args, name), "it queries NVIDIA's driver")
+            for name in ("log_straggler", "log_device_memory_used", "log_energy", "record_memory_history")
+        ),
+        ("--flight-recorder-dump-path", args.flight_recorder_dump_path, "it records NCCL's operations"),
         ("--use-nccl-ub", args.nccl_ub, "only gloo communicates between CPU processes"),
         ("--fp16", args.fp16, "half precision is not supported there; use --bf16 or --fp32"),
     ]

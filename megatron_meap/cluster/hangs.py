@@ -1,5 +1,6 @@
 """`--enable-ft-package`: hangs are detected by NVIDIA's Resiliency Extension (NVRx), if it can work."""
 
+import importlib.util
 import inspect
 import os
 from argparse import Namespace
@@ -16,6 +17,9 @@ def check(args: Namespace) -> None:
     Raises:
         UsageError: NVRx is missing or too old, the run was not started by its launcher, or has no `--save`.
     """
+    injects = args.fault_injector_ranks is not None or args.fault_injector_num_ranks is not None
+    if injects and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        raise UsageError("--fault-injector-*: needs NVRx (pip install nvidia-resiliency-ext), or drop them")
     if not args.enable_ft_package:
         return
     if args.save is None:

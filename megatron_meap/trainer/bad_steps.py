@@ -1,5 +1,6 @@
 """Steps with a loss or gradients that are not finite (or that spike): how a run ends there, and how to go on."""
 
+import contextlib
 import re
 import sys
 import time
@@ -22,6 +23,9 @@ TO_RESUME, REPEATS = EXIT_CODE_RESUME_TO_DISAMBIGUATE, EXIT_CODE_FAILED_ON_RESUL
 STATUSES = (TO_RESUME, REPEATS)
 """Megatron's exit statuses: 16 at first, 17 if the step was computed again or cannot be."""
 
+_ENDED = "meap/ended for a bad step"
+_store = torch.distributed.distributed_c10d._get_default_store
+
 _MESSAGE = re.compile(r"Unexpected result .*message='(.*)'")
 
 
@@ -42,12 +46,13 @@ def refuse(loss: torch.Tensor) -> None:
     """Stop at a loss that is NaN or infinite, before it is reduced over ranks; report a spiky one, if asked."""
     args = get_args()
     machine = get_rerun_state_machine()
+    where = "local forward loss calculation" if torch.is_grad_enabled() else "an evaluation"
     if args.check_for_nan_in_loss_and_grad:
         for name, rejected in (("NaN", torch.isnan), ("Inf", torch.isinf)):
             machine.validate_result(
                 result=loss,
                 rejection_func=rejected,
-                message=f"found {name} in local forward loss calculation",
+                message=f"found {name} in {where}",
                 tolerance=0.0,  # the forward pass is deterministic
                 fatal=True,
             )
@@ -82,13 +87,24 @@ def end(args: Namespace, status: int, found: str | None = None) -> NoReturn:
     """
     call = getattr(get_rerun_state_machine(), "failed_validation_call", None)
     found = found or (call and call.caller.message) or "a loss or gradient that is not finite, on another rank"
+    with contextlib.suppress(RuntimeError):  # the store's host may have ended
+        _store().set(_ENDED, str(status))
     if args.rank != 0:
         time.sleep(3)  # rank 0 prints first, and torchrun then ends the others
     step = iteration_of(args) + 1
     skip = f"--iterations-to-skip {step} --rerun-mode disabled"
     ways = f"nothing is saved (no --save); {skip} leaves its data out, or start anew with another --lr"
-    if args.save:
+    if args.skip_train:
+        ways = "the weights that were loaded give no other; name an earlier checkpoint (--ckpt-step)"
+    elif args.save:
         ways = f"--load {args.save} {skip} resumes without its data, or resume before it (--ckpt-step)"
     print(f"error: step {step}: {found}; {ways}", file=sys.stderr, flush=True)
     note_status(status)
     sys.exit(status)
+
+
+def ended_elsewhere() -> int | None:
+    """The status with which another rank has ended for such a step, and said so; else None."""
+    with contextlib.suppress(RuntimeError):
+        return int(_store().get(_ENDED)) if _store().check([_ENDED]) else None
+    return None

@@ -11,16 +11,24 @@ from megatron_meap.trainer import stages
 
 _SOME_WEIGHTS = "only some of the datasets have a weight; give each one, or none"
 
+_ALONE = ("mock_data", "data_path", "data_args_path", "per_split_data_args_path")
+"""Arguments of which each stands for all data."""
+
 Blend = tuple[list[str], list[float] | None]
 """Prefixes of datasets, and their weights, if any."""
 
 
 def check(args: Namespace) -> None:
-    """Refuse an invalid split or weight.
+    """Refuse an invalid split or weight, and data that is named in two ways: Megatron would take one of them.
 
     Raises:
-        UsageError: as `blends` and `shares` say.
+        UsageError: also as `blends` and `shares` say.
     """
+    names = (*_ALONE, *(f"{split}_data_path" for split in ("train", "valid", "test")))
+    given = [name for name in names if getattr(args, name)]
+    if len(given) > 1 and given[0] in _ALONE:
+        first, second = (f"--{name.replace('_', '-')}" for name in given[:2])
+        raise UsageError(f"{second}: not possible with {first}, which stands for all data; drop one of them")
     if args.split is not None:
         shares(args.split)
     if not args.meap_sft:  # its files are no datasets

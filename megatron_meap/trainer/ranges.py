@@ -11,10 +11,11 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "*_channels *_dim *_interval *_lora_rank *_size *_topk distributed_timeout_* exit_duration_* "
         "max_position_embeddings mtp_num_layers mup_base_* num_attention_heads num_experts num_layers "
-        "num_query_groups recompute_num_layers rotary_seq_len_* seed seq_length",
+        "num_query_groups recompute_num_layers rotary_seq_len_* seq_length",
         lambda value: value >= 1,
         "at least 1",
     ),
+    ("seed", lambda value: 1 <= value < 2**31, "at least 1, and below 2**31"),
     ("*_eps *_std clip_grad local_rank num_workers weight_decay", lambda value: value >= 0, "0 or more"),
     ("moe_input_jitter_eps", lambda value: 0 < value < 1, "above 0 and below 1"),
     ("*_dropout adam_beta? lion_beta? muon_momentum sgd_momentum", lambda value: 0 <= value < 1, "from 0 to below 1"),

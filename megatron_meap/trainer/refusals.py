@@ -28,6 +28,8 @@ _ABOUT = {
     "middle layers": "--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers, --num-layers",
     "Number of decoder layers": "--pipeline-model-parallel-layout",
     "moe_layer_pattern": "--moe-layer-freq",
+    "iteration-based": "--train-iters with lengths in samples: --train-samples, --lr-*-samples",
+    "sample-based": "--train-samples with lengths in steps: --train-iters, --lr-*-iters",
     "multi latent attention": "--multi-latent-attention, --group-query-attention",
 }
 """Words of a refusal, and the flags that they are about, if Megatron's variable names do not show them."""

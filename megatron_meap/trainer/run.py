@@ -180,6 +180,8 @@ def _pretrain(
             raise SystemExit(bad_steps.REPEATS) from error
         problem = latest.full_disk(Path(args.save), error) if args.save else None
         if problem is None and (lost := connections.explain(error)) is not None:
+            if (status := bad_steps.ended_elsewhere()) is not None:
+                sys.exit(status)
             raise lost from error
         if problem is None and _not_begun(args):
             refusals.refuse(error, args)

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from megatron.core.tokenizers.utils.build_tokenizer import MEGATRON_TOKENIZERS, SP_TOKENIZERS
+
 from megatron_meap.errors import UsageError
 
 _NOWHERE = (
     ("apply_residual_connection_post_layernorm create_all_gather_group dist_ckpt_save_pre_mcore_014 "
-     "enable_full_sharding_in_hsdp exit_signal_handler_for_dataloader inprocess_max_iterations "
-     "inprocess_progress_watchdog_interval onnx_safe openai_gelu", "drop it"),
-    ("adlr_autoresume* app_tag_* one_logger_*", "it needs a program that only NVIDIA's clusters have; drop it"),
+     "enable_full_sharding_in_hsdp exit_signal_handler_for_dataloader onnx_safe openai_gelu", "drop it"),
+    ("inprocess_*", "restarts within the processes are for Megatron's own scripts; use --enable-ft-package"),
+    ("adlr_autoresume* app_tag_* one_logger_* run_workload_inspector_server",
+     "it needs a program that only NVIDIA's clusters have; drop it"),
     ("checkpoint_activations", "use --recompute-activations"),
     ("exit_signal", "SIGTERM, SIGUSR1, SIGINT and SIGHUP all stop a run here; drop it"),
     ("freeze_all_layers", "all layers would be trained; drop it"),
@@ -147,7 +150,8 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("fsdp_* keep_fp8_transpose_cache megatron_fsdp_*", "--use-megatron-fsdp", _given("use_megatron_fsdp")),
     ("high_priority_a2a_comm_stream ep_overlap_early_*", "--overlap-moe-expert-parallel-comm",
      _given("overlap_moe_expert_parallel_comm")),
-    ("inprocess_*", "--inprocess-restart", _given("inprocess_restart")),
+    ("init_model_with_meta_device", "--use-torch-fsdp2 or --use-megatron-fsdp, which give the weights their values",
+     lambda args: args.use_torch_fsdp2 or args.use_megatron_fsdp),
     ("kitchen_attention_backend", "--use-kitchen-attention", _given("use_kitchen_attention")),
     ("log_loss_scale_to_tensorboard log_memory_to_tensorboard log_timers_to_tensorboard "
      "log_world_size_to_tensorboard tensorboard_log_interval", "--tensorboard-dir or --wandb-project",
@@ -168,6 +172,10 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("strict_fsdp_dtensor_load", "--ckpt-format fsdp_dtensor", _given("ckpt_format", "fsdp_dtensor")),
     ("tiktoken_*", "--tokenizer-type TikTokenizer", _given("tokenizer_type", "TikTokenizer")),
     ("torch_fsdp2_*", "--use-torch-fsdp2", _given("use_torch_fsdp2")),
+    ("tokenizer_hf_* merge_file vocab_file", "--tokenizer-type HuggingFaceTokenizer or GPT2BPETokenizer",
+     lambda args: args.tokenizer_type in (None, "HuggingFaceTokenizer", *MEGATRON_TOKENIZERS)),
+    ("tokenizer_sentencepiece_*", "--tokenizer-type SentencePieceTokenizer",
+     lambda args: args.tokenizer_type in SP_TOKENIZERS),
     ("tp_comm_*", "--tp-comm-overlap", _given("tp_comm_overlap")),
     ("wandb_*", "--wandb-project", _given("wandb_project")),
 )  # fmt: skip

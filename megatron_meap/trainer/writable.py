@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -31,8 +32,22 @@ def check(args: Namespace) -> None:
         raise UsageError("--tensorboard-dir: needs the package tensorboard; install it (pip install tensorboard)")
     if (file := args.result_rejected_tracker_filename) and not Path(file).absolute().parent.is_dir():
         raise UsageError(f"--result-rejected-tracker-filename {file}: its directory is not there; make it")
-    if args.profile and args.use_pytorch_profiler and not args.tensorboard_dir:
+    if args.profile:
+        _check_profile(args)
+
+
+def _check_profile(args: Namespace) -> None:
+    """Refuse a profile without a place, or of steps and ranks that there are not."""
+    if args.use_pytorch_profiler and not args.tensorboard_dir:
         raise UsageError("--use-pytorch-profiler: writes beside --tensorboard-dir, which is missing; add it")
+    first, last, steps = args.profile_step_start, args.profile_step_end, args.train_iters or sys.maxsize
+    if not 0 <= first < last <= steps:
+        raise UsageError(
+            f"--profile-step-start {first} --profile-step-end {last}: not steps of this run; the first must be 0 or "
+            "more, the other larger, and not above --train-iters"
+        )
+    if wrong := [rank for rank in args.profile_ranks if not 0 <= rank < args.world_size]:
+        raise UsageError(f"--profile-ranks {wrong[0]}: this job has ranks 0 to {args.world_size - 1}")
 
 
 def check_writable(flag: str, directory: str | Path) -> None:

@@ -38,7 +38,8 @@ def test_what_nvrx_needs_is_checked(
     monkeypatch.setitem(sys.modules, "nvidia_resiliency_ext.fault_tolerance", found)
     if socket:
         monkeypatch.setenv("FT_RANK_MONITOR_IPC_SOCKET", "/tmp/socket")
-    args = Namespace(**{"enable_ft_package": True, "save": "x", "dry_run": False} | changes)
+    none = dict.fromkeys(("fault_injector_ranks", "fault_injector_num_ranks"))
+    args = Namespace(**{"enable_ft_package": True, "save": "x", "dry_run": False} | none | changes)
     if message is None:
         hangs.check(args)
     else:
