@@ -78,7 +78,7 @@ def iteration_of(args: Namespace) -> int:
 
 
 def end(args: Namespace, status: int, found: str | None = None) -> NoReturn:
-    """Print in one line which step it was and what can be done, and exit.
+    """Print in one line which step it was and what can be done, unless another rank has said so, and exit.
 
     Args:
         args: of the run.
@@ -87,6 +87,7 @@ def end(args: Namespace, status: int, found: str | None = None) -> NoReturn:
     """
     call = getattr(get_rerun_state_machine(), "failed_validation_call", None)
     found = found or (call and call.caller.message) or "a loss or gradient that is not finite, on another rank"
+    is_said = ended_elsewhere() is not None
     with contextlib.suppress(RuntimeError):  # the store's host may have ended
         _store().set(_ENDED, str(status))
     if args.rank != 0:
@@ -98,7 +99,8 @@ def end(args: Namespace, status: int, found: str | None = None) -> NoReturn:
         ways = "the weights that were loaded give no other; name an earlier checkpoint (--ckpt-step)"
     elif args.save:
         ways = f"--load {args.save} {skip} resumes without its data, or resume before it (--ckpt-step)"
-    print(f"error: step {step}: {found}; {ways}", file=sys.stderr, flush=True)
+    if not is_said:
+        print(f"error: step {step}: {found}; {ways}", file=sys.stderr, flush=True)
     note_status(status)
     sys.exit(status)
 

@@ -27,6 +27,19 @@ CASES: dict[str, tuple[int, str, int, str]] = {
     ),
     "not a number": (1, DIVERGES, 16, "error: step 2: found NaN"),
     "not a number, once": (1, f"{DIVERGES} --rerun-mode disabled", 17, "error: step 2: found NaN"),
+    "not a number, on one rank": (  # which the other one only loses
+        2, f"{DIVERGES} --rerun-mode disabled --pipeline-model-parallel-size 2", 17, "error: step 2: found NaN",
+    ),
+    "not a number, in validation": (
+        1, f"{DIVERGES} --eval-iters 1 --eval-interval 1", 17, "error: step 1: found NaN in an evaluation",
+    ),
+    "few micro batches for interleaved stages": (
+        2, "--pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 "
+        "--micro-batch-size 8", 2, "a step of 8 sequences",
+    ),
+    "data named twice": (1, "--per-split-data-args-path any", 2, "--per-split-data-args-path: not possible with"),
+    "a profile of no step": (1, "--profile --use-pytorch-profiler --tensorboard-dir b", 2, "--profile-step-start 10"),
+    "weights without values": (1, "--init-model-with-meta-device", 2, "--init-model-with-meta-device"),
     "experts over ranks that are not there": (1, "--num-experts 4 --expert-model-parallel-size 2", 2, "WORLD_SIZE"),
     "pipelines over another backend": (
         2, "--pipeline-model-parallel-size 2 --pipeline-model-parallel-comm-backend nccl", 2,
