@@ -1,4 +1,4 @@
-"""Optimizers other than Adam and SGD: errors that Megatron notices only after the model is built, or not at all."""
+"""Optimizers other than Adam: errors that Megatron notices only after the model is built, or not at all."""
 
 from argparse import Namespace
 
@@ -16,6 +16,10 @@ def check(args: Namespace) -> None:
     Raises:
         UsageError: names the flag.
     """
+    if args.optimizer == "sgd" and is_distributed(args):
+        raise UsageError(
+            "--use-distributed-optimizer: Megatron cannot share out the state of --optimizer sgd; drop it, or use adam"
+        )
     if args.optimizer in ("adam", "sgd"):
         return
     from megatron.core.optimizer import emerging_optimizers

@@ -47,12 +47,25 @@ def check(given: dict[str, str], args: Namespace) -> None:
 def check_heads(args: Namespace) -> None:
     """Refuse numbers of heads, or sizes, with which Megatron cannot build its attention or rotary positions.
 
+    And those that tensor-parallel ranks cannot share.
+
     Args:
         args: validated by Megatron, which completes them.
 
     Raises:
         UsageError: names the flag.
     """
+    ranks = args.tensor_model_parallel_size
+    shared = {
+        "ffn_hidden_size": args.ffn_hidden_size,
+        "seq_length": args.seq_length // args.context_parallel_size if args.sequence_parallel else ranks,
+    }
+    for name, size in shared.items():
+        if size % ranks:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: {size} cannot be divided among the {ranks} ranks of "
+                "--tensor-model-parallel-size"
+            )
     groups = args.num_query_groups or 1
     if args.group_query_attention and args.num_attention_heads % groups:
         raise UsageError(

@@ -39,6 +39,10 @@ CASES: dict[str, tuple[int, str, int, str]] = {
     ),
     "data named twice": (1, "--per-split-data-args-path any", 2, "--per-split-data-args-path: not possible with"),
     "a profile of no step": (1, "--profile --use-pytorch-profiler --tensorboard-dir b", 2, "--profile-step-start 10"),
+    "SGD shared out": (2, "--optimizer sgd --use-distributed-optimizer", 2, "--use-distributed-optimizer"),
+    "an odd sequence in parallel": (
+        2, "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 63", 2, "--seq-length 63",
+    ),
     "weights without values": (1, "--init-model-with-meta-device", 2, "--init-model-with-meta-device"),
     "experts over ranks that are not there": (1, "--num-experts 4 --expert-model-parallel-size 2", 2, "WORLD_SIZE"),
     "pipelines over another backend": (
