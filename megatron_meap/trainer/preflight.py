@@ -204,6 +204,7 @@ def _lock_save_directory(args: Namespace) -> None:
     path = Path(args.save) / ".lock"
     if _lock is not None and _lock.name == str(path):
         return  # a second run in this process
+    check_writable("--save", args.save)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         opened = open(path, "a+")  # noqa: SIM115  # stays open

@@ -63,8 +63,8 @@ def check_heads(args: Namespace) -> None:
     for name, size in shared.items():
         if size % ranks:
             raise UsageError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: {size} cannot be divided among the {ranks} ranks of "
-                "--tensor-model-parallel-size"
+                f"--{name.replace('_', '-')} {getattr(args, name)}: {size} cannot be divided among the {ranks} ranks "
+                "of --tensor-model-parallel-size"
             )
     groups = args.num_query_groups or 1
     if args.group_query_attention and args.num_attention_heads % groups:

@@ -1,6 +1,7 @@
 """Megatron's refusals in one line: its assertions are about flags, but name its own variables."""
 
 import contextlib
+import io
 import re
 import traceback
 from argparse import Namespace
@@ -96,7 +97,7 @@ def refusal(error: BaseException, args: Namespace) -> UsageError:
     about = "; ".join(flags for words, flags in _ABOUT.items() if words in said)
     said = _with_flags(said, args)
     if "--" not in said and not about:
-        about = ", ".join(_spelled_out(said, args))
+        about = ", ".join(_spelled_out(said, args) or _files_read(error, args))
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = ""
     if is_unclear or not last.filename.startswith(_MEGATRON):
@@ -109,6 +110,15 @@ def _spelled_out(said: str, args: Namespace) -> list[str]:
     words = re.sub(r"[^a-z0-9]+", "_", said.lower().replace("number of", "num"))
     names = [name for name in vars(args) if name.count("_") and name not in _NOT_FLAGS and f"_{name}_" in f"_{words}_"]
     return [f"--{name.replace('_', '-')}" for name in names if not name.startswith("meap_")]
+
+
+def _files_read(error: BaseException, args: Namespace) -> list[str]:
+    """Flags that name a file, which the code was reading where the error was raised."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    values = [value for frame in frames for value in frame.f_locals.values() if isinstance(value, str | io.IOBase)]
+    read = {str(getattr(value, "name", value)) for value in values}
+    files = {name: value for name, value in vars(args).items() if isinstance(value, str) and value in read}
+    return [f"--{name.replace('_', '-')} {path}" for name, path in files.items() if Path(path).is_file()]
 
 
 def _source_line(error: BaseException) -> str:

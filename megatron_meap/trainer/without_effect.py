@@ -133,6 +133,7 @@ _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
      "--fine-grained-activation-offloading", _given("fine_grained_activation_offloading")),
     ("async_ckpt_* use_persistent_ckpt_worker", "--async-save", _given("async_save")),
     ("calc_ft_timeouts ft_*", "--enable-ft-package", _given("enable_ft_package")),
+    ("chat_template", "--meap-sft", _given("meap_sft")),
     ("ckpt_convert_*", "--ckpt-convert-format", _given("ckpt_convert_format")),
     ("ckpt_fully_parallel_load_*", "--ckpt-fully-parallel-load", _given("ckpt_fully_parallel_load")),
     ("cp_comm_type hierarchical_context_parallel_sizes", "--context-parallel-size above 1",
