@@ -25,7 +25,7 @@ def check(args: Namespace) -> None:
         UsageError: also as `blends` and `shares` say.
     """
     names = (*_ALONE, *(f"{split}_data_path" for split in ("train", "valid", "test")))
-    given = [name for name in names if getattr(args, name)]
+    given = [name for name in names if getattr(args, name, None)]
     if len(given) > 1 and given[0] in _ALONE:
         first, second = (f"--{name.replace('_', '-')}" for name in given[:2])
         raise UsageError(f"{second}: not possible with {first}, which stands for all data; drop one of them")

@@ -29,6 +29,7 @@ _ABOUT = {
     "middle layers": "--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers, --num-layers",
     "Number of decoder layers": "--pipeline-model-parallel-layout",
     "moe_layer_pattern": "--moe-layer-freq",
+    "hf_config_dict": "--heterogeneous-layers-config-path",
     "iteration-based": "--train-iters with lengths in samples: --train-samples, --lr-*-samples",
     "sample-based": "--train-samples with lengths in steps: --train-iters, --lr-*-iters",
     "multi latent attention": "--multi-latent-attention, --group-query-attention",
