@@ -6,8 +6,8 @@
     python benchmarks/bench.py --preprocess "--corpus novels.jsonl --train-vocab 128000"   # preprocessing too
 
 Each benchmark alternates between its contenders within one run. Their medians and spreads are gathered here, with the
-command and the machine of each figure: `bench.jsonl` and `bench.md` in `--output`. A benchmark that fails or exceeds
-its limit is named at the end; its figures so far are kept, and the others still run.
+command and the machine of each figure: `bench.jsonl` and `bench.md` in `--output`. A benchmark that fails or reaches
+its limit, as on a busy machine, is named at the end; its figures so far are kept, and the others still run.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def main() -> None:
             begun = time.monotonic()
             print(f"\n$ python benchmarks/{shlex.join(command)}", flush=True)
             if reason := run(command, each.minutes * (8 if args.whole else 1), file):
-                notes.append(f"failed: `{shlex.join(command)}`: {reason}")
+                notes.append(f"{reason}: `{shlex.join(command)}`")
             print(f"({(time.monotonic() - begun) / 60:.1f} minutes)", flush=True)
     finally:
         found = "\n".join([table(file), "", *(f"- {note}" for note in notes)])
@@ -106,10 +106,10 @@ def run(command: list[str], minutes: float, file: Path) -> str | None:
         try:
             status = process.wait(60 * minutes)
         except subprocess.TimeoutExpired:
-            return f"ended after {minutes} minutes, its limit"
+            return f"ended at its limit, {minutes:g} minutes, with the figures above"
         finally:
             end(process)
-    return f"status {status}, see its output" if status else None
+    return f"failed with status {status}, see its output" if status else None
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

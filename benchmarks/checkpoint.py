@@ -3,8 +3,9 @@
     python benchmarks/checkpoint.py                  # the quickstart's model, and one with checkpoints of 1 GB
     python benchmarks/checkpoint.py --sizes small --rounds 2
 
-Every run is `pretrain_gpt_meap.py` on one process, which saves three times with some steps in between, with hashes, and
-then resumes. Runs that save in the foreground alternate with runs with `--async-save`.
+Every run is `pretrain_gpt_meap.py` on one process, which saves three times, with hashes, and is then resumed. A save
+begins some steps after the one before it is complete, so none waits for another. Runs that save in the foreground
+alternate with runs with `--async-save`.
 
 - stall: how long the training loop waits for a save. The first one in the background starts the saving process.
 - hashes: the part of that for the hashes (in the background, the saving process computes them)
@@ -12,7 +13,8 @@ then resumes. Runs that save in the foreground alternate with runs with `--async
 - load: reading the checkpoint back and verifying its hashes
 - steps beside: the time of a step during a save in the background, relative to one without a save
 
-Wall time, medians; memory is the peak of the training process.
+Wall time, medians; memory is the peak of the training process. The stalls are also given as parts of a step of the same
+run, in processor time of the training thread, which other jobs on the machine hardly change.
 """
 
 import argparse
@@ -43,9 +45,12 @@ FLAGS = (
     "--disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --bf16 "
     "--tokenizer-type NullTokenizer --vocab-size 8000 --mock-data --num-workers 0 --micro-batch-size 1 "
     "--global-batch-size 1 --lr 1e-4 --log-interval 1 --eval-iters 0 --meap-mask-ratio 0.15 "
-    "--train-iters 24 --save-interval 8"
+    "--train-iters 2000 --save-interval 2000"
 )
-RESUMED = ["--train-iters", "25", "--override-opt_param-scheduler"]
+SAVES, BETWEEN = 3, 4
+"""Saves of a run, and steps without one before each; then the run ends."""
+
+RESUMED = ["--exit-interval", "1"]
 WAYS = {"foreground": [], "background": ["--async-save"]}
 
 
@@ -75,7 +80,8 @@ def measure(size: str, flags: list[str]) -> dict[str, Any]:
             if done.returncode:
                 sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
         saved, loaded = (json.loads(file.read_text()) for file in told)
-        files = [each for each in Path(folder, "checkpoints").glob("iter_0000024/**/*") if each.is_file()]
+        newest = max(Path(folder, "checkpoints").glob("iter_*"))
+        files = [each for each in newest.rglob("*") if each.is_file()]
         return saved | {"load": loaded["load"], "bytes": sum(each.stat().st_size for each in files)}
 
 
@@ -83,9 +89,11 @@ class Watch:
     """Records when the program saves, steps and loads, and when a save is complete."""
 
     def __init__(self) -> None:
-        self.began: dict[str, float] = {}
+        self.began: dict[str, tuple[float, float]] = {}
         self.spans: dict[str, list[tuple[float, float]]] = {"save": [], "step": [], "load": [], "hash": []}
+        self.worked: dict[str, list[float]] = {what: [] for what in self.spans}
         self.complete: list[float] = []
+        self.quiet = 0
         self.pointer = Path(sys.argv[sys.argv.index("--load") + 1], "latest_checkpointed_iteration.txt")
         self.seen: int | None = None
         threading.Thread(target=self.see_completions, daemon=True).start()
@@ -105,11 +113,28 @@ class Watch:
 
     def begin(self, what: str) -> None:
         """It begins."""
-        self.began[what] = time.time()
+        self.began[what] = time.time(), time.thread_time()
 
     def end(self, what: str) -> None:
         """It has ended."""
-        self.spans[what].append((self.began[what], time.time()))
+        began, worked = self.began[what]
+        self.spans[what].append((began, time.time()))
+        self.worked[what].append(time.thread_time() - worked)
+
+    def save_now_and_then(self) -> None:
+        """After a step: decide whether to save, and whether to end with that save."""
+        from megatron.training import get_args
+
+        args = get_args()
+        if not args.save:
+            return
+        self.see_completion()
+        saves = self.spans["save"]
+        self.quiet += 1 if not saves or any(each > saves[-1][0] for each in self.complete) else 0
+        due = self.quiet > BETWEEN
+        self.quiet *= not due
+        args.save_interval = 1 if due else None
+        args.exit_interval = 1 if due and len(saves) == SAVES - 1 else None
 
     def mark(self, run: Any) -> None:
         """The functions of Megatron's."""
@@ -124,9 +149,10 @@ class Watch:
             ("hash", integrity, "hash_files"),
         ):
             watch.around(owner, name, partial(self.begin, what), partial(self.end, what))
+        watch.around(training, "checkpoint_and_decide_exit", self.save_now_and_then, lambda: None)
 
     def told(self) -> dict[str, Any]:
-        """Seconds of each save, step and load."""
+        """Seconds of each save, step and load; the stalls in steps too."""
         self.see_completion()  # of the last save, just before the end
         seconds = {what: [end - begin for begin, end in spans] for what, spans in self.spans.items()}
         saves = [begin for begin, _ in self.spans["save"]]
@@ -136,7 +162,9 @@ class Watch:
             for begin, end in self.spans["step"]
         ]
         steps = list(zip(seconds["step"], during, strict=True))[1:]
+        step = statistics.median(self.worked["step"])
         return {
+            "stalls in steps": [each / step for each in self.worked["save"]],
             "first stall": seconds["save"][:1],
             "stall": seconds["save"][1:],
             "hashes": [
@@ -165,11 +193,24 @@ def print_table(size: str, found: dict[str, list[dict[str, Any]]]) -> None:
         for name in columns:
             values = [value for each in rounds for value in each[name]]
             line += f"{statistics.median(values):16.3f}" if values else f"{'-':>16}"
-            if values and name in ("stall", "until it counts"):
+            if values and name in ("first stall", "stall", "until it counts"):
                 record(f"checkpoint of {size_mb:.0f} MB, {way}: {name}", values, "s")
         loads, memory = ([each[name] for each in rounds] for name in ("load", "memory"))
         record(f"checkpoint of {size_mb:.0f} MB, {way}: load", loads, "s")
         print(f"{line}{statistics.median(loads):8.2f}{statistics.median(memory):11.0f}")
+    for way, rounds in found.items():
+        ratios = {
+            "first stall, in steps": [each["stalls in steps"][0] for each in rounds],
+            "stall, in steps": [value for each in rounds for value in each["stalls in steps"][1:]],
+            "stall, % of the save": [
+                100 * stall / until
+                for each in rounds
+                for stall, until in zip(each["stall"], each["until it counts"], strict=True)
+            ],
+        }
+        for what, values in ratios.items():
+            print(f"{way}, {what}: {statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})")
+            record(f"checkpoint of {size_mb:.0f} MB, {way}: {what}", values, "%" if "%" in what else "steps")
 
 
 def rank() -> None:

@@ -71,6 +71,7 @@ def notice_a_killed_one() -> None:
             worker = self.process
             while worker is not None and self.cur_item is None and self._persistent_comp_q.empty():
                 if not worker.is_alive():
+                    self._persistent_queue.cancel_join_thread()  # it may not have read its orders, and never will
                     raise UsageError(
                         f"--async-save: the process that saves has ended with status {worker.exitcode} (negative: "
                         "killed by that signal, perhaps for lack of memory); that save is lost, earlier ones are whole"

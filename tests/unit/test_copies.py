@@ -12,8 +12,11 @@ from megatron_meap.backend import device, helpers
 
 device.prepare()
 
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, PersistentAsyncCaller  # noqa: E402
 from megatron.training import async_utils  # noqa: E402
+from torch.distributed.checkpoint.metadata import MetadataIndex  # noqa: E402
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType  # noqa: E402
 
 from megatron_meap.checkpoint.copies import Copies  # noqa: E402
 from megatron_meap.errors import UsageError  # noqa: E402
@@ -81,18 +84,62 @@ def test_a_save_says_that_it_waits_for_the_one_before(
     assert saved == ["run/iter_0000002", "run/iter_0000004"]
 
 
+def test_parts_of_a_storage_are_not_cloned_while_the_training_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron does, for PyTorch writes whole storages; in the foreground it still has to."""
+    half = torch.arange(10.0).chunk(2)[1]
+    items = [WriteItem(MetadataIndex("half"), WriteItemType.TENSOR)]
+    plan = SavePlan(items, storage_data=SimpleNamespace(prefix="__0_"))
+    planner = SimpleNamespace(resolve_data=lambda item: half)
+    monkeypatch.setattr(filesystem_async, "get_write_results_queue", lambda: "queue")
+    monkeypatch.setattr(filesystem_async, "_split_by_size_and_type", lambda bins, items: [items])
+
+    def save(state: Any, folder: str, async_sharded_save: bool) -> AsyncRequest | None:
+        writer = filesystem_async.FileSystemWriterAsync(folder)
+        writer.prepare_write_data(plan, planner)
+        [(_, _, (_, [(_, tensor)]))] = writer.write_buckets
+        handed.append(tensor)
+        _, _, arguments = writer.get_save_function_and_args()
+        write = lambda rank, buckets, results: written.extend(buckets)  # noqa: E731
+        return AsyncRequest(write, arguments, [], {}, "stage") if async_sharded_save else None
+
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    handed: list[torch.Tensor] = []
+    written: list[Any] = []
+    copies = Copies(save)
+    request = copies({}, "iter_0000002", async_sharded_save=True)
+    copies({}, "iter_0000004", async_sharded_save=False)
+    assert [each.data_ptr() == half.data_ptr() for each in handed] == [True, False]
+    request.async_fn(*request.async_fn_args)
+    [(_, _, (_, [(_, copy)]))] = written
+    assert torch.equal(copy, half)
+    assert copy.untyped_storage().nbytes() == half.nbytes
+
+
+CONTEXT = multiprocessing.get_context("fork")
+
+
 @pytest.mark.parametrize("blocking", [False, True])
-def test_a_killed_saving_process_ends_the_training(monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
-    """Megatron's own wait for it has no end."""
+def test_a_killed_saving_process_ends_the_training(blocking: bool) -> None:
+    """Megatron's own wait for it has no end; nor has that for its orders to be read, at the end of the program."""
+    training = CONTEXT.Process(target=train_beside_a_killed_one, args=(blocking,))
+    training.start()
+    training.join(60)
+    training.kill()
+    training.join()
+    assert training.exitcode == 0
+
+
+def train_beside_a_killed_one(blocking: bool) -> None:
+    """In a process for it, since how that ends is what is tested."""
     helpers.notice_a_killed_one()
-    context = multiprocessing.get_context("fork")
+    PersistentAsyncCaller._persistent_comp_q = CONTEXT.Queue()
+    PersistentAsyncCaller._persistent_queue = CONTEXT.JoinableQueue()
+    PersistentAsyncCaller._persistent_queue.put(bytes(2**20))  # more than a pipe takes
     caller = PersistentAsyncCaller()
-    monkeypatch.setattr(PersistentAsyncCaller, "_persistent_comp_q", context.Queue())
-    worker = context.Process(target=time.sleep, args=(600,))
-    worker.start()
-    monkeypatch.setattr(caller, "process", worker)
-    worker.kill()
-    worker.join()
+    caller.process = CONTEXT.Process(target=time.sleep, args=(600,))
+    caller.process.start()
+    caller.process.kill()
+    caller.process.join()
     with pytest.raises(UsageError, match=r"the process that saves has ended with status -9"):
         caller.is_current_async_call_done(blocking=blocking)
-    monkeypatch.setattr(caller, "process", None)  # its destructor would wait for it
+    caller.process = None  # its destructor would wait for it
