@@ -94,10 +94,14 @@ def test_what_fails_or_hangs_is_named_and_the_others_go_on(
     said = (tmp_path / "out" / "bench.md").read_text()
     assert said in capsys.readouterr().out
     assert said.count("| start | 2.5 s | 1 to 3 | 3 |") == 2
-    assert "failed: `fails.py --rounds 1`: status 3" in said
-    assert "failed: `hangs.py --rounds 1`: ended after 0.05 minutes, its limit" in said
+    assert "failed with status 3, see its output: `fails.py --rounds 1`" in said
+    assert "ended at its limit, 0.05 minutes, with the figures above: `hangs.py --rounds 1`" in said
     assert "shortened by `--rounds 1`: `works.py`" in said
     assert list(scratch.iterdir()) == []
+    chosen[:] = [chosen[1]]
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert not ended.value.code  # a machine that is busy or slow is no failure
     monkeypatch.setattr(sys, "argv", ["bench.py", "--only", "nothing"])
     with pytest.raises(SystemExit, match="2"):
         bench.main()
