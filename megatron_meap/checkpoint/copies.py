@@ -10,20 +10,17 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import async_utils
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
-
-from megatron_meap.backend.patching import replaced
 
 _ALIGNED = 64
 _COPIED_AT_ONCE = 2**16  # bytes; what else than the optimizer changes is small, as the biases of an expert's router
@@ -66,22 +63,16 @@ def _attached(file: Any, size: int) -> _Memory:
     return _Memory(size, file.detach())
 
 
-class _NoClones(TorchFunctionMode):
-    """Within it, a tensor's clone is the tensor itself."""
+class _WithoutClones(TorchFunctionMode):
+    """Within it, the clone of a CPU's tensor is that tensor.
+
+    Megatron clones parts of storages, as the halves of a SwiGLU, while the training waits: PyTorch writes whole ones.
+    """
 
     def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if function is Tensor.clone else function(*args, **(kwargs or {}))
-
-
-def _without_clones() -> AbstractContextManager:
-    """Within it, Megatron does not clone parts of storages (as the halves of a SwiGLU) while the training waits."""
-    prepare = FileSystemWriterAsync.prepare_write_data
-
-    def prepared(*args: Any) -> None:
-        with _NoClones():
-            prepare(*args)
-
-    return replaced(FileSystemWriterAsync, "prepare_write_data", prepared)
+        if function is Tensor.clone and args[0].device.type == "cpu":
+            return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 class _Write:
@@ -118,7 +109,8 @@ class Copies:
         """Save, or begin to."""
         self._finish_the_one_before()
         self.folder = Path(folder)
-        with _without_clones() if kwargs.get("async_sharded_save") else nullcontext():
+        background = kwargs.get("async_sharded_save") and kwargs.get("async_strategy") == "mcore"
+        with _WithoutClones() if background else nullcontext():
             request = self.save(state, folder, *args, **kwargs)
         if not isinstance(request, AsyncRequest) or request.async_fn is None:
             return request
