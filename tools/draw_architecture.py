@@ -14,9 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_meap.errors import UsageError, run
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the checkout is drawn, not what is installed
+
+from megatron_meap.errors import UsageError, run  # noqa: E402
+
 PACKAGE = ROOT / "megatron_meap"
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- drawn: {} -->", "<!-- end -->"

@@ -40,6 +40,17 @@ class Stage:
     """Weights by the prefix of the dataset; they sum to 1."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that occurs twice, of which YAML's own loader takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As in SafeLoader."""
+        names = [str(name.value) for name, _ in node.value]
+        if len(set(names)) < len(names):
+            raise yaml.constructor.ConstructorError(None, None, "a key occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read(args: Namespace) -> list[Stage]:
     """The stages that the run's file describes.
 
@@ -48,7 +59,7 @@ def read(args: Namespace) -> list[Stage]:
     """
     path = Path(args.meap_data_stages)
     try:
-        listed = yaml.safe_load(path.read_text())
+        listed = yaml.load(path.read_text(), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--meap-data-stages {path}: cannot be read as YAML ({one_line(error)})") from error
     if not isinstance(listed, list) or not listed:
