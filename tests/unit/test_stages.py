@@ -136,7 +136,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("[]", "expected a list of stages"),
         ("- a", "stage 1: expected `blend`"),
         ("- blend: {a: 1}\n  until_tokens: 5", "stage 1: expected `blend`"),
-        ("- blend: {a: 1, b: 1, a: 2}", "a key occurs twice"),
+        ("- blend: {a: 1, b: 1, a: 2}", r"cannot be read as YAML \(a key occurs twice in"),
         ("- blend: [a, b]", "stage 1: `blend`: expected weights by prefix"),
         ("- blend: {a: much}", "stage 1: `blend`: expected weights by prefix"),
         ("- blend: {a: true}", "stage 1: `blend`: expected weights by prefix"),
