@@ -44,7 +44,7 @@ class Benchmark:
     """Flags added to them in a quick one."""
 
     minutes: float = 4
-    """Its time limit in a quick run; in a full run it has eight times as long."""
+    """Its time limit in a quick run; in a full run it has eight times as long. What it leaves goes to the next."""
 
     def command(self, whole: bool) -> list[str]:
         """The script and its flags."""
@@ -53,7 +53,6 @@ class Benchmark:
 
 def benchmarks(preprocess: str | None) -> Iterator[Benchmark]:
     """All benchmarks; the limits of their quick runs add up to 35 minutes."""
-    yield Benchmark("startup.py", quick="--rounds 3", minutes=3)
     yield Benchmark("meap_overhead.py", quick="--rounds 5", minutes=4)
     yield Benchmark("retrieval_probe.py", minutes=2)
     compiled = " --compile" if shutil.which("c++") or shutil.which("g++") else ""
@@ -62,6 +61,7 @@ def benchmarks(preprocess: str | None) -> Iterator[Benchmark]:
     yield Benchmark("checkpoint.py", quick="--rounds 1", minutes=4)
     yield Benchmark("evaluation.py", quick="--rounds 1", minutes=7)
     yield Benchmark("growth.py", quick="--only length vocabulary processes --steps 2", minutes=5)
+    yield Benchmark("startup.py", quick="--rounds 3", minutes=3)
     if preprocess is not None:
         yield Benchmark("preprocess.py", preprocess, minutes=30)
 
@@ -80,15 +80,19 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "bench.jsonl"
     file.write_text("")
+    left = 0.0
     notes = [] if args.whole else [*left_out(chosen, args.preprocess)]
     try:
         for each in chosen:
             command = each.command(args.whole)
             begun = time.monotonic()
             print(f"\n$ python benchmarks/{shlex.join(command)}", flush=True)
-            if reason := run(command, each.minutes * (8 if args.whole else 1), file):
+            left += 60 * each.minutes * (8 if args.whole else 1)
+            if reason := run(command, left, file):
                 notes.append(f"{reason}: `{shlex.join(command)}`")
-            print(f"({(time.monotonic() - begun) / 60:.1f} minutes)", flush=True)
+            took = time.monotonic() - begun
+            left -= took
+            print(f"({took / 60:.1f} minutes)", flush=True)
     finally:
         found = "\n".join([table(file), "", *(f"- {note}" for note in notes)])
         (args.output / "bench.md").write_text(found + "\n")
@@ -96,17 +100,20 @@ def main() -> None:
     sys.exit(any(note.startswith("failed") for note in notes))
 
 
-def run(command: list[str], minutes: float, file: Path) -> str | None:
-    """Run a benchmark, which appends its figures to a file; returns why it failed."""
+def run(command: list[str], limit: float, file: Path) -> str | None:
+    """Run a benchmark for so many seconds at most; it appends its figures to a file. Returns why it did not end."""
+    before = file.read_text().count("\n")
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
         environment = os.environ | {"BENCH_RESULTS": str(file.resolve()), "TMPDIR": scratch}
+        environment["BENCH_UNTIL"] = str(time.time() + limit)
         process = subprocess.Popen(
             [sys.executable, HERE / command[0], *command[1:]], env=environment, start_new_session=True
         )
         try:
-            status = process.wait(60 * minutes)
+            status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            return f"ended at its limit, {minutes:g} minutes, with the figures above"
+            figures = file.read_text().count("\n") - before
+            return f"ended at its limit, {limit / 60:.1f} minutes, figures until then: {figures}"
         finally:
             end(process)
     return f"failed with status {status}, see its output" if status else None

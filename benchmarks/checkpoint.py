@@ -60,9 +60,11 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="(default: both)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each way (default: %(default)s)")
     args = parser.parse_args()
+    from results import turns
+
     for size in args.sizes:
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-        for _ in range(args.rounds):
+        for _ in turns(args.rounds):
             for way, flags in WAYS.items():
                 found[way].append(measure(size, flags))
         print_table(size, found)

@@ -39,7 +39,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch  # noqa: E402
 from plain import Plain  # noqa: E402
-from results import record  # noqa: E402
+from results import record, turns  # noqa: E402
 from trainer import SHAPE, Trainer, flags, random_batches  # noqa: E402
 
 from megatron_meap.backend.peak import matrix_peak  # noqa: E402
@@ -90,7 +90,7 @@ def take_turns(names: list[str], batch: int, length: int, args: argparse.Namespa
         except EOFError:
             sys.exit(f"{name}: could not be built (above)")
     times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(args.rounds + 2):
+    for _ in turns(args.rounds, warm_up=2):
         for name, pipe in pipes.items():
             pipe.send("step")
             times[name].append(pipe.recv())

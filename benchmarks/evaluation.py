@@ -34,7 +34,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "examples" / "quickstart")]
 
-from results import record  # noqa: E402
+from results import record, turns  # noqa: E402
 
 EVALUATIONS: dict[str, tuple[int, str]] = {
     # name: models, and the flags of `tools/evaluate.py`
@@ -78,7 +78,7 @@ def trained(folder: Path) -> Path:
 def compare(what: str, sides: dict[str, Callable[[], tuple[float, Any]]], rounds: int, warm_up: bool = False) -> None:
     """Run the sides in turns, after a warm-up round if asked; print and record ratios to the first side's time."""
     found: dict[str, list[tuple[float, Any]]] = {name: [] for name in sides}
-    for _ in range(rounds + warm_up):
+    for _ in turns(rounds, warm_up):
         for name, run in sides.items():
             found[name].append(run())
     ours = next(iter(sides))

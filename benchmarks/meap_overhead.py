@@ -38,7 +38,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from results import record  # noqa: E402
+from results import record, turns  # noqa: E402
 from trainer import SHAPE, Trainer, flags  # noqa: E402
 
 RATIO = 0.15
@@ -150,7 +150,7 @@ def objectives(folder: Path, rounds: int) -> Iterator[tuple[str, float]]:
         dataset = MaskedInputDataset(clean, masking, split=None, copy_weight=settings.copy_weight, **options)
         noised = range(samples) if settings.copy_weight is None else range(1, 2 * samples, 2)
         seconds = []
-        for _ in range(rounds + 2):
+        for _ in turns(rounds, warm_up=2):
             start = time.process_time()
             for index in noised:
                 dataset[index]
@@ -205,7 +205,7 @@ def reading(dataset: Any, samples: int, workers: int) -> Callable[[], Any]:
 def compare(without: Callable, masked: Callable, rounds: int, clock: Callable) -> list[tuple[float, float]]:
     """Seconds (without, with masking) of each round, in alternating order, after two rounds to warm up."""
     times = []
-    for turn in range(rounds + 2):
+    for turn in turns(rounds, warm_up=2):
         sides = [(0, without), (1, masked)]
         seconds = [0.0, 0.0]
         for side, run in sides if turn % 2 else sides[::-1]:

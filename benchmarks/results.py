@@ -6,11 +6,27 @@ import platform
 import shlex
 import statistics
 import sys
+import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def turns(rounds: int, warm_up: int = 0) -> Iterator[int]:
+    """Numbers of the rounds, those to warm up first; fewer rounds, but at least one, if `make bench` lacks the time.
+
+    They may take half of the time that is left, for a benchmark can have several such loops.
+    """
+    begun = time.time()
+    until = (begun + float(os.environ.get("BENCH_UNTIL", "inf"))) / 2
+    for turn in range(warm_up + rounds):
+        now = time.time()
+        if turn > warm_up and now + (now - begun) / turn > until:
+            break
+        yield turn
 
 
 def record(what: str, values: list[float], unit: str) -> None:

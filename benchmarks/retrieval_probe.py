@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from results import record  # noqa: E402
+from results import record, turns  # noqa: E402
 from trainer import Trainer, random_batches  # noqa: E402
 
 VOCABULARY = 4096
@@ -49,7 +49,7 @@ def main() -> None:
         batches = RerunDataIterator(random_batches(8, 256, VOCABULARY))
         times = [
             (seconds(trainer.step, batches), seconds(probe.measure, trainer.model, trainer.optimizer))
-            for _ in range(args.rounds + 2)
+            for _ in turns(args.rounds, warm_up=2)
         ][2:]
     step, probing = (1000 * statistics.median(side) for side in zip(*times, strict=True))
     shares = [probing / step / args.interval for step, probing in times]

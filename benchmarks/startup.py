@@ -53,11 +53,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="starts of each (default: %(default)s)")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
     args = parser.parse_args()
+    from results import turns  # it imports PyTorch, which each rank is to do itself
+
     versions = {"here": HERE} | ({"there": args.against.resolve()} if args.against else {})
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder))
-        for turn in range(args.rounds + 1):  # the first reads the files from the disk
+        for turn in turns(args.rounds, warm_up=1):  # the first reads the files from the disk
             for processes in args.processes:
                 for name, checkout in sorted(versions.items(), reverse=bool(turn % 2)):
                     measured = start(checkout, processes, data, Path(folder) / "parts.json")
@@ -123,7 +125,7 @@ def print_table(processes: int, found: list[list[dict[str, Any]]], names: list[s
 
 
 def _record(processes: int, names: list[str], found: list[list[dict[str, Any]]]) -> None:
-    from results import record  # it imports PyTorch, which each rank is to do itself
+    from results import record
 
     kind = "1 process" if processes == 1 else f"{processes} processes under torchrun"
     for name, rounds in zip(names, found, strict=True):
