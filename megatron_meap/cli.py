@@ -32,7 +32,7 @@ def _summary(path: Path) -> str:
 
 
 def _dispatch() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name = sys.argv[1].replace("_", "-") if len(sys.argv) > 1 else "--help"  # the scripts' names serve too
     if name == "--version":
         print(f"megatron-meap {__version__}")
         return

@@ -1,6 +1,7 @@
 """Errors in the user's input, reported in one line: a traceback means a bug of our own."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -101,6 +102,8 @@ def run(main: Callable[[], None]) -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # `>&-`: the next file that is opened would have its number
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # so that a name that is not UTF-8 can be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()

@@ -147,10 +147,9 @@ def _check_files(args: Any) -> None:
             if value < 1:
                 raise UsageError(f"{flag} {value}: at least 1")
             continue
-        if not Path(value).exists() and kind != "HuggingFaceTokenizer":
-            raise UsageError(f"{flag} {value}: no such file")
-        if Path(value).is_dir() and kind != "HuggingFaceTokenizer":
-            raise UsageError(f"{flag} {value}: a folder; --tokenizer-type {kind} needs a file")
+        if kind != "HuggingFaceTokenizer" and not Path(value).is_file():  # a pipe cannot be read twice
+            found = "a folder" if Path(value).is_dir() else "not a file" if Path(value).exists() else "no such file"
+            raise UsageError(f"{flag} {value}: {found}; --tokenizer-type {kind} needs a file")
 
 
 def _sentencepiece(path: str) -> SimpleNamespace:

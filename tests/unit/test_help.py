@@ -90,6 +90,9 @@ def test_the_command_lists_its_subcommands(monkeypatch, capsys):
     cli.main()
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("pretrain", "preprocess-data", "evaluate"))
+    monkeypatch.setattr(sys, "argv", ["megatron-meap", "check_data", "--help"])  # as tools/check_data.py is called
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
     monkeypatch.setattr(sys, "argv", ["megatron-meap", "preproces"])
     with pytest.raises(SystemExit, match="2"):
         cli.main()

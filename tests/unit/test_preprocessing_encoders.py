@@ -4,6 +4,7 @@ import argparse
 import base64
 import itertools
 import json
+import os
 import random
 from types import SimpleNamespace
 
@@ -329,6 +330,7 @@ WRONG_TOKENIZERS = {
         "missing.model: no such file",
     ),
     "a folder": ("GPTSentencePieceTokenizer", {"tokenizer_model": "."}, "a folder; .* needs a file"),
+    "a device": ("SentencePieceTokenizer", {"tokenizer_model": os.devnull}, "not a file; .* needs a file"),
     "not a model": ("SentencePieceTokenizer", {"tokenizer_model": __file__}, "not a SentencePiece model"),
     "not a folder of one": (
         "HuggingFaceTokenizer",

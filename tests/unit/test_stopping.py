@@ -156,6 +156,12 @@ def test_streams_that_the_shell_closed(closed: str, tmp_path: Path) -> None:
     assert "Traceback" not in ended_as.stderr
 
 
+def test_names_that_are_not_utf8_are_printed() -> None:
+    run_it = "from megatron_meap import errors\ndef main():\n print('l\\udce9')\nerrors.run(main)"
+    ended_as = subprocess.run([sys.executable, "-c", run_it], capture_output=True, text=True, env=environment())
+    assert (ended_as.returncode, ended_as.stdout) == (0, "l\\udce9\n"), ended_as.stderr
+
+
 @pytest.mark.parametrize("buffered", [True, False])
 @pytest.mark.parametrize("line", ["print('a line')", "pass"])
 def test_output_that_cannot_be_written_is_one_line(buffered: bool, line: str) -> None:
