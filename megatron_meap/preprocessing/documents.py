@@ -1,5 +1,6 @@
 """Parses and checks the documents of a block of input; each bad one is reported with its line and the reason."""
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -61,11 +62,16 @@ def _is_repeated(line: bytes, key: str, text: str) -> bool:
 
     `text` is that one's value. It follows the key, so only a few bytes have to be searched.
     """
-    quoted, before = json.dumps(key, ensure_ascii=False).encode(), line[: len(line) - len(text)]
+    quoted, before = _quoted(key), line[: len(line) - len(text)]
     if before.count(quoted) < 2 or len(re.findall(re.escape(quoted) + rb"\s*:", before)) < 2:
         return False
     pairs = json.JSONDecoder(object_pairs_hook=list).decode(line.decode())
     return sum(name == key for name, _ in pairs) > 1
+
+
+@functools.cache
+def _quoted(key: str) -> bytes:
+    return json.dumps(key, ensure_ascii=False).encode()
 
 
 def _lenient_json(line: bytes, error: orjson.JSONDecodeError) -> Any:
