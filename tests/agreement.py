@@ -95,7 +95,7 @@ def _fork(flags: list[str], environment: dict[str, str], output: int) -> int:
         errors.run(pretrain.main)
         status = 0
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
     finally:

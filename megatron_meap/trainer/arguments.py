@@ -222,6 +222,7 @@ def check(args: Namespace) -> None:
     ranges.check_heads(args)
     if args.full_validation:  # its sampler gives every data-parallel rank one sample at a time
         args.eval_micro_batch_size, args.eval_global_batch_size = 1, args.data_parallel_size
+    batch_sizes.check_phases(args)
     batch_sizes.check_interleaved(args)
     meap.check_batches(args)
     DataSettings.of(args).check(args)

@@ -102,6 +102,17 @@ def phases(args: Namespace) -> list[Phase]:
     return [Phase(steps, args.global_batch_size, args.global_batch_size // together)]
 
 
+def check_phases(args: Namespace) -> None:
+    """Refuse a phase that does not begin within the run: nothing would change there.
+
+    Args:
+        args: validated by Megatron.
+    """
+    steps = sum(phase.steps for phase in phases(args))
+    if wrong := [step for step in args.phase_transition_iterations or () if not 0 < step < steps]:
+        raise UsageError(f"--phase-transition-iterations {wrong[0]}: the run has {steps} steps; give 1 to {steps - 1}")
+
+
 def check_interleaved(args: Namespace) -> None:
     """Refuse steps and evaluations whose micro batches do not fill interleaved pipeline stages: Megatron ends at them.
 

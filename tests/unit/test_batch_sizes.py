@@ -105,6 +105,12 @@ def test_interleaved_stages_are_filled(changes: dict, message: str | None) -> No
         batch_sizes.check_interleaved(args)
 
 
+def test_phases_begin_within_the_run() -> None:
+    batch_sizes.check_phases(arguments(global_batch_size=8, train_samples=24, phase_transition_iterations=[1, 2]))
+    with pytest.raises(UsageError, match=r"^--phase-transition-iterations 3: the run has 3 steps; give 1 to 2"):
+        batch_sizes.check_phases(arguments(global_batch_size=8, train_samples=24, phase_transition_iterations=[1, 3]))
+
+
 def test_a_decreased_batch_is_the_batch_of_all(capsys: pytest.CaptureFixture) -> None:
     """Two steps of 8 instead of 12: the clean half is the second one."""
     args = arguments(global_batch_size=12, decrease_batch_size_if_needed=True, train_iters=2)
