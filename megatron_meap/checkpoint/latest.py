@@ -29,6 +29,10 @@ _DOOMED = ".pruned-"
 _DIRECTORY = re.compile(r"iter_(\d{7,})")
 
 
+_FAILING = ("raise_all", "return_all", "return_unexpected")
+"""Of `--dist-ckpt-strictness`: Megatron's checkpoints hold what its trainer does not ask for, or it is given a pair."""
+
+
 @dataclass(frozen=True)
 class CheckpointSettings(Settings):
     """Which checkpoints are kept, and which a run may start from."""
@@ -61,6 +65,10 @@ class CheckpointSettings(Settings):
         """
         if self.keep_every is not None and self.keep_last is None:
             raise UsageError("--meap-keep-every: needs --meap-keep-last, without which all checkpoints are kept")
+        if (strict := getattr(args, "dist_ckpt_strictness", None)) in _FAILING:
+            raise UsageError(
+                f"--dist-ckpt-strictness {strict}: megatron-core 0.19 fails; use raise_unexpected or log_all"
+            )
         if self.keep_last is None:
             return
         flag, retained = "--meap-keep-last", args.save_retain_interval is not None

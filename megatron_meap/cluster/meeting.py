@@ -21,6 +21,22 @@ _numbers = itertools.count()  # every meeting of a process has its own keys
 HashFiles = Callable[[Sequence[Path]], integrity.Hashes]
 
 
+def check_environment() -> None:
+    """Refuse variables of a job that no launcher sets so.
+
+    Raises:
+        UsageError: names the variable.
+    """
+    found = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 0}
+    for name, least in found.items():
+        value = os.environ.get(name, str(least))
+        if not value.isdecimal() or int(value) < least:
+            raise UsageError(f"{name}={value}: must be a number, at least {least}; torchrun sets it")
+        found[name] = int(value)
+    if found["RANK"] >= found["WORLD_SIZE"]:
+        raise UsageError(f"RANK={found['RANK']}: must be below WORLD_SIZE={found['WORLD_SIZE']}; torchrun sets both")
+
+
 def on_rank_zero(
     args: Namespace, look: Callable[[HashFiles], dict[str, Any]]
 ) -> tuple[dict[str, Any], torch.distributed.Store | None]:

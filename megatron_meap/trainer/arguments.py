@@ -13,7 +13,7 @@ from megatron_meap.backend import device
 from megatron_meap.checkpoint import model_arguments
 from megatron_meap.checkpoint.latest import CheckpointSettings
 from megatron_meap.checkpoint.reader import open_checkpoint
-from megatron_meap.cluster import hangs
+from megatron_meap.cluster import hangs, meeting
 from megatron_meap.cluster.connections import ConnectionSettings
 from megatron_meap.errors import UsageError
 from megatron_meap.flags import Settings, add_group, flag, refuse_in_one_line
@@ -178,6 +178,7 @@ def parse_flags(command_line: list[str] | None = None) -> Namespace:
 
     if any(word.partition("=")[0] == "--yaml-cfg" for word in command_line or sys.argv):
         raise UsageError("--yaml-cfg: cannot contain this project's flags; give flags, or a file of them as @FILE")
+    meeting.check_environment()
     parsers = []
 
     def all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -54,6 +54,10 @@ def check(args: Namespace) -> None:
         raise UsageError(f"--moe-router-topk {args.moe_router_topk}: more than the {args.num_experts} of --num-experts")
     if args.moe_apply_probs_on_input and args.moe_router_topk != 1:  # Megatron says so in the first step
         raise UsageError("--moe-apply-probs-on-input: works with --moe-router-topk 1 only")
+    if args.ddp_average_in_collective and args.calculate_per_token_loss:
+        raise UsageError(
+            "--ddp-average-in-collective: not possible with --calculate-per-token-loss, which --meap-sft sets; drop it"
+        )
     if args.spec is not None:
         _check_spec(args.spec)
     if device.plans_for_gpu():

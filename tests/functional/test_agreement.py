@@ -43,6 +43,9 @@ CASES: dict[str, tuple[int, str, int, str]] = {
     "an odd sequence in parallel": (
         2, "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 63", 2, "--seq-length 63",
     ),
+    "averages of losses per token": (
+        2, "--ddp-average-in-collective --calculate-per-token-loss", 2, "--ddp-average-in-collective",
+    ),
     "weights without values": (1, "--init-model-with-meta-device", 2, "--init-model-with-meta-device"),
     "experts over ranks that are not there": (1, "--num-experts 4 --expert-model-parallel-size 2", 2, "WORLD_SIZE"),
     "pipelines over another backend": (

@@ -176,6 +176,17 @@ def test_a_rank_that_never_comes(monkeypatch) -> None:
         meeting.on_rank_zero(args, lambda _: {})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "0"), ("WORLD_SIZE", "x"), ("RANK", "-1"), ("RANK", "7"), ("LOCAL_RANK", ""), ("MASTER_PORT", "a")],
+)
+def test_a_job_that_no_launcher_starts(name: str, value: str, monkeypatch) -> None:
+    meeting.check_environment()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"^{name}={value}: must be"):
+        meeting.check_environment()
+
+
 def test_more_ranks_than_the_layout_needs(refused, flags: list[str]) -> None:
     assert "world size (3) is not divisible" in refused(*flags, "--tensor-model-parallel-size", "2", world_size=3)
 
