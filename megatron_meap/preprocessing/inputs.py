@@ -101,8 +101,13 @@ def _matches(pattern: str, found: Found) -> Iterator[str]:
         yield pattern
     else:
         _refuse_closed_folders(pattern, found.flag)
-        for match in sorted(glob.glob(pattern, recursive=True)):
-            if os.path.isdir(match):
+        matches = sorted(glob.glob(pattern, recursive=True))
+        for folder in {os.path.dirname(match) for match in matches}:
+            _refuse_table(folder, found.flag)
+        for match in matches:
+            if any(_SPARKS.fullmatch(name) for name in match.split(os.sep) if name not in pattern.split(os.sep)):
+                found.sparks += 1
+            elif os.path.isdir(match):
                 yield from sorted(_files_under(match, found, entered))
             elif not _is_loop(match) and _is_read(match, found):
                 yield match  # a hidden one too, if the glob asks for it
@@ -118,12 +123,8 @@ def _files_under(folder: str, found: Found, entered: set[tuple[int, int]]) -> It
         entries = [(entry, entry.is_dir()) for entry in os.scandir(folder)]
     except OSError as error:
         raise UsageError(f"{found.flag} {error.filename or folder}: cannot be read: {error.strerror}") from error
+    _refuse_table(folder, found.flag)
     for entry, is_folder in entries:
-        if entry.name in _TABLES:
-            raise UsageError(
-                f"{found.flag} {folder}: a table of {_TABLES[entry.name]}, whose folder also has files that no longer "
-                "belong to it; export it to a new folder, or name its valid files"
-            )
         if is_folder and not entry.name.startswith(".") and not _SPARKS.fullmatch(entry.name):
             yield from _files_under(entry.path, found, entered)
         elif entry.name.startswith("."):
@@ -139,6 +140,16 @@ def _refuse_closed_folders(pattern: str, flag: str) -> None:
         for path in glob.glob(pattern, recursive=True):
             if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
                 raise UsageError(f"{flag} {path}: cannot be read: {os.strerror(errno.EACCES)}")
+
+
+def _refuse_table(folder: str, flag: str) -> None:
+    """Refuse the folder of a table: which of its files are valid is only in its log."""
+    for name, kind in _TABLES.items():
+        if os.path.isdir(os.path.join(folder, name)):
+            raise UsageError(
+                f"{flag} {folder}: a table of {kind}, whose folder also has files that no longer belong to it; export "
+                "it to a new folder, or name its valid files"
+            )
 
 
 def _is_loop(path: str) -> bool:

@@ -193,10 +193,15 @@ def test_folders_that_are_not_read(args, tmp_path):
         write_parquet(folder / f"{name}.parquet", [name])
     run_job([folder], tmp_path / "x", args)
     assert written(tmp_path / "x", args) == Counter(["part-0", "year=2026/part-1"])
+    for pattern in ("*", "**"):
+        assert len(find([f"{folder}/{pattern}"]).paths) == 2
+    assert len(find([f"{folder}/_temporary/*"]).paths) == 1  # asked for
     for name, table in (("_delta_log", "Delta Lake"), (".hoodie", "Hudi")):
         (folder / name).mkdir()
         with pytest.raises(UsageError, match=f"/table: a table of {table}, whose folder also has files"):
             run_job([tmp_path / "t*"], tmp_path / "y", args)
+        with pytest.raises(UsageError, match="/table: a table of"):
+            find([f"{folder}/*.parquet"])
         (folder / name).rmdir()
 
 
