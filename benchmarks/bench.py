@@ -67,7 +67,7 @@ def benchmarks(preprocess: str | None) -> Iterator[Benchmark]:
 
 
 def main() -> None:
-    """Run them, print and write the table; the exit status is 1 if one failed."""
+    """Run them, print and write the table; the exit status is 1 if one failed or nothing was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="benchmarks to run, by the names of their files")
@@ -97,7 +97,7 @@ def main() -> None:
         found = "\n".join([table(file), "", *(f"- {note}" for note in notes)])
         (args.output / "bench.md").write_text(found + "\n")
         print(f"\n{found}\n\n{file}, {args.output / 'bench.md'}")
-    sys.exit(any(note.startswith("failed") for note in notes))
+    sys.exit(any(note.startswith("failed") for note in notes) or not file.read_text())
 
 
 def run(command: list[str], limit: float, file: Path) -> str | None:

@@ -58,6 +58,8 @@ def machine() -> dict[str, Any]:
 def table(file: Path) -> str:
     """The figures of a file as one Markdown table."""
     found = [json.loads(line) for line in file.read_text().splitlines()]
+    if not found:
+        return "No figures: no benchmark came to its first one."
     lines = ["| what | median | spread | rounds | command |", "|---|---|---|---|---|"]
     for each in found:
         middle, low, high = (f"{each[name]:.3g}" for name in ("median", "low", "high"))
@@ -65,5 +67,5 @@ def table(file: Path) -> str:
         lines.append(f"| {each['what']} | {middle} {each['unit']} | {low} to {high} | {each['rounds']} | {command} |")
     places = sorted({f"{each['machine']}; {each['date']}; PyTorch {each['torch']}" for each in found})
     loads = [each["load"] for each in found]
-    told = f"Load (jobs that want a core) while measuring: {min(loads)} to {max(loads)}." if loads else ""
+    told = f"Load (jobs that want a core) while measuring: {min(loads)} to {max(loads)}."
     return "\n".join([*lines, "", *places, told])

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.training import async_utils
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.overrides import TorchFunctionMode
 
 _ALIGNED = 64
 _COPIED_AT_ONCE = 2**16  # bytes; what else than the optimizer changes is small, as the biases of an expert's router
@@ -63,18 +62,6 @@ def _attached(file: Any, size: int) -> _Memory:
     return _Memory(size, file.detach())
 
 
-class _WithoutClones(TorchFunctionMode):
-    """Within it, the clone of a CPU's tensor is that tensor.
-
-    Megatron clones parts of storages, as the halves of a SwiGLU, while the training waits: PyTorch writes whole ones.
-    """
-
-    def __torch_function__(self, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is Tensor.clone and args[0].device.type == "cpu":
-            return args[0]
-        return function(*args, **(kwargs or {}))
-
-
 class _Write:
     """In the process that saves: Megatron's writing, once everything is copied."""
 
@@ -95,10 +82,14 @@ class Copies:
     """Wraps Megatron's `dist_checkpointing.save`: saves in the background write copies, and one at a time.
 
     Megatron lets a save wait in silence for the one before it: for as long as the saving process is writing that.
+
+    Args:
+        save: Megatron's.
+        sparing: within it, Megatron makes no copies of its own for a save in the background.
     """
 
-    def __init__(self, save: Callable) -> None:
-        self.save = save
+    def __init__(self, save: Callable, sparing: Callable[[], AbstractContextManager] = nullcontext) -> None:
+        self.save, self.sparing = save, sparing
         self.memory: _Memory | None = None
         self.copier = ThreadPoolExecutor(1, "copies")
         self.copied: Future | None = None
@@ -109,8 +100,7 @@ class Copies:
         """Save, or begin to."""
         self._finish_the_one_before()
         self.folder = Path(folder)
-        background = kwargs.get("async_sharded_save") and kwargs.get("async_strategy") == "mcore"
-        with _WithoutClones() if background else nullcontext():
+        with self.sparing() if kwargs.get("async_sharded_save") else nullcontext():
             request = self.save(state, folder, *args, **kwargs)
         if not isinstance(request, AsyncRequest) or request.async_fn is None:
             return request

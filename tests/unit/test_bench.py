@@ -114,7 +114,12 @@ def test_what_fails_or_hangs_is_named_and_the_others_go_on(
     chosen[:] = chosen[:1]
     with pytest.raises(SystemExit) as ended:
         bench.main()
-    assert not ended.value.code  # a machine that is busy or slow is no failure
+    assert not ended.value.code  # a machine that is busy or slow is no failure, unless nothing is measured at all
+    chosen[:] = [bench.Benchmark("hangs.py", minutes=0.0)]
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 1
+    assert (tmp_path / "out" / "bench.md").read_text().startswith("No figures: no benchmark came to its first one.")
     monkeypatch.setattr(sys, "argv", ["bench.py", "--only", "nothing"])
     with pytest.raises(SystemExit, match="2"):
         bench.main()

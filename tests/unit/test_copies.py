@@ -18,6 +18,7 @@ from megatron.training import async_utils  # noqa: E402
 from torch.distributed.checkpoint.metadata import MetadataIndex  # noqa: E402
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType  # noqa: E402
 
+from megatron_meap.backend.sparing import without_clones  # noqa: E402
 from megatron_meap.checkpoint.copies import Copies  # noqa: E402
 from megatron_meap.errors import UsageError  # noqa: E402
 
@@ -93,7 +94,7 @@ def test_parts_of_a_storage_are_not_cloned_while_the_training_waits(monkeypatch:
     monkeypatch.setattr(filesystem_async, "get_write_results_queue", lambda: "queue")
     monkeypatch.setattr(filesystem_async, "_split_by_size_and_type", lambda bins, items: [items])
 
-    def save(state: Any, folder: str, async_sharded_save: bool, async_strategy: str) -> AsyncRequest | None:
+    def save(state: Any, folder: str, async_sharded_save: bool) -> AsyncRequest | None:
         writer = filesystem_async.FileSystemWriterAsync(folder)
         writer.prepare_write_data(plan, planner)
         [(_, _, (_, [(_, tensor)]))] = writer.write_buckets
@@ -105,9 +106,9 @@ def test_parts_of_a_storage_are_not_cloned_while_the_training_waits(monkeypatch:
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     handed: list[torch.Tensor] = []
     written: list[Any] = []
-    copies = Copies(save)
-    request = copies({}, "iter_0000002", async_sharded_save=True, async_strategy="mcore")
-    copies({}, "iter_0000004", async_sharded_save=False, async_strategy="mcore")
+    copies = Copies(save, without_clones)
+    request = copies({}, "iter_0000002", async_sharded_save=True)
+    copies({}, "iter_0000004", async_sharded_save=False)
     assert [each.data_ptr() == half.data_ptr() for each in handed] == [True, False]
     request.async_fn(*request.async_fn_args)
     [(_, _, (_, [(_, copy)]))] = written
