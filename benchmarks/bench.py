@@ -135,7 +135,8 @@ def left_out(chosen: list[Benchmark], preprocess: str | None) -> Iterator[str]:
     )
     if preprocess is None:
         yield "no `--preprocess FLAGS`: preprocessing is not compared with Megatron's own tool"
-    if not any("--compile" in each.whole for each in chosen):
+    training = [each.whole for each in chosen if each.script == "cpu_training.py"]
+    if training and not any("--compile" in flags for flags in training):
         yield "no C++ compiler: nothing is compared with torch.compile"
     yield "on a GPU: `benchmarks/gpu.py`"
 
