@@ -181,48 +181,35 @@ class Worth:
     low: float
     high: float
     """95% interval over resampled seeds."""
+    sizes: tuple[int, ...]
+    """Unique tokens of the runs that it is fitted to."""
 
 
 def worth(points: Iterable[Point], results: Results) -> dict[str, Worth]:
-    """Fit `loss = a_objective - b ln(tokens)`, with a common `b`, to the best losses.
+    """Fit `loss = a_objective - b ln(tokens)` to the best losses of each objective and the baseline, with a common `b`.
 
-    It uses the sizes at which the baseline has `FEWEST` seeds, and the objectives that also have them there. Empty with
-    fewer than three such sizes.
+    It uses the sizes at which both have `FEWEST` seeds. An objective with fewer than three such sizes is left out.
     """
     losses: dict[str, dict[int, dict[int, float]]] = {}
     for point in points:
         if point in results:
             losses.setdefault(point.objective, {}).setdefault(point.tokens, {})[point.seed] = best_loss(results[point])
-    sizes = sorted(tokens for tokens, seeds in losses.get(BASELINE, {}).items() if len(seeds) >= FEWEST)
-    if len(sizes) < 3:
-        return {}
-    losses = {
-        name: {tokens: own[tokens] for tokens in sizes}
-        for name, own in losses.items()
-        if all(len(own.get(tokens, ())) >= FEWEST for tokens in sizes)
-    }
-    seeds = sorted(set.intersection(*({*seeds} for own in losses.values() for seeds in own.values())))
-    if len(seeds) < FEWEST:
-        return {}
-    random = np.random.default_rng(1234)
-    drawn = [seeds, *(random.choice(seeds, len(seeds)).tolist() for _ in range(RESAMPLES))]
-    fits = [_factors(losses, chosen, sorted(sizes)) for chosen in drawn]
-    found = {}
-    for name in losses:
-        spread = np.quantile([fit[name] for fit in fits[1:]], [0.025, 0.975])
-        found[name] = Worth(fits[0][name], *map(float, spread))
+    base, found = losses.pop(BASELINE, {}), {}
+    for name, own in losses.items():
+        shared = {tokens: own[tokens].keys() & base.get(tokens, {}).keys() for tokens in sorted(own)}
+        shared = {tokens: seeds for tokens, seeds in shared.items() if len(seeds) >= FEWEST}
+        seeds = sorted(set.intersection(*map(set, shared.values()))) if len(shared) >= 3 else []
+        if len(seeds) < FEWEST:
+            continue
+        pairs = np.array([[[base[tokens][seed], own[tokens][seed]] for seed in seeds] for tokens in shared])
+        random, tokens = np.random.default_rng(1234), np.array(list(shared))
+        drawn = [_factor(pairs[:, random.integers(len(seeds), size=len(seeds))], tokens) for _ in range(RESAMPLES)]
+        low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+        found[name] = Worth(_factor(pairs, tokens), low, high, tuple(shared))
     return found
 
 
-def _factors(
-    losses: dict[str, dict[int, dict[int, float]]], seeds: Iterable[int], sizes: list[int]
-) -> dict[str, float]:
-    """Least squares over all objectives, seeds and sizes at once."""
-    names = list(losses)
-    rows = list(itertools.product(range(len(names)), seeds, sizes))
-    design = np.zeros((len(rows), len(names) + 1))
-    for row, (i, _, tokens) in zip(design, rows, strict=True):
-        row[i], row[-1] = 1.0, -math.log(tokens)
-    target = [losses[names[i]][tokens][seed] for i, seed, tokens in rows]
-    *a, b = np.linalg.lstsq(design, target, rcond=None)[0]
-    return {name: float(np.exp((a[names.index(BASELINE)] - own) / b)) for name, own in zip(names, a, strict=True)}
+def _factor(pairs: np.ndarray, tokens: np.ndarray) -> float:
+    """Least squares over losses [size, seed, baseline or objective]: every size has all, so `b` is that of means."""
+    slope = stats.linregress(np.log(tokens), pairs.mean(axis=(1, 2))).slope
+    return float(np.exp(np.diff(pairs.mean(axis=(0, 1)))[0] / slope))

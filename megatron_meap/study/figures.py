@@ -91,6 +91,39 @@ def draw_differences(panels: Mapping[str, Iterable[Comparison]], path: Path) -> 
     _save(figure, path)
 
 
+def draw_sizes(rows: Iterable[Comparison], path: Path) -> None:
+    """Paired differences in best loss over unique tokens, with their intervals; a panel for each model.
+
+    Args:
+        rows: comparisons, of which those with one seed and objectives of one size are left out.
+        path: the SVG file.
+    """
+    shown: dict[str, dict[str, list[Comparison]]] = {}
+    for row in sorted(rows, key=lambda row: row.point.tokens):
+        if row.point.objective != BASELINE and len(row.seeds) > 1:
+            shown.setdefault(row.point.model, {}).setdefault(row.point.objective, []).append(row)
+    figure, panels = _figure(len(shown))
+    for axes, (model, objectives) in zip(panels, shown.items(), strict=True):
+        lines = {name: own for name, own in objectives.items() if own[0].point.tokens != own[-1].point.tokens}
+        for place, (name, own) in enumerate(lines.items()):
+            beside = 1.03 ** (place - (len(lines) - 1) / 2)  # or one interval would hide another
+            gaps = np.array([row.difference for row in own])
+            intervals = [gaps - [row.low for row in own], [row.high for row in own] - gaps]
+            places = [row.point.tokens * beside for row in own]
+            axes.errorbar(places, gaps, intervals, marker="o", capsize=3, color=_color(name), label=name)
+        axes.axhline(0, color="black", linewidth=0.8, label=BASELINE)
+        axes.set_xscale("log")
+        sizes = sorted({row.point.tokens for own in lines.values() for row in own})
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
+        axes.set(
+            title=f"model {model}", xlabel="unique tokens", ylabel="loss minus that of ntp (nats); lower is better"
+        )
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def _figure(panels: int, sharex: bool = False) -> tuple[Figure, Sequence[Any]]:
     columns, rows = min(panels, _IN_A_ROW), -(-panels // _IN_A_ROW)
     figure = Figure((max(6.4, 4.8 * columns), 4 * rows), layout="constrained")

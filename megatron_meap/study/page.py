@@ -41,7 +41,7 @@ class Written:
 def write_page(studies: Sequence[Written], page: Path) -> None:
     """Write the page and its figures, which are in a folder of the same name beside it."""
     folder = page.with_suffix("")
-    parts, panels = [_head(studies, page)], {}
+    parts, panels, tuned = [_head(studies, page)], {}, []
     for study in studies:
         for number, stage in enumerate(study.grid.stages, 1):
             text, rows = _section(study, stage, folder / f"{study.grid.path.stem}-{number}")
@@ -49,10 +49,16 @@ def write_page(studies: Sequence[Written], page: Path) -> None:
             if any(row.point.objective != BASELINE and len(row.seeds) >= FEWEST for row in rows):
                 setting = "each objective tuned" if stage.tuned_by else f"all with {_setting(rows[0].point)}"
                 panels[f"{stage.name}\n{setting}"] = rows
+            if stage.tuned_by:
+                tuned += rows
     if panels:
         overview = folder / "overview.svg"
         figures.draw_differences(panels, overview)
         parts.insert(1, f"![Differences to next-token prediction]({folder.name}/{overview.name})")
+    if len({row.point.tokens for row in tuned if len(row.seeds) >= FEWEST}) > 1:
+        sizes = folder / "sizes.svg"
+        figures.draw_sizes(tuned, sizes)
+        parts.insert(1, f"![Differences to next-token prediction over unique tokens]({folder.name}/{sizes.name})")
     parts += [_worth_table(studies), _missing(studies), _repeat(studies)]
     with whole_file(page, "w") as file:
         file.write("\n\n".join(part for part in parts if part) + "\n")
@@ -198,6 +204,10 @@ def _gap(row: Comparison) -> str:
     return f"{row.difference:+.3f}{interval}"
 
 
+_WORTH = """`loss = a - b ln(tokens)` is fitted to an objective and `ntp` together, with an `a` for each and a common
+`b`. One factor for all sizes is a rough summary where the difference changes with the size."""
+
+
 def _worth_table(studies: Sequence[Written]) -> str:
     title = "## Worth in unique tokens\n\n"
     for study in studies:
@@ -205,10 +215,15 @@ def _worth_table(studies: Sequence[Written]) -> str:
         found = worth([p for stage in stages for p in points_of(study.grid, stage, study.results)], study.results)
         if found:
             rows = [
-                [f"`{name}`", f"{each.times:.2f} [{each.low:.2f}, {each.high:.2f}]"] for name, each in found.items()
+                [
+                    f"`{name}`",
+                    f"{each.sizes[0]:,} to {each.sizes[-1]:,}",
+                    f"{each.times:.2f} [{each.low:.2f}, {each.high:.2f}]",
+                ]
+                for name, each in found.items()
             ]
-            table = _table(["objective", "worth this many times the tokens"], rows)
-            return f"{title}`loss = a - b ln(tokens)`, a common `b`.\n\n{table}"
+            table = _table(["objective", "unique tokens", "worth this many times the tokens"], rows)
+            return f"{title}{_WORTH}\n\n{table}"
     return title + "**Missing**: this requires three sizes with three seeds each."
 
 

@@ -298,12 +298,16 @@ def test_the_worth_in_tokens_is_what_the_losses_were_made_of():
         for name in ("ntp", "meap") for tokens in (50, 100, 200) for seed in (1, 2, 3)
     ]  # fmt: skip
     found = worth(points, made_up(points, effect=-0.3 * math.log(2), noise=0.002))
-    assert found["ntp"].times == 1
+    assert found.keys() == {"meap"}
     assert found["meap"].low < found["meap"].times < found["meap"].high
     assert found["meap"].times == pytest.approx(2, rel=0.05)
+    assert found["meap"].sizes == (50, 100, 200)
     assert worth([point for point in points if point.tokens < 200], made_up(points)) == {}
-    more = [Point("tiny", 50, 1, name, 1.0, 0.0, seed) for name, seed in (("mir", 1), ("ntp", 4), ("meap", 4))]
-    assert worth([*points, *more], made_up([*points, *more])).keys() == {"ntp", "meap"}  # of what is everywhere
+    one_size = [Point("tiny", 50, 1, name, 1.0, 0.0, seed) for name in ("ntp", "meap", "mir") for seed in (1, 2, 3, 4)]
+    more = [Point("tiny", 400, 1, "ntp", 1.0, 0.0, seed) for seed in (1, 2, 3)]
+    every = {*points, *one_size, *more}  # of each objective, what it shares with the baseline
+    assert worth(every, made_up(sorted(every)))["meap"].sizes == (50, 100, 200)
+    assert worth(every, made_up(sorted(every))).keys() == {"meap"}
 
 
 def test_the_page_says_what_is_found_and_what_is_missing(grid, tmp_path):
@@ -318,6 +322,7 @@ def test_the_page_says_what_is_found_and_what_is_missing(grid, tmp_path):
     text = page.read_text()
     assert "- comparison: 9 of 18 runs" in text
     assert "**better**" in text
+    assert "sizes.svg" not in text
     picture = page.with_suffix("") / "grid-2-losses.svg"
     drawn = picture.read_bytes()
     write_page([Written(grid, results, {}, source)], page)
@@ -325,6 +330,9 @@ def test_the_page_says_what_is_found_and_what_is_missing(grid, tmp_path):
     alone = {point: each for point, each in results.items() if point.objective == "ntp" or point in tuning.points()}
     write_page([Written(grid, {**alone, replace(points[1]): results[points[1]]}, {}, source)], page)
     assert "one seed" in page.read_text()
+    write_page([Written(grid, results | made_up(points, effect=-0.1, noise=0.001), {}, source)], page)
+    assert "](results/sizes.svg)" in page.read_text()
+    assert (page.with_suffix("") / "sizes.svg").stat().st_size > 5000
 
 
 def test_the_command_runs_repeats_lists_and_writes_up(tmp_path, grid, monkeypatch, capsys):
