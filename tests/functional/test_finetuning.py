@@ -259,7 +259,7 @@ def test_bad_lines_are_skipped_and_counted(prepared, flags: list[str], capsys) -
         ("--meap-sft-template llama-9", "--meap-sft-template llama-9: no such template; use alpaca"),
         ("--train-data-path /nonexistent.jsonl", "--train-data-path /nonexistent.jsonl: nothing there"),
         ("--train-data-path 0.5 /nonexistent.jsonl", "--train-data-path 0.5: weights are not supported"),
-        ("--data-path x.jsonl", "Megatron refuses these flags: A single data source must be provided"),
+        ("--data-path x.jsonl", "--train-data-path: not possible with --data-path, which stands for all data"),
         ("--mock-data", "--mock-data: not possible with --meap-sft"),
         ("--fim-data", "--fim-data: not possible"),
         ("--dataloader-type cyclic", "--dataloader-type: not possible with --meap-sft"),
