@@ -112,8 +112,8 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """The conclusion by the study's rules."""
-        if len(self.seeds) < 2:
-            return "one seed"
+        if len(self.seeds) < FEWEST:
+            return "too few seeds"
         effect, none = self.margins
         if self.p_value < LEVEL and abs(self.difference) >= effect:
             return "better" if self.difference < 0 else "worse"

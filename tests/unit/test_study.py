@@ -206,7 +206,7 @@ def test_what_copying_saves_is_measured_where_passages_are_planted(tmp_path, mon
     write_page([Written(replace(grid, stages=grid.stages[:1]), results, {}, Path())], Path("page.md"))
     page = Path("page.md").read_text()
     assert "| `ntp` | 9 | 1 of 1 | 4 | - | - | baseline | 16.00 | 9.86 |" in page
-    assert "| `meap` | 9 | 1 of 1 | 8 | +0.693 | 1.000 | **one seed** | 8.00, -8.000 | 9.86, +0.000 |" in page
+    assert "| `meap` | 9 | 1 of 1 | 8 | +0.693 | 1.000 | **too few seeds** | 8.00, -8.000 | 9.86, +0.000 |" in page
     text = np.memmap("runs/data/train-t64-s9.bin", np.uint16).reshape(-1, 8)
     assert len(text) == 64 // 8
     bytes_ = [row[(row >= 4) & (row < 12)] for row in text]  # a passage of three, twice
@@ -268,6 +268,7 @@ def test_a_known_effect_is_found_and_none_is_called_none(effect, noise, verdict)
     base, meap = compare(points, made_up(points, effect, noise))
     assert base.difference == 0
     assert meap.verdict == verdict
+    assert replace(meap, seeds=meap.seeds[:2]).verdict == "too few seeds"
     assert meap.low <= meap.difference <= meap.high
     assert meap.difference == pytest.approx(effect, abs=3 * noise + 1e-9)
 
@@ -329,7 +330,7 @@ def test_the_page_says_what_is_found_and_what_is_missing(grid, tmp_path):
     assert picture.read_bytes() == drawn  # the same results give the same files
     alone = {point: each for point, each in results.items() if point.objective == "ntp" or point in tuning.points()}
     write_page([Written(grid, {**alone, replace(points[1]): results[points[1]]}, {}, source)], page)
-    assert "one seed" in page.read_text()
+    assert "too few seeds" in page.read_text()
     write_page([Written(grid, results | made_up(points, effect=-0.1, noise=0.001), {}, source)], page)
     assert "](results/sizes.svg)" in page.read_text()
     assert (page.with_suffix("") / "sizes.svg").stat().st_size > 5000
