@@ -74,9 +74,9 @@ def measure(size: str, flags: list[str]) -> dict[str, Any]:
     """Results of a run that saves and of one that resumes from it."""
     with tempfile.TemporaryDirectory() as folder:
         told = [Path(folder) / name for name in ("saved.json", "loaded.json")]
-        command = [sys.executable, __file__, *SIZES[size].split(), *FLAGS.split(), *flags]
+        command = [sys.executable, __file__, *SIZES[size].split(), *FLAGS.split()]
         command += ["--load", f"{folder}/checkpoints"]
-        for file, more in zip(told, (["--save", f"{folder}/checkpoints"], RESUMED), strict=True):
+        for file, more in zip(told, (["--save", f"{folder}/checkpoints", *flags], RESUMED), strict=True):
             environment = os.environ | {"CHECKPOINT_TOLD": str(file), "MEAP_DEVICE": "cpu", "MEAP_CPU_THREADS": "1"}
             done = subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
             if done.returncode:
