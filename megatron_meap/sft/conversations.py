@@ -1,6 +1,7 @@
 """Conversations from files (JSON lines, one JSON list or Parquet), checked and brought into one form."""
 
 import io
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,12 +48,26 @@ def read_conversations(path: str, bad: Callable[[UsageError], None]) -> Iterator
     """
     for place, content in _records(path):
         try:
-            record = orjson.loads(content) if isinstance(content, bytes) else content
+            record = _parsed(content) if isinstance(content, bytes) else content
             yield Conversation(parse(record), place, tools_of(record), frozenset(unused(record)))
         except orjson.JSONDecodeError as error:
             bad(UsageError(f"{place}: not JSON: {error}; {FIX_OR_SKIP}"))
         except BadConversation as error:
             bad(UsageError(f"{place}: {error}; {FIX_OR_SKIP}"))
+
+
+def _parsed(written: bytes) -> Any:
+    """JSON in which no object has a key twice: parsers silently take the last one."""
+    record = orjson.loads(written)
+    json.loads(written, object_pairs_hook=_each_once, parse_int=str, parse_float=str)
+    return record
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> None:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadConversation(f"the key {twice!r} occurs twice in an object")
 
 
 def _records(path: str) -> Iterator[tuple[str, Any]]:
@@ -69,12 +84,14 @@ def _records(path: str) -> Iterator[tuple[str, Any]]:
             if not first.startswith(b"["):
                 refuse_printed(path, first)
             else:
-                entries = orjson.loads(stream.read().removeprefix(BYTE_ORDER_MARK))
+                entries = _parsed(stream.read().removeprefix(BYTE_ORDER_MARK))
                 yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(entries, 1))
                 return
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     yield f"{path}, line {number}", line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+    except BadConversation as error:
+        raise UsageError(f"{path}: {error}; give each key once") from error
     except orjson.JSONDecodeError as error:
         raise UsageError(f"{path}: begins like a JSON list, but is not one: {error}") from error
     except OSError as error:

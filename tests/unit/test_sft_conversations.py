@@ -202,6 +202,22 @@ def test_bad_lines_are_named_and_passed_over(tmp_path: Path) -> None:
     assert "not JSON" in str(bad[1])
 
 
+@pytest.mark.parametrize("inside", ["", '"role": "system", '])
+def test_a_key_that_occurs_twice_is_named(tmp_path: Path, inside: str) -> None:
+    """Parsers take the last one, so that a conversation, or a part of one, would be lost without a word."""
+    good = json.dumps({"messages": [USER, ASSISTANT]})
+    twice = good.replace('"role": "user"', inside + '"role": "user"') if inside else f"{good[:-1]}, {good[1:]}"
+    path, bad = tmp_path / "data.jsonl", list[UsageError]()
+    path.write_text(f"{good}\n{twice}\n" + "[" * 1000 + "]" * 1000 + f'\n{{"n": {"9" * 5000}}}\n')
+    assert len(list(read_conversations(str(path), bad.append))) == 1
+    assert "line 2: the key" in str(bad[0])
+    assert "occurs twice" in str(bad[0])
+    assert len(bad) == 3
+    path.write_text(f"[{twice}]")
+    with pytest.raises(UsageError, match=r"data.jsonl: the key '\w+' occurs twice in an object; give each key once"):
+        list(read_conversations(str(path), bad.append))
+
+
 def test_json_lists_and_compressed_files(tmp_path: Path) -> None:
     records = [{"instruction": "i", "output": "a"}, {"instruction": "i"}]
     plain, packed = tmp_path / "alpaca.json", tmp_path / "alpaca.json.gz"
