@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py                  # the quickstart's model, and one with checkpoints of 1 GB
     python benchmarks/checkpoint.py --sizes small --rounds 2
 
-Every run is `pretrain_gpt_meap.py` on one process, which saves three times, with hashes, and is then resumed. A save
+Every run is `pretrain_gpt_meap.py` on one process, which saves five times, with hashes, and is then resumed. A save
 begins some steps after the one before it is complete, so none waits for another. Runs that save in the foreground
 alternate with runs with `--async-save`.
 
@@ -47,7 +47,7 @@ FLAGS = (
     "--global-batch-size 1 --lr 1e-4 --log-interval 1 --eval-iters 0 --meap-mask-ratio 0.15 "
     "--train-iters 2000 --save-interval 2000"
 )
-SAVES, BETWEEN = 3, 4
+SAVES, BETWEEN = 5, 4
 """Saves of a run, and steps without one before each; then the run ends."""
 
 RESUMED = ["--exit-interval", "1"]

@@ -1,11 +1,10 @@
 """Figures of benchmarks, for `make bench`: medians with their spread, and the machine they come from."""
 
+import itertools
 import json
 import os
 import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -33,10 +32,11 @@ def record(what: str, values: list[float], unit: str) -> None:
     """Append a figure to the file that `make bench` names in $BENCH_RESULTS; without it do nothing."""
     if (file := os.environ.get("BENCH_RESULTS")) is None:
         return
-    command = f"benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()
     found = {"what": what, "median": statistics.median(values), "low": min(values), "high": max(values), "unit": unit}
     with open(file, "a") as results:
-        results.write(json.dumps(found | {"rounds": len(values), "command": command} | machine()) + "\n")
+        results.write(
+            json.dumps(found | {"rounds": len(values), "command": os.environ["BENCH_COMMAND"]} | machine()) + "\n"
+        )
 
 
 def machine() -> dict[str, Any]:
@@ -56,16 +56,24 @@ def machine() -> dict[str, Any]:
 
 
 def table(file: Path) -> str:
-    """The figures of a file as one Markdown table."""
+    """The figures of a file in Markdown: a table for each command."""
     found = [json.loads(line) for line in file.read_text().splitlines()]
     if not found:
         return "No figures: no benchmark came to its first one."
-    lines = ["| what | median | spread | rounds | command |", "|---|---|---|---|---|"]
-    for each in found:
-        middle, low, high = (f"{each[name]:.3g}" for name in ("median", "low", "high"))
-        command = f"`{each['command']}`"
-        lines.append(f"| {each['what']} | {middle} {each['unit']} | {low} to {high} | {each['rounds']} | {command} |")
+    lines = []
+    for command, figures in itertools.groupby(found, lambda each: each["command"]):
+        lines += [f"`{command}`", "", "| what | median | spread | rounds |", "|---|---|---|---|"]
+        for each in figures:
+            middle, low, high = (digits(each[name]) for name in ("median", "low", "high"))
+            spread = f"{low} to {high}" if each["rounds"] > 1 else ""
+            lines.append(f"| {each['what']} | {middle} {each['unit']} | {spread} | {each['rounds']} |")
+        lines.append("")
     places = sorted({f"{each['machine']}; {each['date']}; PyTorch {each['torch']}" for each in found})
     loads = [each["load"] for each in found]
     told = f"Load (jobs that want a core) while measuring: {min(loads)} to {max(loads)}."
-    return "\n".join([*lines, "", *places, told])
+    return "\n".join([*lines, *places, told])
+
+
+def digits(value: float) -> str:
+    """A figure to three digits, or to the unit where it has more."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,12 +83,11 @@ class Copies:
     Megatron lets a save wait in silence for the one before it: for as long as the saving process is writing that.
 
     Args:
-        save: Megatron's.
-        sparing: within it, Megatron makes no copies of its own for a save in the background.
+        save: Megatron's, or what wraps it.
     """
 
-    def __init__(self, save: Callable, sparing: Callable[[], AbstractContextManager] = nullcontext) -> None:
-        self.save, self.sparing = save, sparing
+    def __init__(self, save: Callable) -> None:
+        self.save = save
         self.memory: _Memory | None = None
         self.copier = ThreadPoolExecutor(1, "copies")
         self.copied: Future | None = None
@@ -100,8 +98,7 @@ class Copies:
         """Save, or begin to."""
         self._finish_the_one_before()
         self.folder = Path(folder)
-        with self.sparing() if kwargs.get("async_sharded_save") else nullcontext():
-            request = self.save(state, folder, *args, **kwargs)
+        request = self.save(state, folder, *args, **kwargs)
         if not isinstance(request, AsyncRequest) or request.async_fn is None:
             return request
         rank, buckets, results = request.async_fn_args

@@ -26,7 +26,7 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_meap.backend import description, device, left_out, megatron_patches, optimizer_step
-from megatron_meap.backend.sparing import without_clones
+from megatron_meap.backend.sparing import Sparing
 from megatron_meap.checkpoint import integrity, latest
 from megatron_meap.checkpoint.copies import Copies
 from megatron_meap.cluster import connections
@@ -79,7 +79,7 @@ def _run(output: Output, remarks: Callable[[Namespace], list[str]]) -> None:
     heartbeat = Heartbeat(args.save) if args.rank == 0 else None
     files = carried.collect(args) if args.rank == 0 and args.save else {}
     megatron_patches.save_checkpoints_by(
-        lambda save: integrity.recorded_by_all_ranks(carried.beside(Copies(save, without_clones), files))
+        lambda save: integrity.recorded_by_all_ranks(carried.beside(Copies(Sparing(save)), files))
     )
     if args.meap_keep_last is not None:
         megatron_patches.after_each_save(

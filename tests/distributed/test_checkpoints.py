@@ -269,7 +269,7 @@ def test_every_rank_hashes_what_it_wrote(corpus: Corpus, tmp_path: Path, monkeyp
     """And, at a start, its share of what is verified: rank 0 alone would keep the others waiting for minutes."""
     log = tmp_path / "log"
     monkeypatch.setenv("HASH_LOG", str(log))
-    flags = [*common(corpus, tmp_path), "--use-distributed-optimizer", "--train-iters", "3", "--save-interval", "2"]
+    flags = [*common(corpus, tmp_path), "--use-distributed-optimizer", "--train-iters", "4", "--save-interval", "1"]
     runs = {}
     for kind in ("sync", "async"):
         folder = str(tmp_path / kind)
@@ -282,7 +282,7 @@ def test_every_rank_hashes_what_it_wrote(corpus: Corpus, tmp_path: Path, monkeyp
         hashed.setdefault(Path(path), []).append((rank, process))
     for kind, saver in (("sync", "trainer"), ("async", "saver")):
         assert latest.damage(latest.directory(tmp_path / kind, 2)) is None
-        newest = latest.directory(tmp_path / kind, 3)
+        newest = latest.directory(tmp_path / kind, 4)
         files = [path for path in newest.rglob("*") if path.is_file() and path.name != "integrity.json"]
         verified = []
         for path in files:
@@ -293,3 +293,5 @@ def test_every_rank_hashes_what_it_wrote(corpus: Corpus, tmp_path: Path, monkeyp
             verified += read
         assert set(verified) == {("0", "trainer"), ("1", "trainer")}
         assert len([path for path in files if path.name.startswith("__1_")]) > 0
+    for iteration in (1, 4):  # the last one by a plan that was made for another
+        assert_same_tensors(*(latest.directory(tmp_path / kind, iteration) for kind in ("sync", "async")))

@@ -82,12 +82,13 @@ def test_what_fails_or_hangs_is_named_and_the_others_go_on(
 ) -> None:
     """Earlier figures count, and a benchmark that was ended leaves no scratch file."""
     monkeypatch.setenv("BENCH_RESULTS", str(tmp_path / "figure"))
+    monkeypatch.setenv("BENCH_COMMAND", "python benchmarks/hangs.py")
     importlib.import_module("results").record("start", [3.0, 1.0, 2.5], "s")
     records = f"open(os.environ['BENCH_RESULTS'], 'a').write(open({str(tmp_path / 'figure')!r}).read())"
     programs = {
         "hangs": f"{records}; tempfile.mkdtemp(); time.sleep(60)",
         "fails": "raise SystemExit(3)",
-        "works": f"{records}; assert sys.argv[1:] == ['--rounds', '1']",
+        "works": f"{records}; assert os.environ['BENCH_COMMAND'] == 'python benchmarks/works.py --rounds 1'",
     }
     for name, program in programs.items():
         (tmp_path / f"{name}.py").write_text(f"import os, sys, tempfile, time; {program}\n")
@@ -130,15 +131,16 @@ def test_a_figure_comes_with_its_spread_its_command_and_its_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     results = importlib.import_module("results")
-    monkeypatch.setattr(sys, "argv", ["/somewhere/startup.py", "--rounds", "3"])
     results.record("nobody asked", [1.0], "s")
     file = tmp_path / "bench.jsonl"
     monkeypatch.setenv("BENCH_RESULTS", str(file))
+    monkeypatch.setenv("BENCH_COMMAND", "python benchmarks/startup.py --rounds 3")
     results.record("start", [3.0, 1.0, 2.5], "s")
-    results.record("ratio", [0.5], "x")
+    results.record("memory", [1234.5], "MB")
     said = results.table(file)
-    assert "| start | 2.5 s | 1 to 3 | 3 | `benchmarks/startup.py --rounds 3` |" in said
-    assert "| ratio | 0.5 x | 0.5 to 0.5 | 1 |" in said
+    assert said.startswith("`python benchmarks/startup.py --rounds 3`\n")
+    assert "| start | 2.5 s | 1 to 3 | 3 |" in said
+    assert "| memory | 1,234 MB |  | 1 |" in said
     assert "nobody asked" not in said
     assert results.machine()["machine"] in said
     assert results.machine()["date"] in said

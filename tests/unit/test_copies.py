@@ -12,13 +12,9 @@ from megatron_meap.backend import device, helpers
 
 device.prepare()
 
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, PersistentAsyncCaller  # noqa: E402
 from megatron.training import async_utils  # noqa: E402
-from torch.distributed.checkpoint.metadata import MetadataIndex  # noqa: E402
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType  # noqa: E402
 
-from megatron_meap.backend.sparing import without_clones  # noqa: E402
 from megatron_meap.checkpoint.copies import Copies  # noqa: E402
 from megatron_meap.errors import UsageError  # noqa: E402
 
@@ -83,37 +79,6 @@ def test_a_save_says_that_it_waits_for_the_one_before(
     assert said[1].startswith("waited ")
     assert done == [True]
     assert saved == ["run/iter_0000002", "run/iter_0000004"]
-
-
-def test_parts_of_a_storage_are_not_cloned_while_the_training_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron does, for PyTorch writes whole storages; in the foreground it still has to."""
-    half = torch.arange(10.0).chunk(2)[1]
-    items = [WriteItem(MetadataIndex("half"), WriteItemType.TENSOR)]
-    plan = SavePlan(items, storage_data=SimpleNamespace(prefix="__0_"))
-    planner = SimpleNamespace(resolve_data=lambda item: half)
-    monkeypatch.setattr(filesystem_async, "get_write_results_queue", lambda: "queue")
-    monkeypatch.setattr(filesystem_async, "_split_by_size_and_type", lambda bins, items: [items])
-
-    def save(state: Any, folder: str, async_sharded_save: bool) -> AsyncRequest | None:
-        writer = filesystem_async.FileSystemWriterAsync(folder)
-        writer.prepare_write_data(plan, planner)
-        [(_, _, (_, [(_, tensor)]))] = writer.write_buckets
-        handed.append(tensor)
-        _, _, arguments = writer.get_save_function_and_args()
-        write = lambda rank, buckets, results: written.extend(buckets)  # noqa: E731
-        return AsyncRequest(write, arguments, [], {}, "stage") if async_sharded_save else None
-
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    handed: list[torch.Tensor] = []
-    written: list[Any] = []
-    copies = Copies(save, without_clones)
-    request = copies({}, "iter_0000002", async_sharded_save=True)
-    copies({}, "iter_0000004", async_sharded_save=False)
-    assert [each.data_ptr() == half.data_ptr() for each in handed] == [True, False]
-    request.async_fn(*request.async_fn_args)
-    [(_, _, (_, [(_, copy)]))] = written
-    assert torch.equal(copy, half)
-    assert copy.untyped_storage().nbytes() == half.nbytes
 
 
 CONTEXT = multiprocessing.get_context("fork")
