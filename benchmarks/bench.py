@@ -106,6 +106,7 @@ def run(command: list[str], limit: float, file: Path) -> str | None:
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as scratch:
         environment = os.environ | {"BENCH_RESULTS": str(file.resolve()), "TMPDIR": scratch}
         environment["BENCH_COMMAND"] = f"python benchmarks/{shlex.join(command)}"
+        environment["PYTHONWARNINGS"] = "ignore"  # Megatron's, of what is not installed
         environment["BENCH_UNTIL"] = str(time.time() + limit)
         process = subprocess.Popen(
             [sys.executable, HERE / command[0], *command[1:]], env=environment, start_new_session=True

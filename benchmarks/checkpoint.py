@@ -2,8 +2,9 @@
 
     python benchmarks/checkpoint.py                  # the quickstart's model, and one with checkpoints of 1 GB
     python benchmarks/checkpoint.py --sizes small --rounds 2
+    python benchmarks/checkpoint.py --processes 2    # data-parallel ranks with the distributed optimizer
 
-Every run is `pretrain_gpt_meap.py` on one process, which saves five times, with hashes, and is then resumed. A save
+Every run is `pretrain_gpt_meap.py`, which saves five times, with hashes, and is then resumed. A save
 begins some steps after the one before it is complete, so none waits for another. Runs that save in the foreground
 alternate with runs with `--async-save`.
 
@@ -14,7 +15,8 @@ alternate with runs with `--async-save`.
 - steps beside: the time of a step during a save in the background, relative to one without a save
 
 Wall time, medians; memory is the peak of the training process. The stalls are also given as parts of a step of the same
-run, in processor time of the training thread, which other jobs on the machine hardly change.
+run, in processor time of the training thread, which other jobs on the machine hardly change. Of several processes the
+times are those of rank 0.
 """
 
 import argparse
@@ -44,7 +46,7 @@ FLAGS = (
     "--seq-length 128 --max-position-embeddings 128 --position-embedding-type rope --swiglu --normalization RMSNorm "
     "--disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --bf16 "
     "--tokenizer-type NullTokenizer --vocab-size 8000 --mock-data --num-workers 0 --micro-batch-size 1 "
-    "--global-batch-size 1 --lr 1e-4 --log-interval 1 --eval-iters 0 --meap-mask-ratio 0.15 "
+    "--lr 1e-4 --log-interval 1 --eval-iters 0 --meap-mask-ratio 0.15 "
     "--train-iters 2000 --save-interval 2000"
 )
 SAVES, BETWEEN = 5, 4
@@ -59,6 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="(default: both)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each way (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="ranks (default: %(default)s)")
     args = parser.parse_args()
     from results import turns
 
@@ -66,15 +69,19 @@ def main() -> None:
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for _ in turns(args.rounds):
             for way, flags in WAYS.items():
-                found[way].append(measure(size, flags))
+                found[way].append(measure(size, flags, args.processes))
         print_table(size, found)
 
 
-def measure(size: str, flags: list[str]) -> dict[str, Any]:
+def measure(size: str, flags: list[str], processes: int) -> dict[str, Any]:
     """Results of a run that saves and of one that resumes from it."""
+    start, more_flags = [sys.executable], ["--global-batch-size", str(processes)]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        more_flags += ["--use-distributed-optimizer"]
     with tempfile.TemporaryDirectory() as folder:
         told = [Path(folder) / name for name in ("saved.json", "loaded.json")]
-        command = [sys.executable, __file__, *SIZES[size].split(), *FLAGS.split()]
+        command = [*start, __file__, *SIZES[size].split(), *FLAGS.split(), *more_flags]
         command += ["--load", f"{folder}/checkpoints"]
         for file, more in zip(told, (["--save", f"{folder}/checkpoints", *flags], RESUMED), strict=True):
             environment = os.environ | {"CHECKPOINT_TOLD": str(file), "MEAP_DEVICE": "cpu", "MEAP_CPU_THREADS": "1"}
@@ -126,6 +133,7 @@ class Watch:
     def save_now_and_then(self) -> None:
         """After a step: decide whether to save, and whether to end with that save."""
         from megatron.training import get_args
+        from torch.distributed import broadcast_object_list
 
         args = get_args()
         if not args.save:
@@ -133,7 +141,9 @@ class Watch:
         self.see_completion()
         saves = self.spans["save"]
         self.quiet += 1 if not saves or any(each > saves[-1][0] for each in self.complete) else 0
-        due = self.quiet > BETWEEN
+        decided = [self.quiet > BETWEEN]
+        broadcast_object_list(decided, 0)  # the ranks see the file change at different steps
+        [due] = decided
         self.quiet *= not due
         args.save_interval = 1 if due else None
         args.exit_interval = 1 if due and len(saves) == SAVES - 1 else None
@@ -221,7 +231,8 @@ def rank() -> None:
     try:
         watch.pretrain(watched.mark)
     finally:
-        Path(os.environ["CHECKPOINT_TOLD"]).write_text(json.dumps(watched.told()))
+        if watch.is_first_rank():
+            Path(os.environ["CHECKPOINT_TOLD"]).write_text(json.dumps(watched.told()))
 
 
 if __name__ == "__main__":
