@@ -33,18 +33,22 @@ class Sparing:
 
     def __call__(self, state: Any, folder: Any, strategy: Any, **kwargs: Any) -> Any:
         """Save, or begin to."""
-        if not kwargs.get("async_sharded_save"):
+        # Told to keep its plan, nvidia-resiliency-ext ("nvrx") keeps the addresses of a GPU's tensors too: version 0.6.0
+        # writes what is there, also when what is saved was put together anew and lies elsewhere.
+        if not kwargs.get("async_sharded_save") or kwargs.get("async_strategy") != "mcore":
             return self.save(state, folder, strategy, **kwargs)
         apply_factories(state)
         structure = _structure(state)
         same = _on_all_ranks(structure == self.structure)
         if not same:
-            self.structure, self.strategy = structure, _keeping_its_plan(strategy)
+            self.structure, self.strategy = None, _keeping_its_plan(strategy)
         with ExitStack() as spared:
             spared.enter_context(_without_clones())
             if same:
                 spared.enter_context(_without_checks_of_shards())
-            return self.save(state, folder, self.strategy, **kwargs)
+            request = self.save(state, folder, self.strategy, **kwargs)
+        self.structure = structure  # only now: what Megatron refuses it must refuse again
+        return request
 
 
 def _structure(state: Any) -> list[tuple[type, dict]]:

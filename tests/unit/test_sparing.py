@@ -128,10 +128,27 @@ def test_parts_that_do_not_cover_a_tensor_are_still_refused(strategy: Any, tmp_p
     save = Sparing(dist_checkpointing.save)
     for number in range(3):
         saved(save, strategy, state(), tmp_path / str(number))
-    what = state()
-    what["model"]["weight"] = ShardedTensor.from_rank_offsets("weight", torch.randn(3, 4), (0, 0, 2))
-    with pytest.raises(validation.CheckpointingException, match="weight"):
-        saved(save, strategy, what, tmp_path / "3")
+    for number in (3, 4):  # the second time too
+        what = state()
+        what["model"]["weight"] = ShardedTensor.from_rank_offsets("weight", torch.randn(3, 4), (0, 0, 2))
+        with pytest.raises(validation.CheckpointingException, match="weight"):
+            saved(save, strategy, what, tmp_path / str(number))
+
+
+@pytest.mark.parametrize("way", [{}, {"async_sharded_save": True, "async_strategy": "nvrx"}])
+def test_other_ways_to_save_are_left_alone(way: dict[str, Any], strategy: Any, tmp_path: Path) -> None:
+    """A save in the foreground, and nvidia-resiliency-ext's, for which a plan that is kept means stale tensors."""
+    given = []
+
+    def save(_: State, folder: str, strategy: Any, **kwargs: Any) -> None:
+        given.append((strategy, kwargs))
+
+    sparing = Sparing(save)
+    for _ in range(3):
+        sparing(state(), str(tmp_path), strategy, **way)
+    assert given == [(strategy, way)] * 3
+    base = getattr(strategy, "base_strategy", strategy)
+    assert not base.use_cached_ckpt_structure
 
 
 def test_parts_of_a_storage_are_not_cloned_while_the_training_waits(strategy: Any, tmp_path: Path) -> None:
