@@ -33,8 +33,8 @@ class Sparing:
 
     def __call__(self, state: Any, folder: Any, strategy: Any, **kwargs: Any) -> Any:
         """Save, or begin to."""
-        # nvidia-resiliency-ext ("nvrx"), told to keep its plan, keeps where a GPU's tensors were too: version 0.6.0 writes
-        # what is there now, also of a tensor that was put together for this save, elsewhere.
+        # Told to keep its plan, nvidia-resiliency-ext ("nvrx") keeps where a GPU's tensors were, too: version 0.6.0
+        # writes what is there now, also of a tensor that was put together for this save, elsewhere.
         if not kwargs.get("async_sharded_save") or kwargs.get("async_strategy") != "mcore":
             return self.save(state, folder, strategy, **kwargs)
         apply_factories(state)
