@@ -7,16 +7,22 @@ import torch
 
 
 def over_steps_that_have_it(log: Callable) -> Callable:
-    """Megatron's `training_log`, which averages each loss of an interval over the steps that have it.
+    """Megatron's `training_log`, which averages each loss of an interval over the steps of that interval that have it.
 
     Megatron averages over all steps, and if a loss is over no token in one of them (a NaN), it is not logged for the
     whole interval. (This does not concern `lm loss`, where a NaN is an error.) If all steps are skipped, it logs zeros.
+    The line of the first step after a start ends no interval for Megatron: where one ends there (`--log-interval 1`),
+    the next line would be an average over both.
     """
+    from megatron.training import training
+
     steps = "advanced iterations"
     found: dict[str, list[Any]] = {}
 
     def log_what_there_is(losses: dict[str, Any], totals: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        skipped, done = args[4], totals.get(steps, 0)
+        iteration, skipped, done = args[1], args[4], totals.get(steps, 0)
+        if kwargs.get("is_first_iteration") and iteration % training.get_args().log_interval == 0:
+            kwargs["is_first_iteration"] = False
         if not done:
             found.clear()  # an interval begins
         if skipped and not done:

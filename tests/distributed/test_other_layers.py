@@ -38,5 +38,5 @@ def test_each_kind_of_layers_resumes_the_other(corpus: Corpus, tmp_path: Path) -
     for name in runs:
         again = done[f"{name}-resumed"]
         assert "layers resume it" in again.output
-        for step in (5, 7, 8):  # Megatron's second line after a start is the mean of two steps
+        for step in (5, 6, 7, 8):
             assert again.steps[step]["lm loss"] == pytest.approx(done[name].steps[step]["lm loss"], abs=5e-4), name

@@ -311,17 +311,22 @@ def test_a_loss_over_no_token_in_one_step_is_not_logged_for_its_interval(monkeyp
     monkeypatch.setattr(training, "one_logger_utils", mock.MagicMock())
     monkeypatch.setattr(training, "report_memory", lambda _: None)
 
-    def logged(log: Callable, values: list[list[float]], skipped: Collection[int] = ()) -> list[dict[str, str]]:
+    def logged(
+        log: Callable, values: list[list[float]], skipped: Collection[int] = (), begins: int | None = None
+    ) -> list[dict[str, str]]:
         totals: dict[str, Any] = {}
         for step, (whole, part) in enumerate(values, 1):
             losses = {"lm loss": torch.tensor(whole), "part": torch.tensor(part)}
-            log(losses, totals, 1e-3, step, 1.0, False, int(step in skipped), 1.0, None, None, None)
+            first = {"is_first_iteration": step == begins}
+            log(losses, totals, 1e-3, step, 1.0, False, int(step in skipped), 1.0, None, None, None, **first)
         lines, said[:] = list(said), []
         return [dict(re.findall(r" (lm loss|part): (\S+) \|", line)) for line in lines]
 
     none = float("nan")
     values = [[1.0, 1.0], [2.0, none], [3.0, 3.0], [4.0, 5.0]]
     assert logged(original_of(training, "training_log"), values) == [{"lm loss": "2.500000E+00"}]
+    begun = logged(original_of(training, "training_log"), [*values, *([9.0, 9.0] for _ in values)], begins=4)
+    assert begun[1]["lm loss"] == "5.750000E+00"  # of all eight
     zeros = {"lm loss": "0.000000E+00", "part": "0.000000E+00"}
     assert logged(original_of(training, "training_log"), values * 2, skipped=range(5, 9))[1] == zeros
     whole = {"lm loss": "2.500000E+00"}
@@ -331,5 +336,8 @@ def test_a_loss_over_no_token_in_one_step_is_not_logged_for_its_interval(monkeyp
         {"lm loss": "2.000000E+00"}, whole | {"part": "3.000000E+00"},
     ]  # fmt: skip
     assert logged(training.training_log, values * 2, skipped=range(5, 9))[1] == {}
+    both = {begins: logged(training.training_log, values * 2, begins=begins) for begins in (3, 4)}
+    assert [line["lm loss"] for line in both[3]] == ["2.000000E+00", "2.500000E+00", "2.500000E+00"]
+    assert [line["lm loss"] for line in both[4]] == ["2.500000E+00", "2.500000E+00"]
     bad = [[none, none], *values[1:]]
     assert logged(training.training_log, bad) == [{"part": "4.000000E+00"}]
