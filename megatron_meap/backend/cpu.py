@@ -342,6 +342,7 @@ def unsupported(args: Any) -> list[tuple[str, str]]:
             for name in ("log_straggler", "log_device_memory_used", "log_energy", "record_memory_history")
         ),
         ("--flight-recorder-dump-path", args.flight_recorder_dump_path, "it records NCCL's operations"),
+        ("--async-strategy nvrx", args.async_strategy == "nvrx", "its process that saves counts GPUs"),
         ("--use-nccl-ub", args.nccl_ub, "only gloo communicates between CPU processes"),
         ("--fp16", args.fp16, "half precision is not supported there; use --bf16 or --fp32"),
     ]

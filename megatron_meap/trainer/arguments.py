@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser, command_line: list[str] | Non
         create_attention_mask_in_dataloader=False,  # attention is causal without it
         verify_integrity=True,  # torn and corrupted checkpoints are detected
         dist_ckpt_strictness="log_unexpected",  # checkpoints of the local layers load into Transformer Engine's
-        async_strategy="nvrx" if importlib.util.find_spec("nvidia_resiliency_ext") else "mcore",
+        async_strategy="nvrx" if not device.is_cpu() and importlib.util.find_spec("nvidia_resiliency_ext") else "mcore",
         **_local_defaults(command_line),
     )
     return parser

@@ -93,6 +93,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--result-rejected-tracker-filename absent/file", "absent/file: its directory is not there"),
         ("--profile --use-pytorch-profiler", "--use-pytorch-profiler: writes beside --tensorboard-dir"),
         ("--record-memory-history", "--record-memory-history: cannot work on a CPU"),
+        ("--async-strategy nvrx", "--async-strategy nvrx: cannot work on a CPU"),
         ("--external-cuda-graph", "--external-cuda-graph: cannot work on a CPU"),
         ("--lazy-mpu-init", "--lazy-mpu-init: this trainer makes"),
         ("--rerun-mode report_stats", "--rerun-mode report_stats: megatron-core 0.19 fails"),

@@ -1,6 +1,7 @@
 """Flags that would change nothing are refused, with a hint at what gives them an effect."""
 
 import argparse
+import importlib.util
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +19,13 @@ from tests import combinations
 @pytest.fixture(scope="module")
 def parser() -> argparse.ArgumentParser:
     return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), [])
+
+
+def test_a_cpu_saves_in_megatrons_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nvidia-resiliency-ext is installed, whose own fails without a GPU while the training waits for it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)), [])
+    assert parser.get_default("async_strategy") == "mcore"
 
 
 def parse(parser: argparse.ArgumentParser, flags: list[str]) -> argparse.Namespace:
