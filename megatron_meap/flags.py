@@ -152,6 +152,8 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     if unknown == message:
         raise UsageError(message.removeprefix("argument "))
     flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("-")]
+    if "--" in sys.argv:
+        raise UsageError("--: the words after it would belong to no flag; drop it")
     if not flags:
         raise UsageError(f"{unknown}: does not belong to any flag; quote a value that contains spaces")
     raise UsageError("; ".join(f"{name}: no such flag{_similar(name, parser)}" for name in flags))

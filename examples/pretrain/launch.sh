@@ -130,7 +130,6 @@ launch() {
   fi
   if [ -z "$NUMA_BINDING" ] && _binds_to_numa; then NUMA_BINDING=node; fi
   case $NUMA_BINDING in '' | none) ;; *) nodes+=(--numa-binding "$NUMA_BINDING") ;; esac
-  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron overlaps communication so
   # SIGUSR1 and SIGTERM reach the ranks, which save and leave with status 75; they have ten minutes for it.
   exec torchrun "${nodes[@]}" --nproc_per_node "$GPUS_PER_NODE" \
     --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 600 "$ROOT/pretrain_gpt_meap.py" "$@"

@@ -274,7 +274,6 @@ def _switch_off_what_needs_an_accelerator() -> None:
     deferred.do_without_compiler()
     torch.accelerator.is_available = lambda: False  # DataLoader asks before it pins memory
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # required by Megatron for tensor parallelism
 
 
 def adapt_megatron() -> None:
@@ -343,6 +342,8 @@ def unsupported(args: Any) -> list[tuple[str, str]]:
         ),
         ("--flight-recorder-dump-path", args.flight_recorder_dump_path, "it records NCCL's operations"),
         ("--async-strategy nvrx", args.async_strategy == "nvrx", "its process that saves counts GPUs"),
+        ("--use-megatron-fsdp", args.use_megatron_fsdp, "its buffers and streams are CUDA's"),
+        ("--use-torch-fsdp2", args.use_torch_fsdp2, "it asks for the index of a CUDA device"),
         ("--use-nccl-ub", args.nccl_ub, "only gloo communicates between CPU processes"),
         ("--fp16", args.fp16, "half precision is not supported there; use --bf16 or --fp32"),
     ]

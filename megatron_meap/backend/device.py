@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 
 import torch
 
@@ -24,6 +25,7 @@ def prepare() -> bool:
         UsageError: `MEAP_DEVICE=cuda`, as set by the recipes, but PyTorch cannot use a GPU.
     """
     megatron_patches.silence_known_warnings()
+    _limit_connections()
     choice = _choice()
     if choice == "cuda" and (problem := gpu_problem()):
         raise UsageError(f"MEAP_DEVICE=cuda: on {socket.gethostname()} {problem}; MEAP_DEVICE=cpu trains on the CPU")
@@ -44,12 +46,22 @@ def prepare_to_look(here: bool = False) -> None:
     """
     global _plans_for_gpu
     megatron_patches.silence_known_warnings()
+    _limit_connections()
     choice = _choice()
     _plans_for_gpu = choice == "cuda" or (choice == "auto" and (not here or torch.cuda.is_available()))
     from megatron_meap.backend import cpu
 
     cpu.install()
     deferred.import_megatron()
+
+
+def _limit_connections() -> None:
+    """Give CUDA, before it starts, the one queue that Megatron demands for tensor parallelism, and forbids with FSDP.
+
+    A value that is set already stays.
+    """
+    if {"--use-megatron-fsdp", "--use-torch-fsdp2"}.isdisjoint(sys.argv):
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _choice() -> str:

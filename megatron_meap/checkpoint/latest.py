@@ -137,7 +137,18 @@ def damage(path: Path, hash_files: HashFiles | None = None) -> str | None:
     if any(path.glob("mp_rank_*")):  # the legacy format, which records nothing
         return None
     missing = [name for name in ("metadata.json", ".metadata") if not (path / name).exists()]
-    return f"{missing[0]} is missing" if missing else None
+    return f"{missing[0]} is missing" if missing and not is_from_fsdp(path) else None
+
+
+def is_from_fsdp(path: Path) -> bool:
+    """Whether a checkpoint is in PyTorch's own format, as runs of FSDP save: without Megatron's `metadata.json`."""
+    if (path / "metadata.json").exists() or not (path / ".metadata").exists():
+        return False
+    from torch.distributed.checkpoint import FileSystemReader
+
+    with contextlib.suppress(Exception):  # unpickling a damaged file can raise almost anything
+        return "args" in FileSystemReader(path).read_metadata().state_dict_metadata
+    return False
 
 
 def choose(folder: Path, step: int | None, refuse_damaged: bool, hash_files: HashFiles | None = None) -> Choice | None:

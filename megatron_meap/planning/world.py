@@ -6,7 +6,7 @@ import io
 from argparse import Namespace
 from collections.abc import Iterator
 
-from megatron.core import mpu
+from megatron.core import mpu, parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron.training import initialize
 from torch import distributed
@@ -33,7 +33,13 @@ def pretended(args: Namespace, stage: int = 0) -> Iterator[None]:
     if device.plans_for_gpu():
         alone.pipeline_model_parallel_comm_backend = None  # may not be available here
     try:
-        with replaced(initialize, "get_args", lambda: alone), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            replaced(initialize, "get_args", lambda: alone),
+            replaced(
+                parallel_state, "get_nccl_options", lambda *_: None
+            ),  # those of high-priority streams, for example
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             initialize._initialize_distributed(None, None, None)
         initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)  # draws nothing, so keeps no state
         yield

@@ -30,16 +30,13 @@ _MESSAGE = re.compile(r"Unexpected result .*message='(.*)'")
 
 
 def check(args: Namespace) -> None:
-    """Refuse a mode that Megatron's parser takes and its trainer does not know, and steps that there are not.
+    """Refuse a mode that Megatron's parser takes and its trainer does not know.
 
     Raises:
         UsageError: names the flag.
     """
     if args.rerun_mode not in list(RerunMode):
         raise UsageError(f"--rerun-mode {args.rerun_mode}: megatron-core 0.19 fails; use disabled or validate_results")
-    last = args.train_iters or sys.maxsize  # unknown as yet where the length is given in samples
-    if wrong := [step for step in args.iterations_to_skip if not 1 <= step <= last]:
-        raise UsageError(f"--iterations-to-skip {wrong[0]}: the run has steps 1 to {last}")
 
 
 def refuse(loss: torch.Tensor) -> None:

@@ -39,6 +39,9 @@ def settle(args: Namespace) -> None:
         _check_schedule(args, ranks)
     elif args.global_batch_size is not None and args.global_batch_size % (args.micro_batch_size * ranks):
         _settle_constant(args, ranks)
+    steps = sum(phase.steps for phase in phases(args, ranks))
+    if wrong := [step for step in args.iterations_to_skip if steps and not 1 <= step <= steps]:
+        raise UsageError(f"--iterations-to-skip {wrong[0]}: the run has steps 1 to {steps}")
 
 
 def _settle_constant(args: Namespace, ranks: int) -> None:
@@ -89,17 +92,20 @@ def _check_schedule(args: Namespace, ranks: int) -> None:
         )
 
 
-def phases(args: Namespace) -> list[Phase]:
+def phases(args: Namespace, ranks: int | None = None) -> list[Phase]:
     """The steps of a whole run in order, grouped by batch size.
 
     Args:
         args: validated by Megatron, with `train_iters` or `train_samples`.
+        ranks: data-parallel ones, where they are not validated.
     """
-    together = args.micro_batch_size * args.data_parallel_size
+    ranks = ranks or args.data_parallel_size
+    together = args.micro_batch_size * ranks
     if args.step_batch_size_schedule is not None:
-        return _phases(_calculator(args, args.data_parallel_size).schedule, args.train_samples, together)
-    steps = args.train_samples // args.global_batch_size if args.train_samples else args.train_iters or 0
-    return [Phase(steps, args.global_batch_size, args.global_batch_size // together)]
+        return _phases(_calculator(args, ranks).schedule, args.train_samples, together)
+    size = args.global_batch_size or together  # Megatron's default
+    steps = args.train_samples // size if args.train_samples else args.train_iters or 0
+    return [Phase(steps, size, size // together)]
 
 
 def check_phases(args: Namespace) -> None:

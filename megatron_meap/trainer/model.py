@@ -1,5 +1,6 @@
 """The model that Megatron builds: its configuration, for training, planning and conversion alike."""
 
+import contextlib
 import copy
 from argparse import Namespace
 from typing import Any
@@ -14,6 +15,7 @@ from megatron.training.argument_utils import (
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import core_transformer_config_from_args
+from megatron.training.training import get_megatron_ddp_config, get_megatron_optimizer_config
 
 from megatron_meap.backend import device
 from megatron_meap.backend.hybrid import local_stack_spec
@@ -60,10 +62,14 @@ def check(args: Namespace) -> None:
         )
     if args.spec is not None:
         _check_spec(args.spec)
-    if device.plans_for_gpu():
-        return  # Transformer Engine, for example, may be installed there; `planning` builds with what is installed here
     with explained(args):
-        pretrain_cfg_container_from_args(copy.copy(args), model_config(copy.copy(args)))
+        if not device.plans_for_gpu():
+            pretrain_cfg_container_from_args(copy.copy(args), model_config(copy.copy(args)))
+            return
+        # What is installed there is unknown, and so no error here; `planning` builds with what is installed here.
+        get_megatron_ddp_config(args)
+        with contextlib.suppress(RuntimeError):  # no Transformer Engine
+            get_megatron_optimizer_config(args)
 
 
 def _check_spec(words: list[str]) -> None:

@@ -37,6 +37,8 @@ def check(args: Namespace) -> None:
             f"--use-distributed-optimizer: Megatron shares out the state of {asked} in bf16 training only; drop it, or "
             "train with --bf16"
         )
+    if args.use_layer_wise_distributed_optimizer:
+        _check_layer_wise(args)
     if args.optimizer not in _FAMILY:
         return
     known = [name for name in emerging_optimizers.get_supported_coefficient_types() if name != "custom"]
@@ -45,6 +47,27 @@ def check(args: Namespace) -> None:
         (kind not in known, f"--muon-coefficient-type {kind}: none of {', '.join(known)}"),
         (steps < 1, f"--muon-num-ns-steps {steps}: must be at least 1"),
         (low, "--muon-fp32-matmul-prec low: PyTorch has no such precision and would take its own; use medium"),
+    )
+
+
+def _check_layer_wise(args: Namespace) -> None:
+    """Refuse what Megatron asserts when it builds an optimizer whose whole matrices are shared out over ranks."""
+    asked, biases = f"with --optimizer {args.optimizer} and --use-distributed-optimizer", args.add_bias_linear
+    apart = args.expert_model_parallel_size > 1 and biases and args.use_layer_wise_param_layout
+    refuse(
+        (
+            args.num_distributed_optimizer_instances > 1,
+            f"--num-distributed-optimizer-instances: not possible {asked}; drop it",
+        ),
+        (
+            args.overlap_param_gather_with_optimizer_step,
+            f"--overlap-param-gather-with-optimizer-step: not possible {asked}; drop it",
+        ),
+        (
+            apart,
+            f"--expert-model-parallel-size: {asked}, Megatron cannot share out the biases of experts; add "
+            "--disable-bias-linear or --no-use-layer-wise-param-layout",
+        ),
     )
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from megatron.core.safe_globals import register_safe_globals
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_meap.checkpoint import latest, model_arguments
 from megatron_meap.errors import UsageError, refuse, refusing
@@ -117,8 +119,13 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
     """
     from megatron.core import dist_checkpointing
 
-    is_old = not dist_checkpointing.check_is_distributed_checkpoint(str(path))
-    state = _state_in_old_format(flag, path) if is_old else dist_checkpointing.load_common_state_dict(str(path))
+    is_old = any(path.glob("mp_rank_*"))
+    if latest.is_from_fsdp(path):
+        state = _state_from_fsdp(flag, path, args)
+    elif is_old:
+        state = _state_in_old_format(flag, path)
+    else:
+        state = dist_checkpointing.load_common_state_dict(str(path))
     saved = state.get("args")
     if saved is None:
         return []
@@ -157,7 +164,12 @@ def _refuse_another_place_in_the_data(path: Path, saved: Namespace, args: Namesp
     if place is None:
         return
     flag, batch = f"--override-ckpt-iteration {place}", getattr(saved, "global_batch_size", args.global_batch_size)
+    grows = args.step_batch_size_schedule or getattr(saved, "step_batch_size_schedule", None)
     refuse(
+        (
+            grows,
+            f"{flag}: Megatron would count samples in steps of one size; not possible with --step-batch-size-schedule",
+        ),
         (not 0 <= place <= steps, f"{flag}: this run has {steps:,} steps; give one from 0 to {steps}"),
         (
             batch != args.global_batch_size,
@@ -175,6 +187,20 @@ def _state_in_old_format(flag: str, path: Path) -> dict[str, Any]:
     register_safe_globals()
     with refusing(f"{flag}: {first} is damaged", remedy="name another checkpoint (--ckpt-step)"):
         return torch.load(first, map_location="cpu", mmap=True)
+
+
+def _state_from_fsdp(flag: str, path: Path, args: Namespace) -> dict[str, Any]:
+    """What a checkpoint of a run of FSDP holds besides tensors: the arguments, and the scheduler's state if saved."""
+    reader, schedule_of = FileSystemReader(path), "opt_param_scheduler"
+    with refusing(f"{flag}: {path} is damaged", remedy="name another checkpoint (--ckpt-step)"):
+        names = [name.split(".", 1) for name in reader.read_metadata().state_dict_metadata]
+        state: dict[str, Any] = {"args": None}
+        if found := {rest[0]: None for start, *rest in names if start == schedule_of and rest}:
+            state[schedule_of] = found
+        distributed_checkpoint.load(state, storage_reader=reader, no_dist=True)
+    if (there := getattr(state["args"], "ckpt_format", args.ckpt_format)) != args.ckpt_format:
+        raise UsageError(f"{flag}: {path} is a checkpoint of FSDP; add --ckpt-format {there}, and its other flags")
+    return state
 
 
 def _refuse_what_the_old_format_cannot(path: Path, saved: Namespace, args: Namespace) -> None:
@@ -245,7 +271,7 @@ def unusable_optimizer_state(path: Path, saved: Namespace, args: Namespace) -> s
         for name in names
         if getattr(saved, name, getattr(args, name)) != getattr(args, name)
     ]
-    if not (kinds[0] and changed):
+    if not (kinds[0] and changed) or latest.is_from_fsdp(path):
         return None
     kind = (dist_checkpointing.load_content_metadata(str(path)) or {}).get("distrib_optim_sharding_type")
     if kind is None or kind in DistributedOptimizer.checkpoint_fully_reshardable_formats:

@@ -129,10 +129,10 @@ def _announce(args: Namespace) -> None:
     loads = args.pretrained_checkpoint or (args.load and latest.pointer(Path(args.load)))
     if args.meap_sft and not loads:
         print("warning: no --pretrained-checkpoint: the fine-tuning starts from random weights")
-    print(
-        f"checkpoints and log ({LOG}) in {args.save}" if args.save else "no --save: nothing of this run will be kept",
-        flush=True,
-    )
+    kept = f"checkpoints and log ({LOG}) in {args.save}" if args.save else "no --save: nothing of this run will be kept"
+    if args.ckpt_convert_format:
+        kept = f"converts the checkpoint to {args.ckpt_convert_format}, in {args.ckpt_convert_save}, and trains nothing"
+    print(kept, flush=True)
 
 
 def prepare(data_only: bool = False) -> tuple[Namespace, torch.distributed.Store | None]:

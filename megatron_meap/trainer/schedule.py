@@ -33,6 +33,8 @@ def check(args: Namespace) -> None:
     optimizers.check(args)
     if args.lr is None:
         raise UsageError("--lr: missing; the learning rate at its highest")
+    if args.lr == 0 and not args.decoupled_lr:
+        print("note: --lr 0: nothing is learned", flush=True)
     unit = "iters" if args.train_iters else "samples"
     for smaller, larger in (("min_lr", "lr"), ("lr_warmup_init", "lr"), ("start_weight_decay", "end_weight_decay")):
         if not 0 <= getattr(args, smaller) <= getattr(args, larger):

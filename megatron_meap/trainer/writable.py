@@ -40,11 +40,15 @@ def _check_profile(args: Namespace) -> None:
     """Refuse a profile without a place, or of steps and ranks that there are not."""
     if args.use_pytorch_profiler and not args.tensorboard_dir:
         raise UsageError("--use-pytorch-profiler: writes beside --tensorboard-dir, which is missing; add it")
-    first, last, steps = args.profile_step_start, args.profile_step_end, args.train_iters or sys.maxsize
+    first, last, steps = (
+        args.profile_step_start,
+        args.profile_step_end,
+        args.train_iters or args.train_samples or sys.maxsize,
+    )
     if not 0 <= first < last <= steps:
         raise UsageError(
             f"--profile-step-start {first} --profile-step-end {last}: not steps of this run; the first must be 0 or "
-            "more, the other larger, and not above --train-iters"
+            "more, the other larger, and not above --train-iters (or --train-samples)"
         )
     if wrong := [rank for rank in args.profile_ranks if not 0 <= rank < args.world_size]:
         raise UsageError(f"--profile-ranks {wrong[0]}: this job has ranks 0 to {args.world_size - 1}")

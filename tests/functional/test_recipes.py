@@ -40,7 +40,7 @@ RECIPES = {
 
 REPORTER = """#!{python}
 import json, os, sys
-names = ("WORLD_SIZE", "NNODES", "MEAP_DEVICE", "CUDA_DEVICE_MAX_CONNECTIONS")
+names = ("WORLD_SIZE", "NNODES", "MEAP_DEVICE")
 print(json.dumps({{"command": sys.argv, "environment": {{name: os.environ.get(name) for name in names}}}}))
 """
 

@@ -23,7 +23,7 @@ def arguments(**changes) -> Namespace:
         "global_batch_size": None, "step_batch_size_schedule": None,
         "decrease_batch_size_if_needed": False, "train_iters": None, "train_samples": None,
         "virtual_pipeline_model_parallel_size": None, "phase_transition_iterations": None,
-        "override_ckpt_iteration": None,
+        "override_ckpt_iteration": None, "iterations_to_skip": [],
     }  # fmt: skip
     return Namespace(**fields | changes)
 
@@ -69,6 +69,10 @@ def test_a_schedule_has_megatrons_steps(schedule: str, samples: int) -> None:
             "contradicts --phase-transition-iterations",
         ),
         ({"phase_transition_iterations": "1", "train_iters": 4}, "needs --train-samples"),
+        ({"step_batch_size_schedule": "0:8 1K:16", "train_samples": 48, "iterations_to_skip": [5]}, "has steps 1 to 4"),
+        ({"train_samples": 48, "iterations_to_skip": [7]}, "--iterations-to-skip 7: the run has steps 1 to 6"),
+        ({"train_iters": 6, "iterations_to_skip": [6, 0]}, "--iterations-to-skip 0: the run has steps 1 to 6"),
+        ({"train_samples": 48, "iterations_to_skip": [6]}, None),
         ({"global_batch_size": 12}, "use 8 or 16"),
         ({"global_batch_size": 6}, "use 8,"),
         ({"global_batch_size": 6, "decrease_batch_size_if_needed": True}, "use 8,"),
@@ -163,3 +167,13 @@ def test_a_run_that_has_all_its_steps_says_so(iteration: int, is_said: bool) -> 
     assert (
         resume.nothing_left(latest.Choice(12, Path("saved"), None), Namespace(**vars(args) | {"finetune": True})) == []
     )
+
+
+def test_a_place_in_the_data_is_counted_in_steps_of_one_size() -> None:
+    args = arguments(global_batch_size=16, train_samples=160, override_ckpt_iteration=3)
+    resume._refuse_another_place_in_the_data(Path("saved"), Namespace(global_batch_size=16), args)
+    for there, here in ((None, "0:16 4K:32"), ("0:8 4K:16", None)):
+        args.step_batch_size_schedule = here
+        saved = Namespace(global_batch_size=16, step_batch_size_schedule=there)
+        with pytest.raises(UsageError, match=r"--override-ckpt-iteration 3: .* --step-batch-size-schedule"):
+            resume._refuse_another_place_in_the_data(Path("saved"), saved, args)

@@ -5,14 +5,17 @@ import errno
 import json
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as distributed_checkpoint
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from megatron_meap.checkpoint import latest
 from megatron_meap.checkpoint.reader import open_checkpoint
 from megatron_meap.errors import UsageError
 from megatron_meap.huggingface import architecture, export
@@ -21,6 +24,7 @@ from megatron_meap.huggingface.importer import ImportJob, import_model
 from megatron_meap.huggingface.output import new_directory
 from megatron_meap.huggingface.selfcheck import CheckFailed
 from megatron_meap.huggingface.weights import inspect
+from megatron_meap.trainer import resume
 
 CONFIG = {
     "hidden_size": 32,
@@ -299,3 +303,24 @@ def test_no_size(text: str) -> None:
     """Anything else."""
     with pytest.raises(UsageError, match="expected a size"):
         parse_size(text)
+
+
+def test_a_checkpoint_of_fsdp_is_read_and_compared(tmp_path: Path) -> None:
+    """As Megatron saves it with `--ckpt-format fsdp_dtensor`: in PyTorch's format, without its own `metadata.json`."""
+    folder = latest.directory(tmp_path, 4)
+    saved = Namespace(ckpt_format="fsdp_dtensor", seed=7)
+    state = {"args": saved, "iteration": 4, "model": {"a": torch.ones(2)}, "opt_param_scheduler": {"max_lr": 0.5}}
+    distributed_checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+    (tmp_path / latest.POINTER).write_text("4")
+    choice = latest.choose(tmp_path, None, refuse_damaged=True)
+    assert choice is not None
+    assert (choice.path, choice.warning) == (folder, None)
+    found = resume._state_from_fsdp("--load", folder, Namespace(ckpt_format="fsdp_dtensor"))
+    assert found == {"args": saved, "opt_param_scheduler": {"max_lr": 0.5}}
+    with pytest.raises(UsageError, match="is a checkpoint of FSDP; add --ckpt-format fsdp_dtensor"):
+        resume._state_from_fsdp("--load", folder, Namespace(ckpt_format="torch_dist"))
+    with pytest.raises(UsageError, match="holds no common state"):
+        open_checkpoint(tmp_path)
+    (folder / ".metadata").write_bytes(b"torn")
+    with pytest.raises(UsageError, match=r"metadata\.json is missing"):
+        latest.choose(tmp_path, None, refuse_damaged=True)

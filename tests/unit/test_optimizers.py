@@ -13,7 +13,9 @@ def muon(**changes: object) -> Namespace:
     given = {
         "optimizer": "muon", "bf16": False, "fp16": False, "use_distributed_optimizer": False,
         "use_layer_wise_distributed_optimizer": False, "muon_coefficient_type": "quintic", "muon_num_ns_steps": 5,
-        "muon_fp32_matmul_prec": "medium",
+        "muon_fp32_matmul_prec": "medium", "num_distributed_optimizer_instances": 1,
+        "overlap_param_gather_with_optimizer_step": False, "expert_model_parallel_size": 1, "add_bias_linear": True,
+        "use_layer_wise_param_layout": True,
     }  # fmt: skip
     return Namespace(**(given | changes))
 
@@ -35,6 +37,16 @@ def test_what_cannot_run_is_refused(changes, message) -> None:
     optimizers.check(muon(bf16=True, use_layer_wise_distributed_optimizer=True))
     with pytest.raises(UsageError, match=message):
         optimizers.check(muon(**changes))
+
+
+@pytest.mark.parametrize("changed", ["num_distributed_optimizer_instances", "expert_model_parallel_size"])
+def test_matrices_are_shared_out_only_where_megatron_can(changed: str) -> None:
+    pytest.importorskip("emerging_optimizers")
+    shared = {"bf16": True, "use_layer_wise_distributed_optimizer": True}
+    optimizers.check(muon(bf16=True, **{changed: 2}))
+    with pytest.raises(UsageError, match=f"--{changed.replace('_', '-')}: .*--optimizer muon and --use-distributed-"):
+        optimizers.check(muon(**shared, **{changed: 2}))
+    optimizers.check(muon(**shared, expert_model_parallel_size=2, add_bias_linear=False))
 
 
 @pytest.mark.parametrize("name", ["muon", "soap", "lion"])

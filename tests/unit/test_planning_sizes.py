@@ -6,8 +6,11 @@ from argparse import Namespace
 
 import pytest
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+from torch import distributed
 
+from megatron_meap.backend import device
 from megatron_meap.planning.memory import count_parameters
+from megatron_meap.planning.world import pretended
 from megatron_meap.trainer import arguments
 
 LLAMA = (
@@ -54,3 +57,12 @@ def test_parameters_of_published_models(shape: str, rows: int, parameters: int) 
     args = checked([*LLAMA.split(), *SHAPES[shape].split()])
     args.padded_vocab_size = rows
     assert count_parameters(args) == (parameters, [parameters])
+
+
+def test_streams_of_nccl_are_no_obstacle_to_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron sets one for FSDP, and `--high-priority-stream-groups` does."""
+    monkeypatch.setattr(device, "_plans_for_gpu", True)
+    args = checked([*LLAMA.split(), *SHAPES["Llama-2-7B"].split()])
+    args.high_priority_stream_groups = ["dp_cp"]
+    with pretended(args):
+        assert distributed.get_world_size() == 1
