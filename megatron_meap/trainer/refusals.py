@@ -114,7 +114,9 @@ def _spelled_out(said: str, args: Namespace) -> list[str]:
 
 
 def _files_read(error: BaseException, args: Namespace) -> list[str]:
-    """Flags that name a file, which the code was reading where the error was raised."""
+    """Flags that name a file, which the code was reading where the error was raised; or that are JSON themselves."""
+    if given := [name for name, value in vars(args).items() if value and value == getattr(error, "doc", None)]:
+        return [f"--{name.replace('_', '-')}" for name in given]
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     values = [value for frame in frames for value in frame.f_locals.values() if isinstance(value, str | io.IOBase)]
     read = {str(getattr(value, "name", value)) for value in values}

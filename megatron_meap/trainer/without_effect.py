@@ -63,6 +63,13 @@ def _has_yarn(args: Namespace) -> bool:
 _NEEDS: tuple[tuple[str, str, Callable[[Namespace], Any]], ...] = (
     ("adam_*", "--optimizer adam", lambda args: args.optimizer not in ("sgd", "lion")),
     ("ddp_bucket_size ddp_num_buckets", "--overlap-grad-reduce", _given("overlap_grad_reduce")),
+    ("wgrad_deferral_limit", "--defer-embedding-wgrad-compute", _given("defer_embedding_wgrad_compute")),
+    ("end_weight_decay start_weight_decay", "--weight-decay-incr-style linear or cosine",
+     lambda args: args.weight_decay_incr_style != "constant"),
+    ("ddp_reduce_scatter_with_fp32_accumulation", "--use-distributed-optimizer",
+     lambda args: args.use_distributed_optimizer or args.use_megatron_fsdp),
+    ("flash_attention_version", "--transformer-impl transformer_engine",
+     lambda args: args.transformer_impl != "local"),
     ("data_sharding", "--dataloader-type cyclic", _given("dataloader_type", "cyclic")),
     ("decoupled_min_lr", "--decoupled-lr", _given("decoupled_lr")),
     ("dsa_*", "--experimental-attention-variant dsa", _layers("D", "experimental_attention_variant", "dsa")),

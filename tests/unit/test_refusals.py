@@ -80,6 +80,11 @@ def test_a_file_that_a_flag_names_is_named(tmp_path: Path) -> None:
     refusals.refuse(error, Namespace(config_file=None))  # a failure: its traceback is wanted
 
 
+def test_a_flag_that_is_json_is_named() -> None:
+    error = raised("__import__('json').loads('{')", IN_MEGATRON)
+    assert "(--layers-encoded-json)" in str(refusals.refusal(error, Namespace(layers_encoded_json="{", other="[")))
+
+
 def test_memory_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture) -> None:
     def main() -> None:
         raise MemoryError("Unable to allocate 2.40 TiB")
