@@ -124,6 +124,19 @@ def test_what_changes_is_planned_anew(change: str, strategy: Any, planned: list[
     assert len(planned) == 2 + 2 + 1
 
 
+def test_what_changes_on_another_rank_is_planned_anew(
+    strategy: Any, planned: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Or this rank would go on while the others wait for its plan."""
+    save = Sparing(dist_checkpointing.save)
+    for number in range(6):
+        with monkeypatch.context() as patched:
+            if number == 3:  # what the other rank says
+                patched.setattr(torch.distributed, "all_reduce", lambda tensor, _: tensor.zero_())
+            saved(save, strategy, state(), tmp_path / str(number))
+    assert len(planned) == 2 + 2
+
+
 def test_parts_that_do_not_cover_a_tensor_are_still_refused(strategy: Any, tmp_path: Path) -> None:
     save = Sparing(dist_checkpointing.save)
     for number in range(3):
