@@ -265,6 +265,8 @@ def _validate_meap(args: Namespace) -> None:
         raise UsageError("--sft: Megatron's own fine-tuning data is not supported here; use --meap-sft")
     if args.lazy_mpu_init:
         raise UsageError("--lazy-mpu-init: this trainer makes the process groups itself; drop it")
+    if args.config_logger_dir:
+        raise UsageError("--config-logger-dir: megatron-core 0.19 fails to copy what it logs; drop it (see train.log)")
     if args.fake_process_group:
         raise UsageError("--fake-process-group: ranks would not communicate; --dry-run looks at a job in one process")
     if args.position_embedding_type == "mrope":

@@ -1,10 +1,13 @@
 """Optimizers other than Adam: errors that Megatron notices only after the model is built, or not at all."""
 
 from argparse import Namespace
+from importlib import metadata
 
 from megatron_meap.errors import UsageError, refuse
 
 _FAMILY = ("muon", "adaptive_muon")
+_SCALES_ITSELF = "_apply_muon_scale"
+"""Of AdaptiveMuon since emerging-optimizers 0.3; it needs what Megatron's subclass does not set."""
 
 
 def check(args: Namespace) -> None:
@@ -29,6 +32,11 @@ def check(args: Namespace) -> None:
         raise UsageError(
             f"{asked}: needs the package emerging-optimizers, 0.2 or newer; install it (pip install "
             "'megatron-meap[muon]'), or use adam"
+        )
+    if args.optimizer == "adaptive_muon" and hasattr(emerging_optimizers.TensorParallelAdaptiveMuon, _SCALES_ITSELF):
+        raise UsageError(
+            f"{asked}: megatron-core 0.19 fails with emerging-optimizers {metadata.version('emerging-optimizers')} in "
+            "the first step; use muon"
         )
     if args.fp16:
         raise UsageError(f"{asked}: Megatron has it for bf16 and 32-bit training only; drop --fp16")

@@ -11,7 +11,6 @@ from megatron_meap.errors import UsageError
 
 _DIRECTORIES = (
     "tensorboard_dir",
-    "config_logger_dir",
     "dump_param_to_param_group_map",
     "logits_save_dir",
     "moe_routing_trace_path",

@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 import pytest
+import torch
 from megatron.core.optimizer import emerging_optimizers
 
 from megatron_meap.errors import UsageError
@@ -47,6 +48,17 @@ def test_matrices_are_shared_out_only_where_megatron_can(changed: str) -> None:
     with pytest.raises(UsageError, match=f"--{changed.replace('_', '-')}: .*--optimizer muon and --use-distributed-"):
         optimizers.check(muon(**shared, **{changed: 2}))
     optimizers.check(muon(**shared, expert_model_parallel_size=2, add_bias_linear=False))
+
+
+def test_adaptive_muon_is_refused_where_megatrons_lacks_its_scale() -> None:
+    pytest.importorskip("emerging_optimizers")
+    adaptive = emerging_optimizers.TensorParallelAdaptiveMuon
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    weight.grad = torch.ones(4, 4)
+    with pytest.raises(AttributeError, match="scale_mode"):  # else the refusal is not needed any longer
+        adaptive([weight]).step()
+    with pytest.raises(UsageError, match=r"--optimizer adaptive_muon: .* in the first step; use muon"):
+        optimizers.check(muon(optimizer="adaptive_muon"))
 
 
 @pytest.mark.parametrize("name", ["muon", "soap", "lion"])
