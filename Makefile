@@ -25,7 +25,7 @@ TORCH ?= torch==2.13.0
 demo: .venv/installed
 	.venv/bin/python examples/quickstart/demo.py
 
-# Question A of examples/study in two minutes, of this machine's own Python.
+# Question A of examples/study in two or three minutes, of this machine's own Python.
 SMALL := runs/study-small
 study-small: .venv/installed
 	test -f $(SMALL)/texts/valid.jsonl || .venv/bin/python tools/build_corpus.py --train $(SMALL)/texts/train.jsonl \
@@ -44,7 +44,7 @@ test: .venv/installed
 test-all: .venv/installed
 	$(PYTEST) -m ""
 
-# Every benchmark that this machine allows, in half an hour (BENCH=--whole, BENCH="--only startup").
+# Every benchmark that this machine allows, in a quarter of an hour to 35 minutes (BENCH=--whole, BENCH="--only startup").
 bench: .venv/installed
 	.venv/bin/python benchmarks/bench.py $(BENCH)
 

@@ -30,7 +30,7 @@ def main() -> None:
     """Do what is not done yet, then print a summary."""
     parser = Parser(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the run (default: %(default)s)")
-    parser.add_argument("--train-iters", type=int, default=320, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--train-iters", type=int, default=320, help="optimizer steps (default: %(default)s)")
     parser.add_argument(
         "--corpus-mb", type=float, default=12, help="text to gather, in 10^6 bytes (default: %(default)s)"
     )

@@ -23,13 +23,13 @@ def apply() -> None:
 def _resume_distributed_optimizer_without_te() -> None:
     """Resuming with `--use-distributed-optimizer` and PyTorch's AdamW fails, and with that fixed, counts steps wrongly.
 
-    - `state_dict` asserts that the optimiser has stepped, but is also called to load into a fresh one.
+    - `state_dict` asserts that the optimizer has stepped, but is also called to load into a fresh one.
     - `load_state_dict` gives all parameters one shared step tensor, which AdamW increments once per parameter, and
-      then overwrites it with the step of the fresh optimiser, 0: the bias correction restarts.
+      then overwrites it with the step of the fresh optimizer, 0: the bias correction restarts.
     - With `--dist-ckpt-optim-fully-reshardable` it asks the checkpoint for a step of every parameter.
     - In fp32 it copies into views of parameters that require a gradient, which PyTorch refuses.
 
-    (Transformer Engine's and Apex's optimisers keep the step in the parameter group.)
+    (Transformer Engine's and Apex's optimizers keep the step in the parameter group.)
     """
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer

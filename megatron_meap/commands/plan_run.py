@@ -60,7 +60,7 @@ def main() -> None:
     from megatron_meap.trainer import arguments
 
     if own.gpu not in GPUS:
-        raise UsageError(f"--gpu {own.gpu}: known are {', '.join(GPUS)}")
+        raise UsageError(f"--gpu {own.gpu}: unknown; choose from {', '.join(GPUS)}")
     gpu = GPUS[own.gpu]
     usable = gpu.memory * 2**30 * (1 - own.reserve)
     megatron_patches.apply()

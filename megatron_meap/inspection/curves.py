@@ -54,7 +54,7 @@ def plot(history: History, path: Path, unigram: float | None = None) -> None:
             axes.axvline(step, color="tab:orange", linestyle=":", linewidth=1)
         if unigram is not None:
             axes.axhline(unigram, color="gray", linestyle="--", linewidth=1, label="unigram entropy of the corpus")
-        axes.set(xlabel="optimiser step", ylabel="loss (nats per token)", title="MEAP pretraining")
+        axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title="MEAP pretraining")
 
 
 def plot_runs(runs: dict[str, History], path: Path) -> None:
@@ -90,4 +90,4 @@ def plot_runs(runs: dict[str, History], path: Path) -> None:
         for panel in axes[1:]:
             panel.set(ylabel="bits per byte", title="validation")
         for panel in axes:
-            panel.set(xlabel="tokens" if in_tokens else "optimiser step")
+            panel.set(xlabel="tokens" if in_tokens else "optimizer step")

@@ -34,7 +34,7 @@ class Masking:
     """Length of a span in tokens, strategy `span`; its mean, strategy `geometric`."""
 
     global_batch_size: int = 1
-    """Samples per optimiser step; strategy `official` only, whose masks change with the step."""
+    """Samples per optimizer step; strategy `official` only, whose masks change with the step."""
 
     noised_share: float = 1.0
     """Share of the samples that are noised at all."""
@@ -70,7 +70,7 @@ class Masking:
         stream = Stream(self.seed, self.split, index)
         if self.noised_share < 1 and stream.fraction(_SHARE) >= self.noised_share:
             return _NONE
-        # In the official code all samples of an optimiser step share one set of columns, and so one ratio.
+        # In the official code all samples of an optimizer step share one set of columns, and so one ratio.
         step = index // self.global_batch_size
         scheduled = step * self.global_batch_size if self.strategy == "official" else index
         draw = 1.0 if self.schedule.lowest is None else stream.fraction(_RATIO)

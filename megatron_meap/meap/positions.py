@@ -157,7 +157,7 @@ def weighted_positions(ask: Request) -> Positions:
 
 
 def official_positions(ask: Request) -> Positions:
-    """Strategy `official`: the official code's column set of the optimiser step, bit for bit.
+    """Strategy `official`: the official code's column set of the optimizer step, bit for bit.
 
     One set for all samples of a step, 51 sets in all, the last position never masked (MEAP-Pretrain of the official
     repository: `random.seed(50 + step % 51)`, then `random.sample(range(seq_length - 1), n)`).

@@ -245,7 +245,7 @@ class MaskSettings(Settings):
         Args:
             split: `train`, `valid` or `test`.
             total_samples: training samples of the whole run.
-            global_batch_size: samples per optimiser step of this split (the strategy `official` follows the step).
+            global_batch_size: samples per optimizer step of this split (the strategy `official` follows the step).
             vocab_size: tokens of the tokenizer, from which random ones are drawn and to which the weights belong.
             special: ids that are not drawn.
         """

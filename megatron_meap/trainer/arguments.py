@@ -236,7 +236,7 @@ def _require_the_models_shape(args: Namespace) -> None:
     if missing := [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]:
         raise UsageError(f"{', '.join(missing)}: missing; every run needs this; README.md shows a whole command")
     if args.save and args.save_interval is None:
-        raise UsageError("--save-interval: missing; how many steps lie between the checkpoints that --save asks for?")
+        raise UsageError("--save-interval: missing; --save needs it: the number of steps between checkpoints")
 
 
 def _choose_precision(args: Namespace) -> None:

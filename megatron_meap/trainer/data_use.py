@@ -43,7 +43,7 @@ def lines(args: Namespace) -> list[str]:
     said = [f"tokens        {amount(tokens_read(args))} read of {amount(there)} to train on: {times} epochs"]
     if high > MANY_EPOCHS:
         said.append(
-            f"warning: some text is read {high:.0f} times; beyond {MANY_EPOCHS} epochs a model gains little from it: "
+            f"warning: some text is read {high:,.0f} times; beyond {MANY_EPOCHS} epochs a model gains little from it: "
             "use more data, or fewer steps"
         )
     return said + _stages(args)

@@ -54,6 +54,8 @@ def check(args: Namespace, data_only: bool = False) -> torch.distributed.Store |
     args.meap_record = found["record"]
     for warning in found["warnings"] if args.rank == 0 else ():
         print(f"warning: {warning}", flush=True)
+    if args.rank == 0 and found.get("start"):
+        print(f"starts from {found['start']}", flush=True)
     return store
 
 

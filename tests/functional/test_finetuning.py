@@ -339,7 +339,7 @@ def test_an_imported_model_is_fine_tuned_and_exported(
     tokenizer.chat_template = TEMPLATES["chatml"]
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=320,
+        num_key_value_heads=2, max_position_embeddings=320, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "original")
     tokenizer.save_pretrained(tmp_path / "original")
