@@ -142,8 +142,8 @@ def _compare(flag: str, path: Path, args: Namespace) -> list[str]:
     refused = [said for outcome, said in found if outcome is Verdict.REFUSED]
     if refused and not args.meap_allow_changed_settings:
         raise UsageError(
-            f"--load: {path} was trained with other settings: {'; '.join(refused)}; give the same here, or add {ALLOW} if "
-            "the change is meant"
+            f"--load: {path} was trained with other settings: {'; '.join(refused)}; give the same here, or add {ALLOW} "
+            "if the change is meant"
         )
     if found:
         warnings.append(f"{path} was trained with other settings: {'; '.join(said for _, said in found)}")
