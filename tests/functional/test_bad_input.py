@@ -128,7 +128,7 @@ def flags(corpus: Corpus, tmp_path: Path) -> list[str]:
         ("--lr", "--lr: expected one argument"),
         ("--bf16 true", "true: does not belong to any flag"),
         ("--num-query-groups 3", "--num-query-groups 3: does not divide the 4 of --num-attention-heads"),
-        ("--save somewhere", "--save-interval: missing; how many steps"),
+        ("--save somewhere", "--save-interval: missing; --save needs it"),
         ("--fp32 --bf16", "--fp32: contradicts"),
         ("--context-parallel-size 2", "--context-parallel-size: cannot work on a CPU"),
         ("--fp8-format hybrid", "--fp8-format: cannot work on a CPU"),
