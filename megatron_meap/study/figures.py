@@ -116,9 +116,9 @@ def draw_sizes(rows: Iterable[Comparison], path: Path) -> None:
         sizes = sorted({row.point.tokens for own in lines.values() for row in own})
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
-        axes.set(
-            title=f"model {model}", xlabel="unique tokens", ylabel="loss minus that of ntp (nats); lower is better"
-        )
+        axes.set(xlabel="unique tokens", ylabel="loss minus that of ntp (nats); lower is better")
+        if len(shown) > 1:
+            axes.set_title(f"model {model}")
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     _save(figure, path)
