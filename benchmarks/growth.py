@@ -103,6 +103,7 @@ def run(point: dict[str, Any], processes: int = 1) -> tuple[float, float]:
 
 def measure(point: dict[str, Any]) -> None:
     """This rank's part of a run: processor seconds of its steps, and its memory."""
+    import torch
     import trainer
     from trainer import Trainer, flags, random_batches
 
@@ -118,6 +119,7 @@ def measure(point: dict[str, Any]) -> None:
         built.step(batches)
         seconds.append(time.process_time() - begun)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    torch.distributed.destroy_process_group()  # now and then gloo's threads abort a process that ends without
     os.write(1, f"found {json.dumps({'seconds': seconds[1:], 'megabytes': peak})}\n".encode())
 
 
