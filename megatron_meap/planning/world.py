@@ -35,9 +35,8 @@ def pretended(args: Namespace, stage: int = 0) -> Iterator[None]:
     try:
         with (
             replaced(initialize, "get_args", lambda: alone),
-            replaced(
-                parallel_state, "get_nccl_options", lambda *_: None
-            ),  # those of high-priority streams, for example
+            # high-priority streams, for example: PyTorch without NCCL has no such options
+            replaced(parallel_state, "get_nccl_options", lambda *_: None),
             contextlib.redirect_stdout(io.StringIO()),
         ):
             initialize._initialize_distributed(None, None, None)

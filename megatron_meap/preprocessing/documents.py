@@ -62,8 +62,9 @@ def _is_repeated(line: bytes, key: str, text: str) -> bool:
 
     `text` is that one's value. It follows the key, so only a few bytes have to be searched.
     """
-    quoted, before = _quoted(key), line[: len(line) - len(text)]
-    if before.count(quoted) < 2 or len(re.findall(re.escape(quoted) + rb"\s*:", before)) < 2:
+    before = line[: len(line) - len(text)]
+    candidates = sum(map(before.count, (_quoted(key), rb"\u", rb"\/")))
+    if candidates < 2 or len(_spelled(key).findall(before)) < 2:
         return False
     pairs = json.JSONDecoder(object_pairs_hook=list).decode(line.decode())
     return sum(name == key for name, _ in pairs) > 1
@@ -72,6 +73,17 @@ def _is_repeated(line: bytes, key: str, text: str) -> bool:
 @functools.cache
 def _quoted(key: str) -> bytes:
     return json.dumps(key, ensure_ascii=False).encode()
+
+
+@functools.cache
+def _spelled(key: str) -> re.Pattern[bytes]:
+    """A key and its colon, in every way that JSON allows: any character may be an escape of its UTF-16 code units."""
+    found = b""
+    for character in key:
+        escape = "".join(rf"\\u{unit:04x}" for unit in memoryview(character.encode("utf-16-le")).cast("H"))
+        plain = re.escape(json.dumps(character, ensure_ascii=False)[1:-1])
+        found += rf"(?:{plain}|(?i:{escape}){r'|\\/' * (character == '/')})".encode()
+    return re.compile(b'"' + found + rb'"\s*:')
 
 
 def _lenient_json(line: bytes, error: orjson.JSONDecodeError) -> Any:

@@ -10,9 +10,8 @@ from megatron_meap.errors import UsageError
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "*_channels *_dim *_interval *_lora_rank *_size *_topk cpu_offloading_num_layers distributed_timeout_* "
-        "exit_duration_* "
-        "max_position_embeddings mtp_num_layers mup_base_* num_attention_heads num_distributed_* num_experts "
-        "num_layers num_query_groups recompute_num_layers rotary_seq_len_* seq_length",
+        "exit_duration_* max_position_embeddings mtp_num_layers mup_base_* num_attention_heads num_distributed_* "
+        "num_experts num_layers num_query_groups recompute_num_layers rotary_seq_len_* seq_length",
         lambda value: value >= 1,
         "at least 1",
     ),

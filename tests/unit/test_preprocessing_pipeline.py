@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_meap.errors import UsageError
 from megatron_meap.preprocessing import pipeline, readers
+from megatron_meap.preprocessing.documents import documents
+from megatron_meap.preprocessing.readers import InputOptions
 from tests.unit.preprocessing import (
     TEXTS,
     compressed,
@@ -214,8 +216,24 @@ BAD_LINES = {
     "not UTF-8": (b'{"text": "\xff\xfe"}', "not UTF-8"),
     "lone surrogate": (b'{"text": "\\ud800"}', "not Unicode text"),
     "a key twice": (b'{"text": "lost", "id": 1, "text": "found"}', "the key 'text' occurs twice"),
+    "a key twice, once in escapes": (b'{"\\u0074ex\\u0074": "lost", "text": "found"}', "the key 'text' occurs twice"),
     "a key twice with NaN": (b'{"text" : null, "x": NaN, "text": "found"}', "the key 'text' occurs twice"),
 }
+
+
+@pytest.mark.parametrize("key", ["text", "a/b", "é", "\U0001f600x", 'q"u', "b\\c"])
+def test_a_key_twice_is_noticed_in_every_spelling(key):
+    """Literally or in escapes, in any order; and once, it is not."""
+    escapes = "".join(f"\\u{unit:04X}" for unit in memoryview(key.encode("utf-16-le")).cast("H"))
+    literal = json.dumps(key, ensure_ascii=False)[1:-1]
+    spellings = [literal, json.dumps(key)[1:-1], escapes, escapes.lower(), literal.replace("/", "\\/")]
+    options = InputOptions(keys=(key,))
+    for first in spellings:
+        once = f'{{"x": {{"{first}": 1}}, "{first}": "found"}}'.encode()
+        assert list(documents("jsonl", once, options)) == [("found",)]
+        for second in spellings:
+            [found] = documents("jsonl", f'{{"{first}": "lost", "{second}" : "found"}}'.encode(), options)
+            assert "occurs twice" in str(found), (first, second)
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
